@@ -1,0 +1,479 @@
+"""Bijections that are evaluated once: two methods for a layer, Pyro's whole transform protocol for its users."""
+
+from __future__ import annotations
+
+import functools
+import math
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from pyro.distributions.conditional import ConditionalTransform
+from pyro.distributions.torch_transform import TransformModule
+from torch import Size, Tensor, nn
+from torch.distributions import constraints
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+__all__ = ["Bijection", "Compose", "Conditioned", "Inverse"]
+
+Shape = int | Sequence[int]
+
+_optimizer_steps = 0
+
+
+def _count_optimizer_step(*_: Any) -> None:
+    """Fused optimizers and Pyro's own write to ``p.data`` and leave ``p._version`` alone; their step is seen here."""
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_optimizer_step)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _fingerprint(module: nn.Module) -> list[int]:
+    """What an evaluation of ``module`` depends on beside its input: modes, and tensors with their versions."""
+    marks, stack = [_optimizer_steps], [module]
+    while stack:
+        part = stack.pop()
+        marks.append(part.training)
+        for tensor in (*part._parameters.values(), *part._buffers.values()):
+            if tensor is not None:
+                marks += (id(tensor), _version(tensor))
+        stack.extend(child for child in part._modules.values() if child is not None)
+    return marks
+
+
+def _as_shape(shape: Shape) -> Size:
+    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+    if not sizes or not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
+        raise ValueError(f"expected a positive number of features or a shape of positive sizes; got {shape!r}")
+    return Size(sizes)
+
+
+def _batched(shape: Sequence[int]) -> str:
+    return "(*batch, " + ", ".join(map(str, shape)) + ")"
+
+
+class _Record:
+    """One evaluation: where it started, what it gave (held weakly), and under which conditions it stands."""
+
+    __slots__ = ("context", "forward", "grad", "log_det", "marks", "result", "returned", "source", "versions")
+
+    def __init__(
+        self, owner: Bijection, source: Tensor, result: Tensor, log_det: Tensor, context: Tensor | None, forward: bool
+    ):
+        owner_reference = weakref.ref(owner)
+
+        def forget(reference: weakref.ref[Tensor]) -> None:
+            owner = owner_reference()
+            if owner is not None and owner._record is not None and owner._record.result is reference:
+                object.__setattr__(owner, "_record", None)
+
+        self.source, self.log_det, self.context, self.forward = source, log_det, context, forward
+        self.result = weakref.ref(result, forget)
+        self.grad = torch.is_grad_enabled()
+        self.returned = False
+        self.marks = _fingerprint(owner)
+        self.versions = self._versions(result)
+
+    def _versions(self, result: Tensor) -> tuple[Any, ...]:
+        tensors = (self.source, result) if self.context is None else (self.source, result, self.context)
+        return tuple((_version(tensor), tensor.requires_grad) for tensor in tensors)
+
+    def holds(self, owner: Bijection, context: Tensor | None) -> bool:
+        result = self.result()
+        return (
+            result is not None
+            and context is self.context
+            and (self.grad or not torch.is_grad_enabled())
+            and self._versions(result) == self.versions
+            and _fingerprint(owner) == self.marks
+        )
+
+
+def _checked(method: Callable[..., tuple[Tensor, Tensor]], side: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    @functools.wraps(method)
+    def checked(self: Bijection, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return method(self, self._check(x, getattr(self, side), context), context)
+
+    return checked
+
+
+class Bijection(TransformModule):
+    r"""An invertible map from latent to data, written as two methods that give the image and the log-determinant.
+
+    A layer defines ``forward_and_log_det(x, context=None)`` (latent to data) and
+    ``inverse_and_log_det(y, context=None)`` (data to latent). Pyro's protocol (call, ``inv``,
+    ``log_abs_det_jacobian``, ``condition``, shapes) is derived from them here, once, and evaluates
+    a layer once where Pyro asks twice: the first call leaves a record of its input, result and
+    log-determinant, and the call that comes back takes it.
+
+    1. A record answers once: scoring takes it, and scoring again evaluates again.
+    2. Only the way back is free: ``t(x)`` twice evaluates twice; ``t.inv(t(x))`` is ``x``.
+    3. The way back is checked: the same tensors at the same versions, the same parameters and
+       modes, no optimizer step since, and gradients no wider than they were recorded.
+    4. The result is held weakly, in one slot, which is never copied, pickled or saved.
+    5. The log-determinant of a pair without a record is read off the cheaper direction.
+
+    Args:
+        latent_shape: the event shape of the latent side, or its number of features.
+        data_shape: the event shape of the data side, where it differs.
+        context_features: the length of the context vector; 0 for a map without context.
+
+    Shapes:
+        x: ``(*batch, *latent_shape)``; y: ``(*batch, *data_shape)``; context: ``(*batch, context_features)``;
+        log_det: ``(*batch,)``. The batch shapes of input and context are broadcast.
+
+    Raises:
+        TypeError: the input is not a floating-point tensor.
+        ValueError: a shape does not match, or a context is missing or not expected.
+
+    Example:
+        >>> class Double(Bijection):
+        ...     def forward_and_log_det(self, x, context=None):
+        ...         return 2 * x, x.new_full(x.shape[:-1], x.shape[-1] * math.log(2))
+        ...
+        ...     def inverse_and_log_det(self, y, context=None):
+        ...         return y / 2, y.new_full(y.shape[:-1], -y.shape[-1] * math.log(2))
+        >>> double = Double(3)
+        >>> double.inv(double(torch.ones(3)))
+        tensor([1., 1., 1.])
+    """
+
+    bijective = True
+    forward_passes: int = 1
+    """Evaluations of the conditioner from latent to data: the price of sampling."""
+    inverse_passes: int = 1
+    """Evaluations of the conditioner from data to latent: the price of scoring data."""
+    _record: _Record | None
+
+    def __init__(self, latent_shape: Shape, *, data_shape: Shape | None = None, context_features: int = 0):
+        super().__init__()
+        if not isinstance(context_features, int) or context_features < 0:
+            raise ValueError(f"expected context_features to be a non-negative integer; got {context_features!r}")
+        object.__setattr__(self, "_record", None)
+        self.latent_shape = _as_shape(latent_shape)
+        self.data_shape = self.latent_shape if data_shape is None else _as_shape(data_shape)
+        self.context_features = context_features
+        self.domain = constraints.independent(constraints.real, len(self.latent_shape))
+        self.codomain = constraints.independent(constraints.real, len(self.data_shape))
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name, side in (("forward_and_log_det", "latent_shape"), ("inverse_and_log_det", "data_shape")):
+            if name in cls.__dict__:
+                setattr(cls, name, _checked(cls.__dict__[name], side))
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Map latent to data; give ``y`` and ``log|det dy/dx|``."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward_and_log_det(x, context=None)")
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Map data to latent; give ``x`` and ``log|det dx/dy|``."""
+        raise NotImplementedError(f"{type(self).__name__} must define inverse_and_log_det(y, context=None)")
+
+    def _check(self, x: Tensor, shape: Size, context: Tensor | None) -> Tensor:
+        """Give ``x``, expanded to the batch shape it has together with the context, or say what is wrong."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"expected a tensor of shape {_batched(shape)}; got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(f"expected a floating-point tensor; got {x.dtype}")
+        if x.shape[-len(shape) :] != shape:
+            raise ValueError(f"expected a tensor of shape {_batched(shape)}; got {tuple(x.shape)}")
+        batch = self._batch_shape(x.shape[: x.dim() - len(shape)], context)
+        return x if context is None else x.expand(batch + shape)
+
+    def _sides(self, forward: bool) -> tuple[Size, Size]:
+        return (self.latent_shape, self.data_shape) if forward else (self.data_shape, self.latent_shape)
+
+    def _batch_shape(self, batch: Size, context: Tensor | None) -> Size:
+        if context is None and self.context_features == 0:
+            return batch
+        if self.context_features == 0:
+            raise ValueError(f"expected no context, {type(self).__name__} has context_features=0; got one")
+        expected = f"expected a context of shape (*batch, {self.context_features})"
+        if context is None:
+            raise ValueError(f"{expected}; got none")
+        if not isinstance(context, Tensor):
+            raise TypeError(f"{expected}; got {type(context).__name__}")
+        if not context.is_floating_point():
+            raise TypeError(f"expected a floating-point context; got {context.dtype}")
+        if context.dim() == 0 or context.shape[-1] != self.context_features:
+            raise ValueError(f"{expected}; got {tuple(context.shape)}")
+        try:
+            return torch.broadcast_shapes(batch, context.shape[:-1])
+        except RuntimeError:
+            raise ValueError(
+                f"expected a context whose batch shape broadcasts with {tuple(batch)}; got {tuple(context.shape)}"
+            ) from None
+
+    def _context_for(self, context: Tensor | None) -> Tensor | None:
+        """A stack hands its context to the layers that take one."""
+        return context if self.context_features else None
+
+    # Pyro's protocol
+
+    def __call__(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self._evaluate(x, context, forward=True)
+
+    def _inv_call(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+        return self._evaluate(y, context, forward=False)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor, context: Tensor | None = None) -> Tensor:
+        """Give ``log|det dy/dx|`` of a known pair, shape ``(*batch,)``."""
+        return self._log_det_of(x, y, context)
+
+    @property
+    def inv(self) -> Bijection:
+        """The inverse, a module that shares this one's parameters."""
+        inverse = None if self._inv is None else self._inv()
+        if inverse is None:
+            inverse = Inverse(self)
+            object.__setattr__(self, "_inv", weakref.ref(inverse))
+        return inverse
+
+    def condition(self, context: Tensor) -> Bijection:
+        """Fix the context; a map that takes none is returned as it is, so that both kinds go into one stack."""
+        return Conditioned(self, context) if self.context_features else self
+
+    def with_cache(self, cache_size: int = 1) -> Bijection:
+        """Give the bijection itself: its record serves every cache size."""
+        return self
+
+    def clear_cache(self) -> None:
+        """Drop the record; nothing ever needs this, Pyro's distributions offer it."""
+        object.__setattr__(self, "_record", None)
+
+    def forward_shape(self, shape: Size) -> Size:
+        return self._map_shape(shape, *self._sides(forward=True))
+
+    def inverse_shape(self, shape: Size) -> Size:
+        return self._map_shape(shape, *self._sides(forward=False))
+
+    def _map_shape(self, shape: Size, source: Size, target: Size) -> Size:
+        if Size(shape[-len(source) :]) != source:
+            raise ValueError(f"expected a shape {_batched(source)}; got {tuple(shape)}")
+        return Size(shape[: len(shape) - len(source)]) + target
+
+    def _evaluate(self, x: Tensor, context: Tensor | None, *, forward: bool) -> Tensor:
+        record = self._record
+        if record is not None and record.forward is not forward and not record.returned and record.result() is x:
+            # An inference tensor has no version to tell that it was written to, so it is always evaluated.
+            if not x.is_inference() and record.holds(self, context):
+                record.returned = True
+                return record.source
+        method = self.forward_and_log_det if forward else self.inverse_and_log_det
+        result, log_det = method(x, context)
+        # An input that was broadcast against the context is not what the way back would give.
+        if result is not x and log_det.shape == x.shape[: x.dim() - len(self._sides(forward)[0])]:
+            object.__setattr__(self, "_record", _Record(self, x, result, log_det, context, forward))
+        return result
+
+    def _log_det_of(self, x: Tensor, y: Tensor, context: Tensor | None) -> Tensor:
+        record = self._record
+        if record is not None:
+            pair = (record.source, record.result()) if record.forward else (record.result(), record.source)
+            if pair[0] is x and pair[1] is y and record.holds(self, context):
+                object.__setattr__(self, "_record", None)
+                log_det = record.log_det if torch.is_grad_enabled() else record.log_det.detach()
+                return log_det if record.forward else -log_det
+        if self.inverse_passes < self.forward_passes:
+            return -self.inverse_and_log_det(y, context)[1]
+        return self.forward_and_log_det(x, context)[1]
+
+    __repr__ = nn.Module.__repr__
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_inv": None, "_record": None}
+
+
+ConditionalTransform.register(Bijection)
+
+
+class Inverse(Bijection):
+    """A bijection read backwards: its latent side is the other's data side.
+
+    Args:
+        bijection: the bijection to invert; its parameters are registered here.
+
+    Shapes:
+        x: ``(*batch, *bijection.data_shape)``; y: ``(*batch, *bijection.latent_shape)``.
+
+    Example:
+        >>> from pyroflows.layers import ElementwiseAffine
+        >>> layer = ElementwiseAffine(2)
+        >>> [name for name, _ in Inverse(layer).named_parameters()]
+        ['bijection.shift', 'bijection.log_scale']
+    """
+
+    def __init__(self, bijection: Bijection):
+        if not isinstance(bijection, Bijection):
+            raise TypeError(f"expected a Bijection; got {type(bijection).__name__}")
+        super().__init__(
+            bijection.data_shape, data_shape=bijection.latent_shape, context_features=bijection.context_features
+        )
+        self.bijection = bijection
+        self.domain, self.codomain = bijection.codomain, bijection.domain
+
+    @property
+    def forward_passes(self) -> int:  # type: ignore[override]
+        return self.bijection.inverse_passes
+
+    @property
+    def inverse_passes(self) -> int:  # type: ignore[override]
+        return self.bijection.forward_passes
+
+    @property
+    def inv(self) -> Bijection:
+        return self.bijection
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.bijection.inverse_and_log_det(x, context)
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.bijection.forward_and_log_det(y, context)
+
+    def _evaluate(self, x: Tensor, context: Tensor | None, *, forward: bool) -> Tensor:
+        return self.bijection._evaluate(x, context, forward=not forward)
+
+    def _log_det_of(self, x: Tensor, y: Tensor, context: Tensor | None) -> Tensor:
+        return -self.bijection._log_det_of(y, x, context)
+
+
+class Conditioned(Bijection):
+    """A conditional bijection with its context fixed; the context's batch shape becomes part of its shapes.
+
+    Args:
+        bijection: a bijection with ``context_features > 0``.
+        context: its context, shape ``(*batch, context_features)``.
+
+    Raises:
+        ValueError: the context has another shape, or the bijection takes none.
+
+    Example:
+        >>> from pyroflows.layers import Coupling
+        >>> conditioned = Conditioned(Coupling(2, context_features=3), torch.zeros(8, 3))
+        >>> conditioned.forward_shape(torch.Size([2]))
+        torch.Size([8, 2])
+    """
+
+    def __init__(self, bijection: Bijection, context: Tensor):
+        if not isinstance(bijection, Bijection):
+            raise TypeError(f"expected a Bijection; got {type(bijection).__name__}")
+        super().__init__(bijection.latent_shape, data_shape=bijection.data_shape)
+        bijection._batch_shape(Size(), context)
+        self.bijection = bijection
+        self.context = context
+        self.domain, self.codomain = bijection.domain, bijection.codomain
+
+    @property
+    def forward_passes(self) -> int:  # type: ignore[override]
+        return self.bijection.forward_passes
+
+    @property
+    def inverse_passes(self) -> int:  # type: ignore[override]
+        return self.bijection.inverse_passes
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.bijection.forward_and_log_det(x, self.context)
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.bijection.inverse_and_log_det(y, self.context)
+
+    def _map_shape(self, shape: Size, source: Size, target: Size) -> Size:
+        mapped = super()._map_shape(shape, source, target)
+        batch = mapped[: len(mapped) - len(target)]
+        return self.bijection._batch_shape(batch, self.context) + target
+
+    def _evaluate(self, x: Tensor, context: Tensor | None, *, forward: bool) -> Tensor:
+        self._batch_shape(Size(), context)
+        return self.bijection._evaluate(x, self.context, forward=forward)
+
+    def _log_det_of(self, x: Tensor, y: Tensor, context: Tensor | None) -> Tensor:
+        self._batch_shape(Size(), context)
+        return self.bijection._log_det_of(x, y, self.context)
+
+    def extra_repr(self) -> str:
+        return f"context={tuple(self.context.shape)}"
+
+
+class Compose(Bijection):
+    r"""A stack of bijections, the first nearest the latent; a context goes to every layer that takes one.
+
+    .. math:: \log|\det dy/dx| = \sum_k \log|\det dx_k / dx_{k-1}|
+
+    Args:
+        layers: bijections whose shapes follow on one another.
+
+    Shapes:
+        x: ``(*batch, *layers[0].latent_shape)``; y: ``(*batch, *layers[-1].data_shape)``.
+
+    Raises:
+        ValueError: no layer, shapes that do not follow, or contexts of different lengths.
+
+    Example:
+        >>> from pyroflows.layers import LULinear, Permutation
+        >>> stack = Compose([LULinear(4), Permutation(4, "reverse")])
+        >>> stack(torch.zeros(3, 4)).shape
+        torch.Size([3, 4])
+    """
+
+    def __init__(self, layers: Iterable[Bijection]):
+        layers = list(layers)
+        if not layers:
+            raise ValueError("expected at least one layer; got none")
+        for layer in layers:
+            if not isinstance(layer, Bijection):
+                raise TypeError(f"expected layers that are Bijections; got {type(layer).__name__}")
+        for number, (below, above) in enumerate(zip(layers[:-1], layers[1:], strict=True)):
+            if below.data_shape != above.latent_shape:
+                raise ValueError(
+                    f"expected layer {number + 1} to take shape {tuple(below.data_shape)}, "
+                    f"as layer {number} gives it; got {tuple(above.latent_shape)}"
+                )
+        contexts = sorted({layer.context_features for layer in layers} - {0})
+        if len(contexts) > 1:
+            raise ValueError(f"expected layers of one context length; got context_features of {contexts}")
+        super().__init__(
+            layers[0].latent_shape,
+            data_shape=layers[-1].data_shape,
+            context_features=contexts[0] if contexts else 0,
+        )
+        self.layers = nn.ModuleList(layers)
+        self.domain, self.codomain = layers[0].domain, layers[-1].codomain
+
+    @property
+    def forward_passes(self) -> int:  # type: ignore[override]
+        return sum(layer.forward_passes for layer in self)
+
+    @property
+    def inverse_passes(self) -> int:  # type: ignore[override]
+        return sum(layer.inverse_passes for layer in self)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[Bijection]:
+        return iter(self.layers)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Bijection:
+        return self.layers[index]  # type: ignore[return-value]
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        total: Tensor | Literal[0] = 0
+        for layer in self.layers:
+            x, log_det = layer.forward_and_log_det(x, layer._context_for(context))  # type: ignore[operator]
+            total = total + log_det
+        return x, total  # type: ignore[return-value]
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        total: Tensor | Literal[0] = 0
+        for layer in reversed(self.layers):
+            y, log_det = layer.inverse_and_log_det(y, layer._context_for(context))  # type: ignore[operator]
+            total = total + log_det
+        return y, total  # type: ignore[return-value]

@@ -1,0 +1,150 @@
+"""Masked autoencoders: networks whose outputs see only the features before them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pyroflows.conditioners.mlp import MLP, check_option, check_sizes
+
+__all__ = ["MADE", "MaskedLinear"]
+
+
+class MaskedLinear(nn.Linear):
+    """A linear map whose weight is multiplied by a fixed mask.
+
+    Args:
+        mask: which inputs reach which outputs, shape ``(out_features, in_features)``.
+
+    Shapes:
+        x: ``(*batch, in_features)``; output: ``(*batch, out_features)``.
+
+    Example:
+        >>> MaskedLinear(torch.eye(2, dtype=torch.bool)).weight.shape
+        torch.Size([2, 2])
+    """
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor):
+        super().__init__(mask.shape[1], mask.shape[0])
+        self.register_buffer("mask", mask)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight * self.mask, self.bias)
+
+
+def _order(features: int, order: str | Sequence[int] | Tensor, seed: int | None) -> Tensor:
+    if isinstance(order, str):
+        check_option("order", order, ("sequential", "reversed", "random"))
+        if order == "random":
+            generator = None if seed is None else torch.Generator().manual_seed(seed)
+            return torch.randperm(features, generator=generator)
+        positions = torch.arange(features)
+        return positions.flip(0) if order == "reversed" else positions
+    given = torch.as_tensor(order)
+    if given.shape != (features,) or not torch.equal(given.sort().values, torch.arange(features)):
+        raise ValueError(f"expected an order that is a permutation of 0 to {features - 1}; got {given.tolist()}")
+    return given
+
+
+class MADE(nn.Module):
+    r"""A masked autoencoder: the parameters of each feature from the features before it and the context.
+
+    Feature ``order[k]`` has degree ``k + 1``. A hidden unit of degree ``m`` sees the features of degrees up to
+    ``m``, and the outputs of degree ``d`` see hidden units of degrees below ``d``. Where the network is too
+    narrow to carry each feature in a unit of its own, a direct masked map from input to output is added, so
+    that every output reaches every earlier feature. With a context there are hidden units of degree 0, so
+    that also the first feature's parameters are a nonlinear function of it.
+
+    Args:
+        features: number of features.
+        num_parameters: outputs for each feature.
+        hidden_features: widths of the hidden layers, or of the residual blocks.
+        context_features: length of the context, which reaches every unit.
+        order: "sequential", "reversed", "random", or the features in the order of their dependence.
+        seed: seeds the random order; by default torch's global generator.
+        residual: whether the hidden layers are residual blocks.
+        activation: as in :class:`MLP`.
+        dropout: share of hidden units dropped, in training only.
+        zero_last: start with an output of zero.
+
+    Shapes:
+        x: ``(*batch, features)``; context: ``(*batch, context_features)``;
+        output: ``(*batch, features, num_parameters)``.
+
+    Raises:
+        ValueError: a size is not positive, or the order not a permutation.
+
+    References:
+        MADE: Masked Autoencoder for Distribution Estimation, Germain et al., 2015 (arXiv:1502.03509).
+
+    Example:
+        >>> made = MADE(3, 2, hidden_features=(16,), zero_last=False)
+        >>> x = torch.zeros(3, requires_grad=True)
+        >>> made(x)[1].sum().backward()  # the second feature sees the first alone
+        >>> x.grad != 0
+        tensor([ True, False, False])
+    """
+
+    order: Tensor
+
+    def __init__(
+        self,
+        features: int,
+        num_parameters: int,
+        *,
+        hidden_features: Sequence[int] = (128, 128),
+        context_features: int = 0,
+        order: str | Sequence[int] | Tensor = "sequential",
+        seed: int | None = None,
+        residual: bool = False,
+        activation: str = "relu",
+        dropout: float = 0.0,
+        zero_last: bool = True,
+    ):
+        super().__init__()
+        hidden_features = tuple(hidden_features)
+        check_sizes(
+            features=features,
+            num_parameters=num_parameters,
+            **{f"hidden_features[{i}]": h for i, h in enumerate(hidden_features)},
+        )
+        self.features, self.num_parameters = features, num_parameters
+        self.register_buffer("order", _order(features, order, seed))
+        degrees = torch.empty(features, dtype=torch.long)
+        degrees[self.order] = torch.arange(1, features + 1)
+        lowest = 0 if context_features or features == 1 else 1
+        span = features - lowest
+        # Degrees are spread evenly over the units and sorted, so that units of one degree lie together.
+        hidden = [lowest + torch.arange(width) * span // width for width in hidden_features]
+        output = degrees.repeat_interleave(num_parameters) - 1
+        widths = [hidden[0]] * (1 + 2 * len(hidden)) if residual and hidden else hidden
+        stack = [degrees, *widths, output]
+        masks = iter([above[:, None] >= below for below, above in zip(stack[:-1], stack[1:], strict=True)])
+        self.network = MLP(
+            features,
+            features * num_parameters,
+            hidden_features=hidden_features,
+            context_features=context_features,
+            residual=residual,
+            activation=activation,
+            dropout=dropout,
+            zero_last=zero_last,
+            linear=lambda *_: MaskedLinear(next(masks)),
+        )
+        narrow = bool(hidden_features) and min(hidden_features) < span
+        self.direct = MaskedLinear(output[:, None] >= degrees) if narrow else None
+        if self.direct is not None:
+            self.direct.bias = None
+            if zero_last:
+                nn.init.zeros_(self.direct.weight)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        parameters = self.network(x, context)
+        if self.direct is not None:
+            parameters = parameters + self.direct(x)
+        return parameters.unflatten(-1, (self.features, self.num_parameters))

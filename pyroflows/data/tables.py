@@ -1,0 +1,205 @@
+"""Tables of numbers, split and standardised: scikit-learn's bundled data sets, or rows of your own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["TABLES", "Table", "load_table", "make_table"]
+
+TABLES: tuple[str, ...] = ("breast_cancer", "diabetes", "digits", "iris", "linnerud", "wine")
+"""The names that ``load_table`` knows."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Table:
+    """A data set in three parts, with what undoes its standardisation.
+
+    Args:
+        name: what the table is called.
+        columns: one name a column.
+        train: the rows to fit to, shape ``(rows, features)``.
+        validation: the rows to stop by.
+        test: the rows to report on.
+        mean: what was subtracted from every row, shape ``(features,)``, float64.
+        scale: what the difference was divided by, shape ``(features,)``, float64.
+        labels: the class of every row by name of the part, int64, or None where there are no classes.
+
+    Example:
+        >>> load_table("iris")
+        Table('iris', features=4, train=105, validation=15, test=30, labels=3)
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+    mean: Tensor
+    scale: Tensor
+    labels: dict[str, Tensor] | None = None
+
+    @property
+    def features(self) -> int:
+        """The number of columns."""
+        return len(self.columns)
+
+    def in_units(self, x: Tensor) -> Tensor:
+        """Undo the standardisation of rows ``x``, shape ``(*batch, features)``, such as samples of a fitted flow."""
+        return (x * self.scale.to(x.device) + self.mean.to(x.device)).to(x.dtype)
+
+    def __repr__(self) -> str:
+        parts = f"train={len(self.train)}, validation={len(self.validation)}, test={len(self.test)}"
+        labels = "" if self.labels is None else f", labels={len(torch.cat(list(self.labels.values())).unique())}"
+        return f"Table({self.name!r}, features={self.features}, {parts}{labels})"
+
+
+def _mean_and_scale(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and population standard deviation of the columns, with scale 1 for a constant one."""
+    constant = x.max(0) == x.min(0)  # asked of the values: rounding can leave a constant a deviation that is not 0
+    return x.mean(0), np.where(constant, 1.0, x.std(0))
+
+
+def make_table(
+    x: Tensor | np.ndarray,
+    *,
+    name: str = "table",
+    columns: Sequence[str] | None = None,
+    labels: Tensor | np.ndarray | None = None,
+    test: float = 0.2,
+    validation: float = 0.1,
+    standardize: bool = True,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Table:
+    """Split rows at random and standardise them by the mean and standard deviation of the train rows.
+
+    A column that is constant in the train rows is kept, with mean subtracted and scale 1.
+
+    Args:
+        x: the rows, shape ``(rows, features)``.
+        name: what to call the table.
+        columns: one name a column; None numbers them.
+        labels: the class of every row, shape ``(rows,)``, or None.
+        test: the fraction of rows to test on.
+        validation: the fraction of rows, of all of them, to stop by.
+        standardize: whether to standardise; without it the mean is 0 and the scale 1.
+        seed: what draws the split.
+        dtype: the dtype of the rows.
+
+    Shapes:
+        train, validation, test: ``(rows, features)``; mean, scale: ``(features,)``.
+
+    Raises:
+        ValueError: the rows are no finite matrix, or names, labels or fractions do not fit them.
+
+    Example:
+        >>> table = make_table(torch.arange(20.0).reshape(10, 2))
+        >>> table
+        Table('table', features=2, train=7, validation=1, test=2)
+        >>> bool(table.train.mean().abs() < 1e-6)
+        True
+    """
+    rows = np.asarray(x.detach().cpu().double() if isinstance(x, Tensor) else x, dtype=np.float64)
+    if rows.ndim != 2 or not rows.size:
+        raise ValueError(f"expected rows of shape (rows, features), at least one of each; got {rows.shape}")
+    columns = tuple(f"column_{number}" for number in range(rows.shape[1])) if columns is None else tuple(columns)
+    if len(columns) != rows.shape[1]:
+        raise ValueError(f"expected {rows.shape[1]} column names; got {len(columns)}")
+    bad = np.argwhere(~np.isfinite(rows))
+    if len(bad):
+        row, column = bad[0]
+        raise ValueError(
+            f"expected finite values; got {rows[row, column]} in row {row}, column {columns[column]!r} of {name!r}"
+        )
+    classes = None if labels is None else torch.as_tensor(labels).long()
+    if classes is not None and classes.shape != rows.shape[:1]:
+        raise ValueError(f"expected labels of shape ({len(rows)},); got {tuple(classes.shape)}")
+    if not (test >= 0 and validation >= 0 and test + validation < 1):
+        raise ValueError(
+            f"expected fractions test and validation of at least 0, together below 1; got {test!r} and {validation!r}"
+        )
+    test_rows, validation_rows = round(test * len(rows)), round(validation * len(rows))
+    train_rows = len(rows) - test_rows - validation_rows
+    if train_rows < 1:
+        raise ValueError(f"expected fractions that leave a train row; got {test!r} and {validation!r} of {len(rows)}")
+
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    indices = dict(
+        zip(("train", "validation", "test"), order.split([train_rows, validation_rows, test_rows]), strict=True)
+    )
+    mean, scale = np.zeros(len(columns)), np.ones(len(columns))
+    if standardize:
+        mean, scale = _mean_and_scale(rows[indices["train"].numpy()])
+    standard = torch.from_numpy((rows - mean) / scale).to(dtype)
+    return Table(
+        name=name,
+        columns=columns,
+        train=standard[indices["train"]],
+        validation=standard[indices["validation"]],
+        test=standard[indices["test"]],
+        mean=torch.from_numpy(mean),
+        scale=torch.from_numpy(scale),
+        labels=None if classes is None else {part: classes[index] for part, index in indices.items()},
+    )
+
+
+def load_table(
+    name: str,
+    *,
+    test: float = 0.2,
+    validation: float = 0.1,
+    standardize: bool = True,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Table:
+    """Load one of scikit-learn's bundled tables, split and standardised by its train rows.
+
+    The classification tables (breast_cancer, digits, iris, wine) have their classes as labels; the regression tables
+    (diabetes, in its original units, and linnerud) have their targets as last columns. No column is dropped: one that
+    is constant in the train rows, as some pixels of digits are, has its mean subtracted and scale 1.
+
+    Args:
+        name: one of ``TABLES``.
+        test: the fraction of rows to test on.
+        validation: the fraction of rows, of all of them, to stop by.
+        standardize: whether to standardise; without it the mean is 0 and the scale 1.
+        seed: what draws the split.
+        dtype: the dtype of the rows.
+
+    Shapes:
+        train, validation, test: ``(rows, features)``; mean, scale: ``(features,)``.
+
+    Raises:
+        ValueError: there is no such table, or the fractions leave no train row.
+
+    Example:
+        >>> wine = load_table("wine", test=0.3, seed=1)
+        >>> wine.train.shape, wine.labels["train"].shape
+        (torch.Size([107, 13]), torch.Size([107]))
+    """
+    if name not in TABLES:
+        raise ValueError(f"expected the name of a table, one of {', '.join(TABLES)}; got {name!r}")
+    from sklearn import datasets  # here, because the import is slow and few uses of the package need it
+
+    bunch = datasets.load_diabetes(scaled=False) if name == "diabetes" else getattr(datasets, f"load_{name}")()
+    rows, columns, labels = bunch.data, [str(column) for column in bunch.feature_names], bunch.target
+    if name in ("diabetes", "linnerud"):
+        rows = np.column_stack((rows, bunch.target))
+        columns += ["progression"] if name == "diabetes" else list(bunch.target_names)
+        labels = None
+    return make_table(
+        rows,
+        name=name,
+        columns=columns,
+        labels=labels,
+        test=test,
+        validation=validation,
+        standardize=standardize,
+        seed=seed,
+        dtype=dtype,
+    )

@@ -1,0 +1,491 @@
+"""Toy densities in the plane: seeded samples, and the exact log density they were drawn from."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+__all__ = [
+    "TOY_DENSITIES",
+    "Checkerboard",
+    "Circles",
+    "EightGaussians",
+    "Pinwheel",
+    "RandomGaussianMixture",
+    "Spirals",
+    "ToyDensity",
+    "TwoMoons",
+]
+
+LOG_2PI = math.log(2 * math.pi)
+
+
+def _check_positive(**values: float) -> None:
+    for name, value in values.items():
+        if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+            raise ValueError(f"expected {name} to be a positive number; got {value!r}")
+
+
+def _check_count(**values: int) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"expected {name} to be a positive integer; got {value!r}")
+
+
+def _generator(seed: int | None) -> Generator | None:
+    if seed is None:
+        return None
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise ValueError(f"expected seed to be a non-negative integer or None; got {seed!r}")
+    return Generator().manual_seed(seed)
+
+
+def _uniform(n: int, generator: Generator | None) -> Tensor:
+    return torch.rand(n, generator=generator, dtype=torch.float64)
+
+
+def _normal(n: int, features: int, generator: Generator | None) -> Tensor:
+    return torch.randn(n, features, generator=generator, dtype=torch.float64)
+
+
+def _choice(n: int, choices: int, generator: Generator | None) -> Tensor:
+    return torch.randint(choices, (n,), generator=generator)
+
+
+def _polar(radius: Tensor, angle: Tensor) -> Tensor:
+    return torch.stack((radius * angle.cos(), radius * angle.sin()), -1)
+
+
+def _quadrature(end: float, width: float) -> tuple[Tensor, Tensor]:
+    """Gauss-Legendre nodes and weights on [0, ``end``], 12 to a panel; the panels are at most ``width`` long."""
+    nodes, weights = (torch.from_numpy(values) for values in np.polynomial.legendre.leggauss(12))
+    panels = math.ceil(end / width)
+    starts = torch.arange(panels, dtype=torch.float64)
+    step = end / panels
+    return ((starts[:, None] + (nodes + 1) / 2) * step).flatten(), (weights * step / 2).repeat(panels)
+
+
+def _log_prob_around(x: Tensor, points: Tensor, log_weights: Tensor, noise: float) -> Tensor:
+    """The log density of ``points`` (m, 2), weighted, each blurred by a normal of standard deviation ``noise``."""
+    points, log_weights = points.to(x.device) / noise, log_weights.to(x.device)
+    x = x / noise
+    # With the square multiplied out the (n, points) numbers come from one matrix product.
+    constants = log_weights - points.square().sum(-1) / 2
+    parts = x.split(max(1, 2**18 // len(points)))  # small enough for the processor's cache
+    log_sums = torch.cat([torch.logsumexp(torch.addmm(constants, part, points.T), -1) for part in parts])
+    return log_sums - x.square().sum(-1) / 2 - LOG_2PI - 2 * math.log(noise)
+
+
+class ToyDensity:
+    """A density with seeded samples and an exact log density; a new one defines ``_draw`` and ``_log_density``.
+
+    Example:
+        >>> class Square(ToyDensity):
+        ...     def _draw(self, n, generator):
+        ...         return torch.rand(n, 2, generator=generator)
+        ...
+        ...     def _log_density(self, x):
+        ...         return torch.where(((x >= 0) & (x <= 1)).all(-1), 0.0, -math.inf)
+        >>> Square().log_prob(Square().sample(3, seed=0))
+        tensor([0., 0., 0.])
+    """
+
+    @property
+    def features(self) -> int:
+        """The length of one sample."""
+        return 2
+
+    def sample(self, n: int, *, seed: int | None = None) -> Tensor:
+        """Draw ``n`` independent points.
+
+        Args:
+            n: how many points.
+            seed: the same seed gives the same points; None draws from torch's global generator.
+
+        Shapes:
+            result: ``(n, features)``, float32.
+
+        Raises:
+            ValueError: ``n`` is not a positive integer, or ``seed`` not a non-negative one.
+        """
+        _check_count(n=n)
+        return self._draw(n, _generator(seed)).float()
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Give the log density in nats, computed in float64 and returned in the dtype of ``x``; autograd goes through.
+
+        Args:
+            x: points, shape ``(*batch, features)``.
+
+        Shapes:
+            result: ``(*batch,)``.
+
+        Raises:
+            TypeError: ``x`` is not a floating-point tensor.
+            ValueError: ``x`` has another shape.
+        """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"expected a tensor of shape (*batch, {self.features}); got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(f"expected a floating-point tensor; got {x.dtype}")
+        if x.dim() == 0 or x.shape[-1] != self.features:
+            raise ValueError(f"expected a tensor of shape (*batch, {self.features}); got {tuple(x.shape)}")
+        log_prob = self._log_density(x.double().reshape(-1, self.features))
+        return log_prob.reshape(x.shape[:-1]).to(x.dtype)
+
+    def _draw(self, n: int, generator: Generator | None) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must define _draw(n, generator)")
+
+    def _log_density(self, x: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must define _log_density(x)")
+
+
+@dataclass(frozen=True)
+class TwoMoons(ToyDensity):
+    r"""Two interleaved half circles of radius 1, blurred by normal noise; the entropy is 0.289 nats at noise 0.05.
+
+    The arcs are scikit-learn's ``make_moons``, with the angle uniform at random instead of on a grid,
+    so that the points are independent and their density is an integral along the arcs, done by quadrature:
+
+    .. math:: p(x) = \frac{1}{2\pi} \sum_{c} \int_0^\pi \mathcal{N}(x;\, c(t), \sigma^2 I)\, dt
+
+    Args:
+        noise: the standard deviation of the noise.
+
+    Shapes:
+        samples: ``(n, 2)``.
+
+    Raises:
+        ValueError: ``noise`` is not a positive number.
+
+    Example:
+        >>> moons = TwoMoons(noise=0.05)
+        >>> x = moons.sample(2000, seed=0)
+        >>> bool((-moons.log_prob(x).mean() - 0.289).abs() < 0.05)
+        True
+    """
+
+    noise: float = 0.05
+
+    def __post_init__(self) -> None:
+        _check_positive(noise=self.noise)
+
+    @staticmethod
+    def _arcs(t: Tensor) -> tuple[Tensor, Tensor]:
+        outer = torch.stack((t.cos(), t.sin()), -1)
+        return outer, t.new_tensor([1.0, 0.5]) - outer
+
+    def _draw(self, n: int, generator: Generator | None) -> Tensor:
+        outer, inner = self._arcs(math.pi * _uniform(n, generator))
+        centres = torch.where(_choice(n, 2, generator)[:, None] == 0, outer, inner)
+        return centres + self.noise * _normal(n, 2, generator)
+
+    def _log_density(self, x: Tensor) -> Tensor:
+        t, weights = _quadrature(math.pi, self.noise)
+        log_weights = weights.log() - math.log(2 * math.pi)
+        return _log_prob_around(x, torch.cat(self._arcs(t)), log_weights.repeat(2), self.noise)
+
+
+@dataclass(frozen=True)
+class Circles(ToyDensity):
+    r"""Two circles about the origin, of radius 1 and ``factor``, blurred by normal noise.
+
+    The density of a blurred circle of radius R is known in closed form:
+
+    .. math:: p_R(x) = \frac{1}{2\pi\sigma^2} \exp\left(-\frac{|x|^2 + R^2}{2\sigma^2}\right) I_0(R |x| / \sigma^2)
+
+    Args:
+        noise: the standard deviation of the noise.
+        factor: the radius of the inner circle, between 0 and 1.
+
+    Shapes:
+        samples: ``(n, 2)``.
+
+    Raises:
+        ValueError: ``noise`` is not a positive number, or ``factor`` not between 0 and 1.
+
+    Example:
+        >>> Circles(factor=0.5).sample(3, seed=0).shape
+        torch.Size([3, 2])
+    """
+
+    noise: float = 0.05
+    factor: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_positive(noise=self.noise)
+        if not 0 < self.factor < 1:
+            raise ValueError(f"expected factor to be between 0 and 1; got {self.factor!r}")
+
+    def _draw(self, n: int, generator: Generator | None) -> Tensor:
+        angle = 2 * math.pi * _uniform(n, generator)
+        radius = torch.tensor([1.0, self.factor], dtype=torch.float64)[_choice(n, 2, generator)]
+        return _polar(radius, angle) + self.noise * _normal(n, 2, generator)
+
+    def _log_density(self, x: Tensor) -> Tensor:
+        variance = self.noise**2
+        radius = x.new_tensor([1.0, self.factor])
+        distance = torch.linalg.vector_norm(x, dim=-1)[:, None]
+        # i0e is exp(-z) I_0(z): the exponent becomes a square, and nothing overflows far from the circles.
+        log_rings = torch.special.i0e(radius * distance / variance).log() - (distance - radius) ** 2 / (2 * variance)
+        return torch.logsumexp(log_rings, -1) - math.log(2 * variance) - LOG_2PI
+
+
+@dataclass(frozen=True)
+class Spirals(ToyDensity):
+    r"""Two spiral arms from the origin, each the other turned by half a turn, blurred by normal noise.
+
+    The arms are those of FFJORD's ``2spirals``, without its second, uniform noise, so that the density
+    is an integral along the arms, done by quadrature. With the angle :math:`t = t_1 \sqrt{u}` and ``u`` uniform:
+
+    .. math:: p(x) = \sum_{\pm} \int_0^{t_1} \frac{t}{t_1^2}\, \mathcal{N}(x;\, \pm c(t), \sigma^2 I)\, dt,
+        \quad c(t) = \tfrac{t}{3} (-\cos t, \sin t), \quad t_1 = 2\pi\,\mathrm{turns}
+
+    Args:
+        noise: the standard deviation of the noise.
+        turns: how often an arm goes round the origin.
+
+    Shapes:
+        samples: ``(n, 2)``.
+
+    Raises:
+        ValueError: ``noise`` or ``turns`` is not a positive number.
+
+    References:
+        FFJORD: Free-form Continuous Dynamics for Scalable Reversible Generative Models,
+        Grathwohl, Chen, Bettencourt, Sutskever, Duvenaud, 2019, arXiv:1810.01367
+
+    Example:
+        >>> Spirals().sample(3, seed=0).shape
+        torch.Size([3, 2])
+    """
+
+    noise: float = 0.1
+    turns: float = 1.5
+
+    def __post_init__(self) -> None:
+        _check_positive(noise=self.noise, turns=self.turns)
+
+    @property
+    def _end(self) -> float:
+        return 2 * math.pi * self.turns
+
+    @staticmethod
+    def _arm(t: Tensor) -> Tensor:
+        return _polar(t / 3, math.pi - t)
+
+    def _draw(self, n: int, generator: Generator | None) -> Tensor:
+        arm = self._arm(self._end * _uniform(n, generator).sqrt())
+        centres = torch.where(_choice(n, 2, generator)[:, None] == 0, arm, -arm)
+        return centres + self.noise * _normal(n, 2, generator)
+
+    def _log_density(self, x: Tensor) -> Tensor:
+        fastest = math.hypot(1, self._end) / 3
+        t, weights = _quadrature(self._end, self.noise / fastest)
+        arm = self._arm(t)
+        log_weights = (weights * t).log() - 2 * math.log(self._end)
+        return _log_prob_around(x, torch.cat((arm, -arm)), log_weights.repeat(2), self.noise)
+
+
+@dataclass(frozen=True)
+class Checkerboard(ToyDensity):
+    """The uniform density on every other cell of a 4x4 board with cells of side 2: its entropy is ln 32 nats.
+
+    Shapes:
+        samples: ``(n, 2)``, between -4 and 4.
+
+    Example:
+        >>> Checkerboard().log_prob(torch.tensor([[-3.0, -3.0], [-1.0, -3.0]]))
+        tensor([-3.4657,    -inf])
+    """
+
+    def _draw(self, n: int, generator: Generator | None) -> Tensor:
+        column = _choice(n, 4, generator)
+        row = 2 * _choice(n, 2, generator) + column % 2
+        # The bound is a number that float32 still tells from the next cell, so that rounding leaves no point there.
+        within = torch.rand(n, 2, generator=generator, dtype=torch.float64).clamp(max=1 - 2**-20)
+        return 2 * (torch.stack((column, row), -1) + within) - 4
+
+    def _log_density(self, x: Tensor) -> Tensor:
+        cell = (x / 2 + 2).floor()
+        inside = ((cell >= 0) & (cell < 4)).all(-1) & (cell.sum(-1) % 2 == 0)
+        return torch.where(inside, -math.log(32), -math.inf)
+
+
+@dataclass(frozen=True)
+class EightGaussians(ToyDensity):
+    """Eight round normals of equal weight, evenly spaced on a circle.
+
+    Args:
+        noise: the standard deviation of each.
+        radius: the radius of the circle.
+
+    Shapes:
+        samples: ``(n, 2)``.
+
+    Raises:
+        ValueError: ``noise`` or ``radius`` is not a positive number.
+
+    Example:
+        >>> EightGaussians().log_prob(torch.tensor([[4.0, 0.0]]))
+        tensor([-2.5310])
+    """
+
+    noise: float = 0.5
+    radius: float = 4.0
+
+    def __post_init__(self) -> None:
+        _check_positive(noise=self.noise, radius=self.radius)
+
+    @property
+    def _centres(self) -> Tensor:
+        angle = torch.arange(8, dtype=torch.float64) * (math.pi / 4)
+        return _polar(torch.full_like(angle, self.radius), angle)
+
+    def _draw(self, n: int, generator: Generator | None) -> Tensor:
+        return self._centres[_choice(n, 8, generator)] + self.noise * _normal(n, 2, generator)
+
+    def _log_density(self, x: Tensor) -> Tensor:
+        return _log_prob_around(x, self._centres, torch.full((8,), -math.log(8), dtype=torch.float64), self.noise)
+
+
+@dataclass(frozen=True)
+class Pinwheel(ToyDensity):
+    r"""Normal arms about the origin, twisted into a pinwheel.
+
+    A point of an arm is drawn about (1, 0), then turned by the arm's angle and by
+    :math:`\mathrm{rate} \cdot e^r`, with r its distance from the origin. In the original r is the first coordinate;
+    with the distance the twist keeps areas, and the density is that of the normals, in closed form.
+
+    Args:
+        num_arms: how many arms.
+        radial_scale: an arm's standard deviation away from the origin.
+        tangential_scale: its standard deviation across.
+        rate: how strong the twist is.
+
+    Shapes:
+        samples: ``(n, 2)``.
+
+    Raises:
+        ValueError: an argument is not positive.
+
+    References:
+        Composing graphical models with neural networks for structured representations and fast inference,
+        Johnson, Duvenaud, Wiltschko, Datta, Adams, 2016, arXiv:1603.06277
+
+    Example:
+        >>> Pinwheel(num_arms=3).sample(4, seed=0).shape
+        torch.Size([4, 2])
+    """
+
+    num_arms: int = 5
+    radial_scale: float = 0.3
+    tangential_scale: float = 0.1
+    rate: float = 0.25
+
+    def __post_init__(self) -> None:
+        _check_count(num_arms=self.num_arms)
+        _check_positive(radial_scale=self.radial_scale, tangential_scale=self.tangential_scale, rate=self.rate)
+
+    def _twist(self, distance: Tensor) -> Tensor:
+        # Bounded, because the angle of an infinite twist is nan; no sample is ever that far out.
+        return self.rate * distance.clamp(max=20).exp()
+
+    def _draw(self, n: int, generator: Generator | None) -> Tensor:
+        point = _normal(n, 2, generator) * torch.tensor([self.radial_scale, self.tangential_scale]).double()
+        along, across = (point + torch.tensor([1.0, 0.0])).unbind(-1)
+        distance = torch.hypot(along, across)
+        arm = _choice(n, self.num_arms, generator) * (2 * math.pi / self.num_arms)
+        return _polar(distance, torch.atan2(across, along) + arm + self._twist(distance))
+
+    def _log_density(self, x: Tensor) -> Tensor:
+        distance = torch.linalg.vector_norm(x, dim=-1)[:, None]
+        arms = torch.arange(self.num_arms, dtype=x.dtype, device=x.device) * (2 * math.pi / self.num_arms)
+        angle = arms + self._twist(distance)  # (n, arms)
+        along = x[:, :1] * angle.cos() + x[:, 1:] * angle.sin()
+        across = x[:, 1:] * angle.cos() - x[:, :1] * angle.sin()
+        squares = ((along - 1) / self.radial_scale) ** 2 + (across / self.tangential_scale) ** 2
+        scales = self.num_arms * self.radial_scale * self.tangential_scale
+        return torch.logsumexp(-squares / 2, -1) - math.log(scales) - LOG_2PI
+
+
+@dataclass(frozen=True)
+class RandomGaussianMixture(ToyDensity):
+    """A mixture of normals of equal weight, with random means and random full covariances.
+
+    The means are normal with standard deviation 3; a covariance has random axes, with standard deviations
+    uniform between 0.3 and 1.
+
+    Args:
+        features: the dimension.
+        num_components: how many normals.
+        seed: what draws the means and covariances; the samples have a seed of their own.
+
+    Shapes:
+        samples: ``(n, features)``.
+
+    Raises:
+        ValueError: a count is not a positive integer, or the seed not a non-negative one.
+
+    Example:
+        >>> RandomGaussianMixture(features=3, num_components=4).means.shape
+        torch.Size([4, 3])
+    """
+
+    features: int = 2
+    num_components: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_count(features=self.features, num_components=self.num_components)
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
+            raise ValueError(f"expected seed to be a non-negative integer; got {self.seed!r}")
+
+    @functools.cached_property
+    def _parameters(self) -> tuple[Tensor, Tensor, Tensor]:
+        generator = _generator(self.seed)
+        means = 3 * _normal(self.num_components, self.features, generator)
+        square = (self.num_components, self.features, self.features)
+        axes = torch.linalg.qr(torch.randn(square, generator=generator, dtype=torch.float64)).Q
+        scales = 0.3 + 0.7 * torch.rand(square[:2], generator=generator, dtype=torch.float64)
+        return means, axes, scales
+
+    @property
+    def means(self) -> Tensor:
+        """The means, shape ``(num_components, features)``, float64."""
+        return self._parameters[0]
+
+    @property
+    def covariances(self) -> Tensor:
+        """The covariances, shape ``(num_components, features, features)``, float64."""
+        _, axes, scales = self._parameters
+        return (axes * scales[:, None].square()) @ axes.mT
+
+    def _draw(self, n: int, generator: Generator | None) -> Tensor:
+        means, axes, scales = self._parameters
+        component = _choice(n, self.num_components, generator)
+        normal = scales[component] * _normal(n, self.features, generator)
+        return means[component] + (axes[component] @ normal[..., None]).squeeze(-1)
+
+    def _log_density(self, x: Tensor) -> Tensor:
+        means, axes, scales = (values.to(x.device) for values in self._parameters)
+        # Turned into the axes of each component its normal is a product: (n, k, d) from (n, k, 1, d) @ (k, d, d).
+        whitened = ((x[:, None] - means)[..., None, :] @ axes).squeeze(-2) / scales
+        log_normals = -whitened.square().sum(-1) / 2 - scales.log().sum(-1)
+        return torch.logsumexp(log_normals, -1) - math.log(self.num_components) - self.features * LOG_2PI / 2
+
+
+TOY_DENSITIES: dict[str, type[ToyDensity]] = {
+    "moons": TwoMoons,
+    "circles": Circles,
+    "spirals": Spirals,
+    "checkerboard": Checkerboard,
+    "eight_gaussians": EightGaussians,
+    "pinwheel": Pinwheel,
+    "gaussian_mixture": RandomGaussianMixture,
+}

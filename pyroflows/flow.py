@@ -1,0 +1,129 @@
+"""A flow: a prior and a stack of bijections, and the Pyro distribution they make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from pyro.distributions import TransformedDistribution
+from torch import Size, Tensor, nn
+
+from pyroflows.bijection import Bijection, Compose
+from pyroflows.priors import Prior
+
+__all__ = ["Flow"]
+
+
+class Flow(nn.Module):
+    r"""A normalizing flow: a density model, a site of a Pyro model, and a variational guide.
+
+    .. math:: \log p(x \mid c) = \log p_Z(f^{-1}(x; c)) + \log|\det df^{-1}/dx|
+
+    Calling it gives a :class:`pyro.distributions.TransformedDistribution` over its layers. The methods below
+    compute the same without a distribution: they are what compiles, maps and trains.
+
+    Args:
+        prior: the distribution of the latent.
+        layers: bijections, the first nearest the latent, or one bijection.
+
+    Shapes:
+        x: ``(*batch, *event_shape)``; context: ``(*batch, context_features)``; log_prob: ``(*batch,)``.
+
+    Raises:
+        ValueError: the shapes of prior and layers do not follow on one another, or an input or context has another
+            shape than the flow's, or a context is missing or not expected.
+        TypeError: an input is not a floating-point tensor of the flow's dtype.
+
+    References:
+        Normalizing Flows for Probabilistic Modeling and Inference, Papamakarios et al., 2021 (arXiv:1912.02762).
+
+    Example:
+        >>> from pyroflows import ActNorm, Coupling, StandardNormal
+        >>> flow = Flow(StandardNormal(2), [Coupling(2), Coupling(2, flip=True)])
+        >>> flow.log_prob(torch.zeros(3, 2)).shape, flow.sample((5,)).shape
+        (torch.Size([3]), torch.Size([5, 2]))
+        >>> flow().event_shape
+        torch.Size([2])
+    """
+
+    def __init__(self, prior: Prior, layers: Iterable[Bijection] | Bijection):
+        super().__init__()
+        if not isinstance(prior, Prior):
+            raise TypeError(f"expected a Prior; got {type(prior).__name__}")
+        bijection = Compose([layers] if isinstance(layers, Bijection) else layers)
+        if prior.event_shape != bijection.latent_shape:
+            raise ValueError(
+                f"expected a prior of shape {tuple(bijection.latent_shape)}, the layers' latent; "
+                f"got {tuple(prior.event_shape)}"
+            )
+        self.prior = prior
+        self.bijection = bijection
+
+    @property
+    def layers(self) -> list[Bijection]:
+        """The layers, the first nearest the latent."""
+        return list(self.bijection)
+
+    @property
+    def event_shape(self) -> Size:
+        """The shape of one point of data."""
+        return self.bijection.data_shape
+
+    @property
+    def context_features(self) -> int:
+        """The length of the context; 0 for a flow without."""
+        return self.bijection.context_features
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the flow's numbers, and of the data it takes."""
+        return self._number().dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the flow's numbers."""
+        return self._number().device
+
+    def _number(self) -> Tensor:
+        for numbers in (self.parameters(), self.buffers()):
+            for tensor in numbers:
+                if tensor.is_floating_point():
+                    return tensor
+        return torch.empty(())
+
+    def forward(self, context: Tensor | None = None) -> TransformedDistribution:
+        """Give the distribution, with the context's batch shape."""
+        self.bijection._batch_shape(Size(), context)
+        layers = [layer if context is None else layer.condition(context) for layer in self.layers]
+        return TransformedDistribution(self.prior(), layers)
+
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Give the log-density of data, in nats."""
+        self._check_dtype(x)
+        z, log_det = self.bijection.inverse_and_log_det(x, context)
+        return self.prior.log_prob(z) + log_det
+
+    def sample(self, shape: int | Sequence[int] = (), context: Tensor | None = None) -> Tensor:
+        """Draw data of shape ``(*shape, *batch, *event_shape)``, without gradients."""
+        with torch.no_grad():
+            z = self.prior.sample(self._sample_shape(shape, context))
+            return self.bijection.forward_and_log_det(z, context)[0]
+
+    def rsample_and_log_prob(
+        self, shape: int | Sequence[int] = (), context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw data through which gradients pass, and give its log-density, in one pass."""
+        z = self.prior.rsample(self._sample_shape(shape, context))
+        x, log_det = self.bijection.forward_and_log_det(z, context)
+        return x, self.prior.log_prob(z) - log_det
+
+    def _sample_shape(self, shape: int | Sequence[int], context: Tensor | None) -> Size:
+        sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+        if not all(isinstance(size, int) and size >= 0 for size in sizes):
+            raise ValueError(f"expected a sample shape of non-negative integers; got {shape!r}")
+        return Size(sizes) + self.bijection._batch_shape(Size(), context)
+
+    def _check_dtype(self, x: Tensor) -> None:
+        if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != self.dtype:
+            if not torch.is_autocast_enabled(x.device.type):
+                raise TypeError(f"expected data of the flow's {self.dtype}; got {x.dtype}")

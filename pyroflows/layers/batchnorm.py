@@ -1,0 +1,89 @@
+"""Batch normalisation as a bijection."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pyroflows.bijection import Bijection
+
+__all__ = ["BatchNorm"]
+
+
+class BatchNorm(Bijection):
+    r"""Batch normalisation on the way to the latent.
+
+    .. math:: x = e^s \frac{y - \mu}{\sqrt{v + \epsilon}} + t, \quad
+              \log|\det dy/dx| = \sum_i \tfrac12\log(v_i + \epsilon) - s_i
+
+    In training :math:`\mu, v` are those of the batch, and running averages follow them. At evaluation, and
+    from latent to data, the stored statistics are used, and the map is invertible: the running averages, or those of
+    the whole train set after :meth:`set_statistics`, which :func:`~pyroflows.fit` calls before it validates.
+
+    Args:
+        features: number of features.
+        momentum: the weight of a new batch in the running averages.
+        eps: added to the variance.
+
+    Shapes:
+        x, y: ``(*batch, features)``.
+
+    Raises:
+        ValueError: features is not a positive integer, momentum not in (0, 1], or eps not positive.
+
+    References:
+        Density estimation using Real NVP, Dinh et al., 2017 (arXiv:1605.08803);
+        Masked Autoregressive Flow for Density Estimation, Papamakarios et al., 2017 (arXiv:1705.07057).
+
+    Example:
+        >>> layer = BatchNorm(2)
+        >>> x = layer.inv(3 * torch.randn(100, 2))
+        >>> bool(x.mean().abs() < 1e-5)
+        True
+    """
+
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, features: int, *, momentum: float = 0.1, eps: float = 1e-5):
+        super().__init__(features)
+        if not 0 < momentum <= 1:
+            raise ValueError(f"expected momentum in (0, 1]; got {momentum!r}")
+        if not eps > 0:
+            raise ValueError(f"expected a positive eps; got {eps!r}")
+        self.momentum, self.eps = momentum, eps
+        self.shift = nn.Parameter(torch.zeros(self.latent_shape))
+        self.log_scale = nn.Parameter(torch.zeros(self.latent_shape))
+        self.register_buffer("mean", torch.zeros(self.latent_shape))
+        self.register_buffer("variance", torch.ones(self.latent_shape))
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        spread = self.variance + self.eps
+        y = (x - self.shift) * (-self.log_scale).exp() * spread.sqrt() + self.mean
+        return y, -self._log_det(spread, x)
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        mean, variance = self.mean, self.variance
+        # A single row has no variance: it takes the stored statistics.
+        if self.training and y.shape[:-1].numel() > 1:
+            variance, mean = torch.var_mean(y.flatten(0, -2), 0, correction=0)
+            with torch.no_grad():
+                self.mean.lerp_(mean, self.momentum)
+                self.variance.lerp_(variance, self.momentum)
+        spread = variance + self.eps
+        x = (y - mean) * spread.rsqrt() * self.log_scale.exp() + self.shift
+        return x, self._log_det(spread, y)
+
+    def _log_det(self, spread: Tensor, x: Tensor) -> Tensor:
+        return (self.log_scale - spread.log() / 2).sum().expand(x.shape[:-1])
+
+    @torch.no_grad()
+    def set_statistics(self, y: Tensor) -> None:
+        """Take the stored statistics from data, shape ``(rows, features)``, as they reach this layer."""
+        self._check(y, self.data_shape, None)
+        variance, mean = torch.var_mean(y.flatten(0, -2), 0, correction=0)
+        self.mean.copy_(mean)
+        self.variance.copy_(variance)
+
+    def extra_repr(self) -> str:
+        return f"{self.latent_shape[0]}, momentum={self.momentum}, eps={self.eps}"

@@ -1,0 +1,124 @@
+"""Coupling layers: some features transform the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyroflows.bijection import Bijection
+from pyroflows.conditioners.mlp import MLP, check_option, check_sizes
+from pyroflows.layers.transformers import Transformer, make_transformer
+
+__all__ = ["Coupling"]
+
+
+def _moved(features: int, mask: str | Sequence[bool] | Tensor, flip: bool) -> Tensor:
+    """Which features the layer moves, as booleans."""
+    if isinstance(mask, str):
+        check_option("mask", mask, ("halves", "checkerboard"))
+        position = torch.arange(features)
+        moved = position >= features // 2 if mask == "halves" else position % 2 == 0
+        # A single feature can only be moved.
+        return ~moved if flip and features > 1 else moved
+    given = torch.as_tensor(mask)
+    if given.dtype != torch.bool or given.shape != (features,):
+        raise ValueError(f"expected a mask of {features} booleans; got {given.tolist()!r} ({given.dtype})")
+    moved = ~given if flip else given
+    if not moved.any():
+        raise ValueError(f"expected a mask that moves at least one of {features} features; got none")
+    return moved
+
+
+class Coupling(Bijection):
+    r"""A coupling layer: the features it keeps give, through a network, the parameters that move the others.
+
+    .. math:: y_k = x_k, \quad y_m = f(x_m; \theta(x_k, c)), \quad \log|\det dy/dx| = \sum_m \log|f'(x_m)|
+
+    Args:
+        features: number of features.
+        transformer: "affine", "additive", "spline", or a :class:`Transformer` with options of its own.
+        mask: "halves" (the second half moves), "checkerboard" (even positions move), or a boolean for each
+            feature, true where it moves.
+        flip: exchange the moved and the kept features.
+        context_features: length of the context.
+        conditioner: a network from ``(kept features, context)`` to ``(*batch, moved * num_parameters)``;
+            by default an :class:`MLP`.
+        network: options of that MLP, such as ``hidden_features=(128, 128)`` or ``residual=True``.
+
+    Shapes:
+        x, y: ``(*batch, features)``; context: ``(*batch, context_features)``.
+
+    Raises:
+        ValueError: a size is not positive, or a mask or option is not one of those above.
+
+    References:
+        Density estimation using Real NVP, Dinh et al., 2017 (arXiv:1605.08803);
+        Neural Spline Flows, Durkan et al., 2019 (arXiv:1906.04032).
+
+    Example:
+        >>> layer = Coupling(4, mask="checkerboard", hidden_features=(16,))
+        >>> layer(torch.zeros(3, 4)).shape
+        torch.Size([3, 4])
+    """
+
+    to_parts: Tensor
+    to_whole: Tensor
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        transformer: str | Transformer = "affine",
+        mask: str | Sequence[bool] | Tensor = "halves",
+        flip: bool = False,
+        context_features: int = 0,
+        conditioner: nn.Module | None = None,
+        **network: Any,
+    ):
+        check_sizes(features=features)
+        super().__init__(features, context_features=context_features)
+        moved = _moved(features, mask, flip)
+        self.num_moved = int(moved.sum())
+        self.transformer = make_transformer(transformer)
+        parts = torch.cat([(~moved).nonzero()[:, 0], moved.nonzero()[:, 0]])
+        self.in_place = torch.equal(parts, torch.arange(features))
+        self.register_buffer("to_parts", parts)
+        self.register_buffer("to_whole", parts.argsort())
+        if conditioner is None:
+            conditioner = MLP(
+                features - self.num_moved,
+                self.num_moved * self.transformer.num_parameters,
+                context_features=context_features,
+                **network,
+            )
+        elif network:
+            raise TypeError(f"expected no network options beside a conditioner; got {', '.join(network)}")
+        self.conditioner = conditioner
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        kept, moved = self._split(x)
+        moved, log_det = self.transformer.forward(moved, self._parameters_from(kept, context))
+        return self._merge(kept, moved), log_det.sum(-1)
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        kept, moved = self._split(y)
+        moved, log_det = self.transformer.inverse(moved, self._parameters_from(kept, context))
+        return self._merge(kept, moved), log_det.sum(-1)
+
+    def _parameters_from(self, kept: Tensor, context: Tensor | None) -> Tensor:
+        return self.conditioner(kept, context).unflatten(-1, (self.num_moved, self.transformer.num_parameters))
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        parts = x if self.in_place else x.index_select(-1, self.to_parts)
+        kept, moved = parts.split((x.shape[-1] - self.num_moved, self.num_moved), -1)
+        return kept, moved
+
+    def _merge(self, kept: Tensor, moved: Tensor) -> Tensor:
+        whole = torch.cat([kept, moved], -1)
+        return whole if self.in_place else whole.index_select(-1, self.to_whole)
+
+    def extra_repr(self) -> str:
+        return f"{self.latent_shape[0]}, moved={self.num_moved}, transformer={self.transformer}"

@@ -1,0 +1,132 @@
+"""Learned linear mixing of features: the vector form of Glow's 1x1 convolution."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pyroflows.bijection import Bijection
+from pyroflows.conditioners.mlp import check_option, check_sizes
+
+__all__ = ["DenseLinear", "LULinear"]
+
+
+def _start(features: int, start: str) -> Tensor:
+    check_sizes(features=features)
+    check_option("start", start, ("rotation", "identity"))
+    if start == "identity":
+        return torch.eye(features)
+    return torch.linalg.qr(torch.randn(features, features, dtype=torch.float64))[0].to(torch.get_default_dtype())
+
+
+class LULinear(Bijection):
+    r"""A learned linear map, factored so that its determinant is a sum of logarithms.
+
+    .. math:: x = W y + b, \quad W = P L (U + \mathrm{diag}(s)), \quad \log|\det dy/dx| = -\sum_i \log|s_i|
+
+    The permutation :math:`P` and the signs of :math:`s` are fixed. Data to latent is a product, latent to
+    data two triangular solves.
+
+    Args:
+        features: number of features.
+        start: "rotation", a random one, or "identity".
+        bias: whether the shift :math:`b` is learned.
+
+    Shapes:
+        x, y: ``(*batch, features)``.
+
+    Raises:
+        ValueError: features is not a positive integer, or the start is unknown.
+
+    References:
+        Glow: Generative Flow with Invertible 1x1 Convolutions, Kingma and Dhariwal, 2018 (arXiv:1807.03039).
+
+    Example:
+        >>> layer = LULinear(3)
+        >>> W = layer.weight()
+        >>> torch.allclose(W @ W.T, torch.eye(3), atol=1e-6)  # a rotation at the start
+        True
+    """
+
+    permutation: Tensor
+    signs: Tensor
+
+    def __init__(self, features: int, *, start: str = "rotation", bias: bool = True):
+        super().__init__(features)
+        p, lower, upper = torch.linalg.lu(_start(features, start))
+        self.register_buffer("permutation", p.argmax(-1))  # row i of W is row permutation[i] of L U
+        self.register_buffer("signs", upper.diagonal().sign())
+        self.lower = nn.Parameter(lower.tril(-1))
+        self.upper = nn.Parameter(upper.triu(1))
+        self.log_scale = nn.Parameter(upper.diagonal().abs().log())
+        self.bias = nn.Parameter(torch.zeros(features)) if bias else None
+
+    def weight(self) -> Tensor:
+        """The matrix W, shape ``(features, features)``."""
+        lower, upper = self._factors()
+        return (lower @ upper)[self.permutation]
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        lower, upper = self._factors()
+        y = x if self.bias is None else x - self.bias
+        y = y[..., self.permutation.argsort()].reshape(-1, x.shape[-1])
+        y = torch.linalg.solve_triangular(lower.T, y, upper=True, left=False, unitriangular=True)
+        y = torch.linalg.solve_triangular(upper.T, y, upper=False, left=False)
+        return y.reshape(x.shape), -self.log_scale.sum().expand(x.shape[:-1])
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x = nn.functional.linear(y, self.weight(), self.bias)
+        return x, self.log_scale.sum().expand(y.shape[:-1])
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        lower = self.lower.tril(-1) + torch.eye(len(self.lower), dtype=self.lower.dtype, device=self.lower.device)
+        return lower, self.upper.triu(1) + torch.diag(self.signs * self.log_scale.exp())
+
+    def extra_repr(self) -> str:
+        return f"{self.latent_shape[0]}"
+
+
+class DenseLinear(Bijection):
+    r"""A learned linear map without a factorisation, its determinant computed anew at each step.
+
+    .. math:: x = W y + b, \quad \log|\det dy/dx| = -\log|\det W|
+
+    Args:
+        features: number of features.
+        start: "rotation", a random one, or "identity".
+        bias: whether the shift :math:`b` is learned.
+
+    Shapes:
+        x, y: ``(*batch, features)``.
+
+    Raises:
+        ValueError: features is not a positive integer, or the start is unknown.
+
+    References:
+        Glow: Generative Flow with Invertible 1x1 Convolutions, Kingma and Dhariwal, 2018 (arXiv:1807.03039).
+
+    Example:
+        >>> layer = DenseLinear(3)
+        >>> bool(layer.forward_and_log_det(torch.ones(3))[1].abs() < 1e-6)
+        True
+    """
+
+    def __init__(self, features: int, *, start: str = "rotation", bias: bool = True):
+        super().__init__(features)
+        self.weight = nn.Parameter(_start(features, start))
+        self.bias = nn.Parameter(torch.zeros(features)) if bias else None
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y = x if self.bias is None else x - self.bias
+        y = torch.linalg.solve(self.weight.T, y.reshape(-1, x.shape[-1]), left=False)
+        return y.reshape(x.shape), -self._log_det().expand(x.shape[:-1])
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x = nn.functional.linear(y, self.weight, self.bias)
+        return x, self._log_det().expand(y.shape[:-1])
+
+    def _log_det(self) -> Tensor:
+        return torch.linalg.slogdet(self.weight).logabsdet
+
+    def extra_repr(self) -> str:
+        return f"{self.latent_shape[0]}"

@@ -1,0 +1,66 @@
+"""Fixed permutations of the features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyroflows.bijection import Bijection
+
+__all__ = ["Permutation"]
+
+
+class Permutation(Bijection):
+    r"""A fixed reordering of the features, which lets the next coupling change what this one kept.
+
+    .. math:: y_i = x_{\pi(i)}, \qquad \log|\det dy/dx| = 0
+
+    Args:
+        features: the number of features.
+        order: ``"reverse"``, ``"random"``, or the permutation itself: feature ``i`` of the data is feature
+            ``order[i]`` of the latent.
+        seed: the seed of a random order; torch's global generator if not given.
+
+    Shapes:
+        x, y: ``(*batch, features)``.
+
+    Raises:
+        ValueError: the order is not a permutation of ``0, ..., features - 1``.
+
+    Example:
+        >>> Permutation(3, [2, 0, 1])(torch.tensor([10.0, 11.0, 12.0]))
+        tensor([12., 10., 11.])
+    """
+
+    order: Tensor
+    inverse_order: Tensor
+
+    def __init__(self, features: int, order: str | Sequence[int] | Tensor = "random", *, seed: int | None = None):
+        super().__init__(features)
+        if not isinstance(features, int):
+            raise TypeError(f"expected a number of features; got {features!r}")
+        if isinstance(order, str):
+            if order == "reverse":
+                order = torch.arange(features).flip(0)
+            elif order == "random":
+                generator = None if seed is None else torch.Generator().manual_seed(seed)
+                order = torch.randperm(features, generator=generator)
+            else:
+                raise ValueError(f"expected order to be 'reverse', 'random' or a permutation; got {order!r}")
+        given = torch.as_tensor(order).detach()
+        if given.is_floating_point() or not torch.equal(given.sort().values.cpu(), torch.arange(features)):
+            raise ValueError(f"expected order to be a permutation of 0, ..., {features - 1}; got {given.tolist()}")
+        self.register_buffer("order", given.long().clone())
+        self.register_buffer("inverse_order", given.argsort())
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return x.index_select(-1, self.order), x.new_zeros(x.shape[:-1])
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return y.index_select(-1, self.inverse_order), y.new_zeros(y.shape[:-1])
+
+    def extra_repr(self) -> str:
+        order = self.order.tolist()
+        return f"{len(order)}, order={order}" if len(order) <= 16 else str(len(order))

@@ -1,0 +1,257 @@
+"""Maps that act on every feature by itself: affine, sigmoid and logit, standardisation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.nn import functional as F
+
+from pyroflows.bijection import Bijection
+from pyroflows.conditioners.mlp import MLP
+
+__all__ = ["ElementwiseAffine", "Logit", "Sigmoid", "Standardize"]
+
+
+class ElementwiseAffine(Bijection):
+    r"""A learnable scale and shift of every feature, the identity at the start.
+
+    .. math:: y_i = x_i e^{s_i} + t_i, \qquad \log|\det dy/dx| = \sum_i s_i
+
+    Args:
+        features: the number of features, or the event shape.
+        context_features: the length of the context, of which an MLP makes ``shift`` and ``log_scale``.
+        hidden_features: the widths of the MLP's hidden layers.
+
+    Shapes:
+        x, y: ``(*batch, *features)``; context: ``(*batch, context_features)``.
+
+    Example:
+        >>> layer = ElementwiseAffine(2)
+        >>> [name for name, _ in layer.named_parameters()]
+        ['shift', 'log_scale']
+        >>> layer.forward_and_log_det(torch.ones(3, 2))[1].shape
+        torch.Size([3])
+    """
+
+    def __init__(
+        self,
+        features: int | Sequence[int],
+        *,
+        context_features: int = 0,
+        hidden_features: Sequence[int] = (64,),
+    ):
+        super().__init__(features, context_features=context_features)
+        if context_features:
+            outputs = 2 * self.latent_shape.numel()
+            self.conditioner = MLP(context_features, outputs, hidden_features=hidden_features)
+        else:
+            self.shift = nn.Parameter(torch.zeros(self.latent_shape))
+            self.log_scale = nn.Parameter(torch.zeros(self.latent_shape))
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        shift, log_scale = self._parameters_for(context)
+        return x * torch.exp(log_scale) + shift, _sum_event(log_scale.expand(x.shape), self)
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        shift, log_scale = self._parameters_for(context)
+        return (y - shift) * torch.exp(-log_scale), -_sum_event(log_scale.expand(y.shape), self)
+
+    def _parameters_for(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        if context is None:
+            return self.shift, self.log_scale
+        both = self.conditioner(context).unflatten(-1, (2, *self.latent_shape))
+        shift, log_scale = both.unbind(dim=-len(self.latent_shape) - 1)
+        return shift, log_scale
+
+    def extra_repr(self) -> str:
+        context = f", context_features={self.context_features}" if self.context_features else ""
+        return f"{_shape_of(self)}{context}"
+
+
+class Sigmoid(Bijection):
+    r"""The sigmoid of every feature: as the last layer of a flow, it models data in (0, 1) such as pixels.
+
+    .. math::
+        y_i = \frac{\sigma(x_i) - \alpha}{1 - 2\alpha}, \qquad
+        \log|\det dy/dx| = \sum_i \log\sigma(x_i) + \log\sigma(-x_i) - \log(1 - 2\alpha)
+
+    Data to latent, this is the ``logit(alpha + (1 - 2 alpha) y)`` of RealNVP, where a small ``alpha`` keeps data at
+    the ends 0 and 1 at finite latents; a sample may then be outside [0, 1] by at most about ``alpha``.
+
+    Args:
+        features: the number of features, or the event shape.
+        alpha: the margin at both ends, in [0, 0.5).
+
+    Shapes:
+        x, y: ``(*batch, *features)``.
+
+    Raises:
+        ValueError: ``alpha`` is outside [0, 0.5).
+
+    References:
+        Density Estimation Using Real NVP, Dinh et al., 2017 (arXiv:1605.08803).
+
+    Example:
+        >>> Sigmoid(2).inv(torch.tensor([0.5, 0.5]))
+        tensor([0., 0.])
+    """
+
+    def __init__(self, features: int | Sequence[int], alpha: float = 0.0):
+        super().__init__(features)
+        self.alpha = _checked_alpha(alpha)
+        self.codomain = _margin(alpha, len(self.data_shape))
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y, log_slope = _sigmoid(x, self.alpha)
+        return y, _sum_event(log_slope, self)
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, log_slope = _logit(y, self.alpha)
+        return x, _sum_event(log_slope, self)
+
+    def extra_repr(self) -> str:
+        return f"{_shape_of(self)}, alpha={self.alpha:g}"
+
+
+class Logit(Bijection):
+    r"""The logit of every feature, which maps latents in (0, 1), such as a uniform prior's, to the reals.
+
+    .. math::
+        y_i = \operatorname{logit}(\alpha + (1 - 2\alpha) x_i), \qquad
+        \log|\det dy/dx| = -\sum_i \log\sigma(y_i) + \log\sigma(-y_i) - \log(1 - 2\alpha)
+
+    For data in (0, 1) the last layer of a flow is ``Sigmoid``, not this.
+
+    Args:
+        features: the number of features, or the event shape.
+        alpha: the margin at both ends, in [0, 0.5).
+
+    Shapes:
+        x, y: ``(*batch, *features)``.
+
+    Raises:
+        ValueError: ``alpha`` is outside [0, 0.5).
+
+    Example:
+        >>> Logit(2)(torch.tensor([0.5, 0.5]))
+        tensor([0., 0.])
+    """
+
+    def __init__(self, features: int | Sequence[int], alpha: float = 0.0):
+        super().__init__(features)
+        self.alpha = _checked_alpha(alpha)
+        self.domain = _margin(alpha, len(self.latent_shape))
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y, log_slope = _logit(x, self.alpha)
+        return y, _sum_event(log_slope, self)
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, log_slope = _sigmoid(y, self.alpha)
+        return x, _sum_event(log_slope, self)
+
+    def extra_repr(self) -> str:
+        return f"{_shape_of(self)}, alpha={self.alpha:g}"
+
+
+class Standardize(Bijection):
+    r"""A fixed scale and shift, from latents of mean 0 and variance 1 to the units of the data.
+
+    .. math:: y_i = x_i \sigma_i + \mu_i, \qquad \log|\det dy/dx| = \sum_i \log \sigma_i
+
+    Args:
+        mean: the means of the data, one for each feature.
+        std: the standard deviations, of the same shape.
+
+    Shapes:
+        x, y: ``(*batch, *mean.shape)``.
+
+    Raises:
+        ValueError: the shapes differ, a number is not finite, or a standard deviation is not positive.
+
+    Example:
+        >>> layer = Standardize.from_data(torch.tensor([[1.0, 10.0], [3.0, 30.0]]))
+        >>> layer.inv(torch.tensor([2.0, 30.0]))
+        tensor([0., 1.])
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Tensor, std: Tensor):
+        mean, std = _floating(mean), _floating(std)
+        if mean.dim() == 0 or mean.shape != std.shape:
+            raise ValueError(
+                f"expected mean and std of one shape (features,); got {tuple(mean.shape)} and {tuple(std.shape)}"
+            )
+        _refuse_columns(~(mean.isfinite() & std.isfinite()), "expected a finite mean and std; got other values")
+        _refuse_columns(std <= 0, "expected a positive std; got zero or less")
+        super().__init__(mean.shape)
+        self.register_buffer("mean", mean.clone())
+        self.register_buffer("std", std.clone())
+
+    @classmethod
+    def from_data(cls, y: Tensor) -> Standardize:
+        """Take mean and standard deviation from data of shape ``(rows, *features)``."""
+        y = _floating(y)
+        if y.dim() < 2 or y.shape[0] < 2:
+            raise ValueError(f"expected data of shape (rows, features) with at least 2 rows; got {tuple(y.shape)}")
+        _refuse_columns(~y.isfinite().all(dim=0), "expected finite data; got other values")
+        _refuse_columns(y.amin(dim=0) == y.amax(dim=0), "expected columns that vary; got a constant")
+        return cls(y.mean(dim=0), y.std(dim=0, correction=0))
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return x * self.std + self.mean, _sum_event(self.std.log().expand(x.shape), self)
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return (y - self.mean) / self.std, -_sum_event(self.std.log().expand(y.shape), self)
+
+    def extra_repr(self) -> str:
+        return _shape_of(self)
+
+
+def _sigmoid(x: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    y = (torch.sigmoid(x) - alpha) / (1 - 2 * alpha)
+    # Not softplus, which torch replaces by the identity beyond 20, an error of 2e-9.
+    return y, F.logsigmoid(x) + F.logsigmoid(-x) - math.log1p(-2 * alpha)
+
+
+def _logit(y: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    inner = alpha + (1 - 2 * alpha) * y
+    log_inner, log_rest = torch.log(inner), torch.log1p(-inner)
+    return log_inner - log_rest, math.log1p(-2 * alpha) - log_inner - log_rest
+
+
+def _checked_alpha(alpha: float) -> float:
+    if not 0 <= alpha < 0.5:
+        raise ValueError(f"expected alpha in [0, 0.5); got {alpha}")
+    return float(alpha)
+
+
+def _margin(alpha: float, event_dim: int) -> constraints.Constraint:
+    overhang = alpha / (1 - 2 * alpha)
+    return constraints.independent(constraints.interval(-overhang, 1 + overhang), event_dim)
+
+
+def _sum_event(terms: Tensor, layer: Bijection) -> Tensor:
+    return terms.sum(dim=tuple(range(-len(layer.latent_shape), 0)))
+
+
+def _shape_of(layer: Bijection) -> str:
+    return str(layer.latent_shape[0] if len(layer.latent_shape) == 1 else tuple(layer.latent_shape))
+
+
+def _floating(values: Tensor) -> Tensor:
+    tensor = torch.as_tensor(values).detach()
+    return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
+
+
+def _refuse_columns(bad: Tensor, message: str) -> None:
+    if bad.any():
+        columns = [index[0] if len(index) == 1 else tuple(index) for index in bad.nonzero().tolist()]
+        more = ", ..." if len(columns) > 8 else ""
+        raise ValueError(f"{message} in column {', '.join(map(str, columns[:8]))}{more}")

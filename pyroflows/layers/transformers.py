@@ -1,0 +1,123 @@
+"""Transformers: monotone maps of single numbers, whose parameters a conditioner gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyroflows.conditioners.mlp import check_option
+from pyroflows.layers.spline import Spline
+
+__all__ = ["Additive", "Affine", "Spline", "Transformer", "make_transformer"]
+
+
+class Transformer(Protocol):
+    """A family of increasing maps of the real line, the identity where all its parameters are zero.
+
+    Shapes:
+        x, y, log_det: ``(*batch, features)``; parameters: ``(*batch, features, num_parameters)``.
+    """
+
+    @property
+    def num_parameters(self) -> int: ...
+
+    def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def inverse(self, y: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Affine:
+    r"""Scale and shift, with the scale an exponential kept in bounds or Glow's sigmoid.
+
+    .. math::
+        y = e^s x + t, \quad \log|dy/dx| = s, \quad
+        s = b \tanh(h / b) \;\text{("exp")} \quad\text{or}\quad s = -\log\sigma(h + 2) \;\text{("sigmoid")}
+
+    The sigmoid divides on the way to the data, so that it multiplies by a number below one on the way to
+    the latent, as in Glow; with parameters of zero it is not the identity but a constant scale.
+
+    Args:
+        scale: "exp" or "sigmoid".
+        bound: the largest absolute log-scale of "exp".
+
+    Shapes:
+        x, y: ``(*batch, features)``; parameters: ``(*batch, features, 2)``, shift and raw log-scale.
+
+    Raises:
+        ValueError: an unknown scale, or a bound that is not positive.
+
+    References:
+        Density estimation using Real NVP, Dinh et al., 2017 (arXiv:1605.08803);
+        Glow: Generative Flow with Invertible 1x1 Convolutions, Kingma and Dhariwal, 2018 (arXiv:1807.03039).
+
+    Example:
+        >>> Affine().forward(torch.ones(2), torch.tensor([[1.0, 0.0], [0.0, 0.0]]))[0]
+        tensor([2., 1.])
+    """
+
+    scale: str = "exp"
+    bound: float = 5.0
+
+    def __post_init__(self) -> None:
+        check_option("scale", self.scale, ("exp", "sigmoid"))
+        if not self.bound > 0:
+            raise ValueError(f"expected a positive bound; got {self.bound!r}")
+
+    @property
+    def num_parameters(self) -> int:
+        return 2
+
+    def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        shift, log_scale = self._read(parameters)
+        return x * log_scale.exp() + shift, log_scale
+
+    def inverse(self, y: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        shift, log_scale = self._read(parameters)
+        return (y - shift) * (-log_scale).exp(), -log_scale
+
+    def _read(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        shift, raw = parameters.unbind(-1)
+        if self.scale == "sigmoid":
+            return shift, F.softplus(-(raw + 2))
+        return shift, self.bound * torch.tanh(raw / self.bound)
+
+
+@dataclass(frozen=True)
+class Additive:
+    r"""A shift alone, as in NICE.
+
+    .. math:: y = x + t, \quad \log|dy/dx| = 0
+
+    Shapes:
+        x, y: ``(*batch, features)``; parameters: ``(*batch, features, 1)``.
+
+    References:
+        NICE: Non-linear Independent Components Estimation, Dinh et al., 2015 (arXiv:1410.8516).
+
+    Example:
+        >>> Additive().forward(torch.ones(1), torch.tensor([[2.0]]))
+        (tensor([3.]), tensor([0.]))
+    """
+
+    @property
+    def num_parameters(self) -> int:
+        return 1
+
+    def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        return x + parameters[..., 0], torch.zeros_like(x)
+
+    def inverse(self, y: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        return y - parameters[..., 0], torch.zeros_like(y)
+
+
+def make_transformer(transformer: str | Transformer) -> Transformer:
+    """Give the transformer of a name, or the one given."""
+    if not isinstance(transformer, str):
+        return transformer
+    check_option("transformer", transformer, ("affine", "additive", "spline"))
+    return {"affine": Affine, "additive": Additive, "spline": Spline}[transformer]()

@@ -1,0 +1,501 @@
+"""The named flows: functions that give a Flow with good defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from pyroflows.bijection import Bijection, Inverse
+from pyroflows.conditioners.mlp import check_option, check_sizes
+from pyroflows.flow import Flow
+from pyroflows.layers.actnorm import ActNorm
+from pyroflows.layers.autoregressive import MaskedAutoregressive
+from pyroflows.layers.batchnorm import BatchNorm
+from pyroflows.layers.coupling import Coupling
+from pyroflows.layers.linear import DenseLinear, LULinear
+from pyroflows.layers.permutation import Permutation
+from pyroflows.layers.planar import Planar
+from pyroflows.layers.pointwise import ElementwiseAffine
+from pyroflows.layers.radial import Radial
+from pyroflows.layers.transformers import Affine, Spline
+from pyroflows.priors import Prior, StandardNormal
+
+__all__ = ["glow", "iaf", "maf", "nice", "nsf", "planar", "radial", "realnvp"]
+
+_PERMUTATIONS = ("lu", "dense", "reverse", "shuffle", "none")
+_NORMS = ("actnorm", "batchnorm", "none")
+
+
+def _stack(
+    features: int,
+    num_layers: int,
+    make_layer: Callable[[int], Bijection],
+    *,
+    permutation: str,
+    norm: str,
+    prior: Prior | None,
+) -> Flow:
+    """Stack layers, and between each and the data a norm and a mixing of features, as in a step of Glow."""
+    check_sizes(features=features, num_layers=num_layers)
+    check_option("permutation", permutation, _PERMUTATIONS)
+    check_option("norm", norm, _NORMS)
+    layers: list[Bijection] = []
+    for number in range(num_layers):
+        layers.append(make_layer(number))
+        if permutation == "lu":
+            layers.append(LULinear(features))
+        elif permutation == "dense":
+            layers.append(DenseLinear(features))
+        elif permutation != "none":
+            layers.append(Permutation(features, "reverse" if permutation == "reverse" else "random"))
+        if norm == "actnorm":
+            layers.append(ActNorm(features))
+        elif norm == "batchnorm":
+            layers.append(BatchNorm(features))
+    return Flow(StandardNormal(features) if prior is None else prior, layers)
+
+
+def realnvp(
+    features: int,
+    *,
+    context_features: int = 0,
+    num_layers: int = 8,
+    hidden_features: Sequence[int] = (128, 128),
+    residual: bool = False,
+    activation: str = "relu",
+    dropout: float = 0.0,
+    scale: str = "exp",
+    mask: str = "halves",
+    permutation: str = "lu",
+    norm: str = "actnorm",
+    prior: Prior | None = None,
+) -> Flow:
+    r"""RealNVP: affine couplings that take turns, quick in both directions.
+
+    Args:
+        features: number of features.
+        context_features: length of the context; 0 for none.
+        num_layers: number of couplings.
+        hidden_features: widths of the hidden layers of each network, or of its residual blocks.
+        residual: whether the networks are residual.
+        activation: of the networks.
+        dropout: of the networks, in training only.
+        scale: "exp" or "sigmoid", see :class:`Affine`.
+        mask: "halves" or "checkerboard"; the moved and the kept features take turns.
+        permutation: between the couplings: "lu", "dense", "reverse", "shuffle" or "none".
+        norm: between the couplings and at the data: "actnorm", "batchnorm" or "none".
+        prior: of the latent; by default a standard normal.
+
+    Shapes:
+        x: ``(*batch, features)``; context: ``(*batch, context_features)``.
+
+    Raises:
+        ValueError: a size is not positive, or an option is not one of those above.
+
+    References:
+        Density estimation using Real NVP, Dinh et al., 2017 (arXiv:1605.08803).
+
+    Example:
+        >>> realnvp(3, num_layers=2, context_features=1).log_prob(torch.zeros(4, 3), torch.zeros(4, 1)).shape
+        torch.Size([4])
+    """
+
+    def layer(number: int) -> Bijection:
+        return Coupling(
+            features,
+            transformer=Affine(scale=scale),
+            mask=mask,
+            flip=number % 2 == 1,
+            context_features=context_features,
+            hidden_features=hidden_features,
+            residual=residual,
+            activation=activation,
+            dropout=dropout,
+        )
+
+    return _stack(features, num_layers, layer, permutation=permutation, norm=norm, prior=prior)
+
+
+def glow(
+    features: int,
+    *,
+    context_features: int = 0,
+    num_steps: int = 10,
+    hidden_features: Sequence[int] = (128, 128),
+    residual: bool = False,
+    activation: str = "relu",
+    dropout: float = 0.0,
+    coupling: str = "affine",
+    scale: str = "exp",
+    permutation: str = "lu",
+    prior: Prior | None = None,
+) -> Flow:
+    r"""Glow for vectors: steps of ActNorm, an invertible linear map, and a coupling, from data to latent.
+
+    Args:
+        features: number of features.
+        context_features: length of the context; 0 for none.
+        num_steps: number of steps.
+        hidden_features: widths of the hidden layers of each network, or of its residual blocks.
+        residual: whether the networks are residual.
+        activation: of the networks.
+        dropout: of the networks, in training only.
+        coupling: "affine" or "additive".
+        scale: of affine couplings: "exp", or the paper's "sigmoid", see :class:`Affine`.
+        permutation: "lu" (the 1x1 convolution, factored), "dense" (unfactored), "reverse", "shuffle" or "none".
+        prior: of the latent; by default a standard normal.
+
+    Shapes:
+        x: ``(*batch, features)``; context: ``(*batch, context_features)``.
+
+    Raises:
+        ValueError: a size is not positive, or an option is not one of those above.
+
+    References:
+        Glow: Generative Flow with Invertible 1x1 Convolutions, Kingma and Dhariwal, 2018 (arXiv:1807.03039).
+
+    Example:
+        >>> glow(2, num_steps=3).sample((5,)).shape
+        torch.Size([5, 2])
+    """
+    check_option("coupling", coupling, ("affine", "additive"))
+
+    def layer(number: int) -> Bijection:
+        return Coupling(
+            features,
+            transformer=Affine(scale=scale) if coupling == "affine" else coupling,
+            context_features=context_features,
+            hidden_features=hidden_features,
+            residual=residual,
+            activation=activation,
+            dropout=dropout,
+        )
+
+    check_sizes(num_steps=num_steps)
+    return _stack(features, num_steps, layer, permutation=permutation, norm="actnorm", prior=prior)
+
+
+def nice(
+    features: int,
+    *,
+    context_features: int = 0,
+    num_layers: int = 4,
+    hidden_features: Sequence[int] = (128, 128),
+    residual: bool = False,
+    activation: str = "relu",
+    dropout: float = 0.0,
+    mask: str = "checkerboard",
+    prior: Prior | None = None,
+) -> Flow:
+    r"""NICE: additive couplings that take turns, under a learned scale of each latent feature.
+
+    Args:
+        features: number of features.
+        context_features: length of the context; 0 for none.
+        num_layers: number of couplings.
+        hidden_features: widths of the hidden layers of each network, or of its residual blocks.
+        residual: whether the networks are residual.
+        activation: of the networks.
+        dropout: of the networks, in training only.
+        mask: "checkerboard" or "halves"; the moved and the kept features take turns.
+        prior: of the latent; by default a standard normal.
+
+    Shapes:
+        x: ``(*batch, features)``; context: ``(*batch, context_features)``.
+
+    Raises:
+        ValueError: a size is not positive, or an option is not one of those above.
+
+    References:
+        NICE: Non-linear Independent Components Estimation, Dinh et al., 2015 (arXiv:1410.8516).
+
+    Example:
+        >>> nice(4).log_prob(torch.zeros(4)).shape
+        torch.Size([])
+    """
+    check_sizes(features=features, num_layers=num_layers)
+    couplings = [
+        Coupling(
+            features,
+            transformer="additive",
+            mask=mask,
+            flip=number % 2 == 1,
+            context_features=context_features,
+            hidden_features=hidden_features,
+            residual=residual,
+            activation=activation,
+            dropout=dropout,
+        )
+        for number in range(num_layers)
+    ]
+    layers = [ElementwiseAffine(features), *couplings, ActNorm(features)]
+    return Flow(StandardNormal(features) if prior is None else prior, layers)
+
+
+def maf(
+    features: int,
+    *,
+    context_features: int = 0,
+    num_layers: int = 5,
+    hidden_features: Sequence[int] = (128, 128),
+    residual: bool = True,
+    activation: str = "relu",
+    dropout: float = 0.0,
+    order: str = "sequential",
+    scale: str = "exp",
+    permutation: str = "lu",
+    norm: str = "actnorm",
+    prior: Prior | None = None,
+) -> Flow:
+    r"""MAF: masked autoregressive layers, one pass to score, a pass for each feature to sample.
+
+    Args:
+        features: number of features.
+        context_features: length of the context; 0 for none.
+        num_layers: number of autoregressive layers.
+        hidden_features: widths of the hidden layers of each MADE, or of its residual blocks.
+        residual: whether the MADEs are residual.
+        activation: of the MADEs.
+        dropout: of the MADEs, in training only.
+        order: of every MADE: "sequential", "reversed" or "random".
+        scale: "exp" or "sigmoid", see :class:`Affine`.
+        permutation: between the layers: "lu", "dense", "reverse" (the paper's), "shuffle" or "none".
+        norm: between the layers and at the data: "actnorm", "batchnorm" (the paper's) or "none".
+        prior: of the latent; by default a standard normal.
+
+    Shapes:
+        x: ``(*batch, features)``; context: ``(*batch, context_features)``.
+
+    Raises:
+        ValueError: a size is not positive, or an option is not one of those above.
+
+    References:
+        Masked Autoregressive Flow for Density Estimation, Papamakarios et al., 2017 (arXiv:1705.07057).
+
+    Example:
+        >>> maf(3, num_layers=2).log_prob(torch.zeros(4, 3)).shape
+        torch.Size([4])
+    """
+
+    def layer(number: int) -> Bijection:
+        return MaskedAutoregressive(
+            features,
+            transformer=Affine(scale=scale),
+            order=order,
+            context_features=context_features,
+            hidden_features=hidden_features,
+            residual=residual,
+            activation=activation,
+            dropout=dropout,
+        )
+
+    return _stack(features, num_layers, layer, permutation=permutation, norm=norm, prior=prior)
+
+
+def iaf(
+    features: int,
+    *,
+    context_features: int = 0,
+    num_layers: int = 5,
+    hidden_features: Sequence[int] = (128, 128),
+    residual: bool = True,
+    activation: str = "relu",
+    dropout: float = 0.0,
+    order: str = "sequential",
+    scale: str = "exp",
+    permutation: str = "lu",
+    norm: str = "actnorm",
+    prior: Prior | None = None,
+) -> Flow:
+    r"""IAF: inverse autoregressive layers, one pass to sample and score the sample; made for guides.
+
+    Args:
+        features: number of features.
+        context_features: length of the context; 0 for none.
+        num_layers: number of inverse autoregressive layers.
+        hidden_features: widths of the hidden layers of each MADE, or of its residual blocks.
+        residual: whether the MADEs are residual.
+        activation: of the MADEs.
+        dropout: of the MADEs, in training only.
+        order: of every MADE: "sequential", "reversed" or "random".
+        scale: "exp" or "sigmoid", see :class:`Affine`.
+        permutation: between the layers: "lu", "dense", "reverse", "shuffle" or "none".
+        norm: between the layers and at the data: "actnorm", "batchnorm" or "none".
+        prior: of the latent; by default a standard normal.
+
+    Shapes:
+        x: ``(*batch, features)``; context: ``(*batch, context_features)``.
+
+    Raises:
+        ValueError: a size is not positive, or an option is not one of those above.
+
+    References:
+        Improved Variational Inference with Inverse Autoregressive Flow, Kingma et al., 2016 (arXiv:1606.04934).
+
+    Example:
+        >>> x, log_prob = iaf(3, num_layers=2).rsample_and_log_prob((4,))
+        >>> x.shape, log_prob.shape
+        (torch.Size([4, 3]), torch.Size([4]))
+    """
+
+    def layer(number: int) -> Bijection:
+        return Inverse(
+            MaskedAutoregressive(
+                features,
+                transformer=Affine(scale=scale),
+                order=order,
+                context_features=context_features,
+                hidden_features=hidden_features,
+                residual=residual,
+                activation=activation,
+                dropout=dropout,
+            )
+        )
+
+    return _stack(features, num_layers, layer, permutation=permutation, norm=norm, prior=prior)
+
+
+def nsf(
+    features: int,
+    *,
+    autoregressive: bool = False,
+    context_features: int = 0,
+    num_layers: int = 5,
+    hidden_features: Sequence[int] = (128, 128),
+    residual: bool = True,
+    activation: str = "relu",
+    dropout: float = 0.0,
+    num_bins: int = 8,
+    bound: float = 3.0,
+    permutation: str = "lu",
+    norm: str = "actnorm",
+    prior: Prior | None = None,
+) -> Flow:
+    r"""Neural spline flow: rational-quadratic splines in couplings, or autoregressive.
+
+    Args:
+        features: number of features.
+        autoregressive: whether the layers are autoregressive (a pass for each feature to sample) or couplings.
+        context_features: length of the context; 0 for none.
+        num_layers: number of spline layers.
+        hidden_features: widths of the hidden layers of each network, or of its residual blocks.
+        residual: whether the networks are residual.
+        activation: of the networks.
+        dropout: of the networks, in training only.
+        num_bins: bins of each spline.
+        bound: half the width of the interval on which the splines bend.
+        permutation: between the layers: "lu", "dense", "reverse", "shuffle" or "none".
+        norm: between the layers and at the data: "actnorm", "batchnorm" or "none".
+        prior: of the latent; by default a standard normal.
+
+    Shapes:
+        x: ``(*batch, features)``; context: ``(*batch, context_features)``.
+
+    Raises:
+        ValueError: a size is not positive, or an option is not one of those above.
+
+    References:
+        Neural Spline Flows, Durkan et al., 2019 (arXiv:1906.04032).
+
+    Example:
+        >>> nsf(3, autoregressive=True, num_layers=2).log_prob(torch.zeros(4, 3)).shape
+        torch.Size([4])
+    """
+    spline = Spline(num_bins=num_bins, bound=bound)
+
+    def layer(number: int) -> Bijection:
+        if autoregressive:
+            return MaskedAutoregressive(
+                features,
+                transformer=spline,
+                context_features=context_features,
+                hidden_features=hidden_features,
+                residual=residual,
+                activation=activation,
+                dropout=dropout,
+            )
+        return Coupling(
+            features,
+            transformer=spline,
+            flip=number % 2 == 1,
+            context_features=context_features,
+            hidden_features=hidden_features,
+            residual=residual,
+            activation=activation,
+            dropout=dropout,
+        )
+
+    return _stack(features, num_layers, layer, permutation=permutation, norm=norm, prior=prior)
+
+
+def planar(
+    features: int,
+    *,
+    context_features: int = 0,
+    num_layers: int = 16,
+    hidden_features: Sequence[int] = (64,),
+    prior: Prior | None = None,
+) -> Flow:
+    r"""Planar flow: small maps that bend space along one direction each; scored by a root search.
+
+    Args:
+        features: number of features.
+        context_features: length of the context; 0 for none.
+        num_layers: number of planar layers.
+        hidden_features: widths of the network that gives their parameters from a context.
+        prior: of the latent; by default a standard normal.
+
+    Shapes:
+        x: ``(*batch, features)``; context: ``(*batch, context_features)``.
+
+    Raises:
+        ValueError: a size is not positive.
+
+    References:
+        Variational Inference with Normalizing Flows, Rezende and Mohamed, 2015 (arXiv:1505.05770).
+
+    Example:
+        >>> planar(2).log_prob(torch.zeros(3, 2)).shape
+        torch.Size([3])
+    """
+    check_sizes(features=features, num_layers=num_layers)
+    layers = [
+        Planar(features, context_features=context_features, hidden_features=hidden_features) for _ in range(num_layers)
+    ]
+    return Flow(StandardNormal(features) if prior is None else prior, [*layers, ActNorm(features)])
+
+
+def radial(
+    features: int,
+    *,
+    context_features: int = 0,
+    num_layers: int = 16,
+    hidden_features: Sequence[int] = (64,),
+    prior: Prior | None = None,
+) -> Flow:
+    r"""Radial flow: small maps that draw space towards a point, or away from it.
+
+    Args:
+        features: number of features.
+        context_features: length of the context; 0 for none.
+        num_layers: number of radial layers.
+        hidden_features: widths of the network that gives their parameters from a context.
+        prior: of the latent; by default a standard normal.
+
+    Shapes:
+        x: ``(*batch, features)``; context: ``(*batch, context_features)``.
+
+    Raises:
+        ValueError: a size is not positive.
+
+    References:
+        Variational Inference with Normalizing Flows, Rezende and Mohamed, 2015 (arXiv:1505.05770).
+
+    Example:
+        >>> radial(2).log_prob(torch.zeros(3, 2)).shape
+        torch.Size([3])
+    """
+    check_sizes(features=features, num_layers=num_layers)
+    layers = [
+        Radial(features, context_features=context_features, hidden_features=hidden_features) for _ in range(num_layers)
+    ]
+    return Flow(StandardNormal(features) if prior is None else prior, [*layers, ActNorm(features)])

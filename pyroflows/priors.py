@@ -1,0 +1,516 @@
+"""Priors: the distribution of the latent, as modules that call to a Pyro distribution; and the logit-normal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Number
+from typing import Any, ClassVar
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution, constraints
+from pyro.distributions.util import broadcast_shape
+from torch import Size, Tensor, nn
+from torch.distributions.utils import broadcast_all
+
+__all__ = [
+    "DiagonalNormal",
+    "GaussianMixture",
+    "LogitNormal",
+    "Prior",
+    "StandardNormal",
+    "StudentT",
+    "Uniform",
+]
+
+_HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
+
+
+class Prior(nn.Module):
+    r"""A distribution over the latent that is a module: its numbers move, train and save with the flow.
+
+    To write one's own, call ``super().__init__(features)``, keep every number as a parameter or a buffer (so that
+    ``.to()`` reaches it), and define ``forward()``, which gives a Pyro distribution without batch dimensions and
+    with ``event_dim == len(event_shape)``. That is enough. ``log_prob`` asks that distribution by default; defining
+    it as plain tensor code makes the flow's ``log_prob`` usable under ``torch.compile`` and ``torch.func.vmap``.
+
+    Args:
+        features: the number of features of the latent, or its event shape.
+
+    Shapes:
+        z: ``(*batch, *event_shape)``; log_prob: ``(*batch,)``.
+
+    Raises:
+        ValueError: the shape is not positive, or a latent has another shape.
+
+    Example:
+        >>> class Laplace(Prior):
+        ...     def __init__(self, features):
+        ...         super().__init__(features)
+        ...         self.register_buffer("loc", torch.zeros(self.event_shape))
+        ...
+        ...     def forward(self):
+        ...         return dist.Laplace(self.loc, torch.ones_like(self.loc)).to_event(len(self.event_shape))
+        >>> Laplace(2).log_prob(torch.zeros(3, 2))
+        tensor([-1.3863, -1.3863, -1.3863])
+    """
+
+    has_rsample: bool = True
+    """Whether gradients pass through a sample to the prior's parameters."""
+
+    def __init__(self, features: int | Sequence[int]):
+        super().__init__()
+        sizes = (features,) if isinstance(features, int) else tuple(features)
+        if not sizes or not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
+            raise ValueError(f"expected a positive number of features or a shape of positive sizes; got {features!r}")
+        self.event_shape = Size(sizes)
+
+    def forward(self) -> TorchDistribution:
+        """Give the Pyro distribution at the present parameters."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward()")
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Give the log-density of ``z``, shape ``(*batch,)``."""
+        self._check(z)
+        return self().log_prob(z)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draw latents of shape ``(*sample_shape, *event_shape)``, without gradients."""
+        with torch.no_grad():
+            return self().sample(Size(sample_shape))
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draw latents through which gradients reach the parameters."""
+        if not self.has_rsample:
+            raise NotImplementedError(
+                f"expected a reparameterised prior; got {type(self).__name__}, which has sample() but no rsample()"
+            )
+        return self().rsample(Size(sample_shape))
+
+    def _check(self, z: Tensor) -> None:
+        if z.shape[-len(self.event_shape) :] != self.event_shape:
+            expected = "(*batch, " + ", ".join(map(str, self.event_shape)) + ")"
+            raise ValueError(f"expected a latent of shape {expected}; got {tuple(z.shape)}")
+
+    def _sum(self, terms: Tensor) -> Tensor:
+        return terms.sum(dim=tuple(range(-len(self.event_shape), 0)))
+
+    def extra_repr(self) -> str:
+        return str(self.event_shape[0] if len(self.event_shape) == 1 else tuple(self.event_shape))
+
+
+class StandardNormal(Prior):
+    r"""Independent standard normals, without parameters.
+
+    .. math:: \log p(z) = -\tfrac12 \sum_i (z_i^2 + \log 2\pi)
+
+    Args:
+        features: the number of features of the latent, or its event shape.
+
+    Shapes:
+        z: ``(*batch, *event_shape)``; log_prob: ``(*batch,)``.
+
+    Example:
+        >>> StandardNormal(2).log_prob(torch.zeros(2))
+        tensor(-1.8379)
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, features: int | Sequence[int]):
+        super().__init__(features)
+        self.register_buffer("loc", torch.zeros(self.event_shape), persistent=False)
+        self.register_buffer("scale", torch.ones(self.event_shape), persistent=False)
+
+    def forward(self) -> TorchDistribution:
+        return dist.Normal(self.loc, self.scale).to_event(len(self.event_shape))
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        self._check(z)
+        return self._sum(-0.5 * (z - self.loc).square() - _HALF_LOG_TWO_PI)
+
+
+class DiagonalNormal(Prior):
+    r"""Independent normals with a learnable location and scale, standard at the start.
+
+    .. math:: \log p(z) = -\sum_i \tfrac12 \left(\frac{z_i - \mu_i}{\sigma_i}\right)^2 + \log \sigma_i
+        + \tfrac12 \log 2\pi
+
+    Args:
+        features: the number of features of the latent, or its event shape.
+
+    Shapes:
+        z: ``(*batch, *event_shape)``; log_prob: ``(*batch,)``.
+
+    Example:
+        >>> prior = DiagonalNormal(2)
+        >>> [name for name, _ in prior.named_parameters()]
+        ['loc', 'log_scale']
+        >>> prior.log_prob(torch.zeros(3, 2)).shape
+        torch.Size([3])
+    """
+
+    def __init__(self, features: int | Sequence[int]):
+        super().__init__(features)
+        self.loc = nn.Parameter(torch.zeros(self.event_shape))
+        self.log_scale = nn.Parameter(torch.zeros(self.event_shape))
+
+    def forward(self) -> TorchDistribution:
+        return dist.Normal(self.loc, self.log_scale.exp()).to_event(len(self.event_shape))
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        self._check(z)
+        standard = (z - self.loc) * torch.exp(-self.log_scale)
+        return self._sum(-0.5 * standard.square() - self.log_scale - _HALF_LOG_TWO_PI)
+
+
+class GaussianMixture(Prior):
+    r"""A mixture of Gaussians, fixed or learnable, for latents in several lumps.
+
+    .. math:: p(z) = \sum_k w_k \, \mathcal N(z; \mu_k, L_k L_k^\top)
+
+    Without ``loc`` the means are drawn at random and centred, so that they start distinct around zero.
+    A sample is not reparameterised.
+
+    Args:
+        features: the number of features of the latent, or its event shape.
+        num_components: the number of Gaussians.
+        learnable: whether weights (of two or more), means and covariances are parameters; otherwise buffers.
+        covariance: ``"diagonal"`` or ``"full"``.
+        loc: the means, shape ``(num_components, *event_shape)``.
+        scale: the standard deviations, of a shape that broadcasts to that of ``loc``; 1 if not given.
+        scale_tril: the Cholesky factors of full covariances, shape ``(num_components, features, features)``
+            or ``(features, features)``.
+        weights: positive weights, shape ``(num_components,)``, normalised here; equal if not given.
+        spread: the standard deviation of the random means.
+        seed: the seed of the random means; torch's global generator if not given.
+
+    Shapes:
+        z: ``(*batch, *event_shape)``; log_prob: ``(*batch,)``.
+
+    Raises:
+        ValueError: a number, shape or sign does not fit, or full covariances are asked for an event that is no vector.
+
+    Example:
+        >>> prior = GaussianMixture(2, 3, seed=0)
+        >>> _ = torch.manual_seed(0)
+        >>> prior.sample((5,)).shape
+        torch.Size([5, 2])
+    """
+
+    has_rsample = False
+    loc: Tensor
+    log_scale: Tensor
+    lower: Tensor
+    logits: Tensor
+
+    def __init__(
+        self,
+        features: int | Sequence[int],
+        num_components: int,
+        *,
+        learnable: bool = True,
+        covariance: str = "diagonal",
+        loc: Tensor | None = None,
+        scale: Tensor | float | None = None,
+        scale_tril: Tensor | None = None,
+        weights: Tensor | Sequence[float] | None = None,
+        spread: float = 2.0,
+        seed: int | None = None,
+    ):
+        super().__init__(features)
+        if not isinstance(num_components, int) or num_components < 1:
+            raise ValueError(f"expected num_components of at least 1; got {num_components!r}")
+        if covariance not in ("diagonal", "full"):
+            raise ValueError(f"expected covariance to be 'diagonal' or 'full'; got {covariance!r}")
+        if covariance == "full" and len(self.event_shape) != 1:
+            raise ValueError(
+                f"expected a vector of features for covariance='full'; got the shape {tuple(self.event_shape)}"
+            )
+        if scale_tril is not None and (covariance != "full" or scale is not None):
+            raise ValueError("expected scale_tril with covariance='full' and without scale; got another combination")
+        self.num_components = num_components
+        self.covariance = covariance
+        self.learnable = learnable
+
+        shape = (num_components, *self.event_shape)
+        if loc is None:
+            if not spread > 0:
+                raise ValueError(f"expected a positive spread; got {spread}")
+            generator = None if seed is None else torch.Generator().manual_seed(seed)
+            loc = spread * torch.randn(shape, generator=generator)
+            loc = loc - loc.mean(dim=0)
+        loc = _given("loc", loc, shape, exact=True)
+        scale = _given("scale", 1.0 if scale is None else scale, shape, positive=True)
+        weights = _given("weights", 1.0 if weights is None else weights, (num_components,), positive=True)
+        if covariance == "full":
+            lower = torch.zeros(num_components, *self.event_shape, *self.event_shape)
+            if scale_tril is not None:
+                lower = _given("scale_tril", scale_tril, lower.shape)
+                scale = lower.diagonal(dim1=-2, dim2=-1)
+                if not (scale > 0).all() or not torch.equal(lower, lower.tril()):
+                    raise ValueError("expected scale_tril to be lower triangular with a positive diagonal; got another")
+            self._register("lower", lower.tril(-1).to(loc), learnable=learnable)
+        self._register("loc", loc, learnable=learnable)
+        self._register("log_scale", scale.to(loc).log(), learnable=learnable)
+        # The weight of one component alone is 1, nothing to learn.
+        self._register("logits", weights.to(loc).log().log_softmax(dim=0), learnable=learnable and num_components > 1)
+
+    @property
+    def weights(self) -> Tensor:
+        """The normalised weights, shape ``(num_components,)``."""
+        return self.logits.softmax(dim=0)
+
+    def forward(self) -> TorchDistribution:
+        if self.covariance == "full":
+            components = dist.MultivariateNormal(self.loc, scale_tril=self._factor())
+        else:
+            components = dist.Normal(self.loc, self.log_scale.exp()).to_event(len(self.event_shape))
+        return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), components)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        self._check(z)
+        dims = len(self.event_shape)
+        centred = z.unsqueeze(-dims - 1) - self.loc  # (*batch, components, *event)
+        if self.covariance == "full":
+            standard = self._whiten(centred)
+        else:
+            standard = centred * torch.exp(-self.log_scale)
+        of_components = self._sum(-0.5 * standard.square() - self.log_scale - _HALF_LOG_TWO_PI)
+        return torch.logsumexp(of_components + self.logits.log_softmax(dim=0), dim=-1)
+
+    def _whiten(self, centred: Tensor) -> Tensor:
+        # One solve a component with the batch as columns: the factors are not copied for every row.
+        columns = centred.unsqueeze(0).flatten(0, -3).permute(1, 2, 0)  # (components, features, rows)
+        factor = self._factor().to(columns.dtype)
+        solved = torch.linalg.solve_triangular(factor, columns, upper=False)
+        return solved.permute(2, 0, 1).reshape(centred.shape)
+
+    def _factor(self) -> Tensor:
+        return self.lower.tril(-1) + torch.diag_embed(self.log_scale.exp())
+
+    def _register(self, name: str, value: Tensor, *, learnable: bool) -> None:
+        value = value.detach().clone(memory_format=torch.contiguous_format)
+        if learnable:
+            self.register_parameter(name, nn.Parameter(value))
+        else:
+            self.register_buffer(name, value)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, num_components={self.num_components}, "
+            f"covariance={self.covariance!r}, learnable={self.learnable}"
+        )
+
+
+class StudentT(Prior):
+    r"""Independent Student t variables, for data with heavy tails that a Lipschitz flow cannot make from a Gaussian.
+
+    .. math:: \log p(z) = \sum_i \log\frac{\Gamma(\frac{\nu_i + 1}2)}{\Gamma(\frac{\nu_i}2) \sqrt{\pi \nu_i}}
+        - \frac{\nu_i + 1}2 \log\left(1 + \frac{z_i^2}{\nu_i}\right)
+
+    Args:
+        features: the number of features of the latent, or its event shape.
+        df: the degrees of freedom, one number or one for each feature.
+        learnable: whether the degrees of freedom are learnt, one for each feature.
+
+    Shapes:
+        z: ``(*batch, *event_shape)``; log_prob: ``(*batch,)``.
+
+    Raises:
+        ValueError: a degree of freedom is not positive and finite.
+
+    References:
+        Priyank Jaini, Ivan Kobyzev, Yaoliang Yu and Marcus Brubaker, *Tails of Lipschitz Triangular Flows*, 2020,
+        arXiv 1907.04481.
+
+    Example:
+        >>> StudentT(2, df=3.0).log_prob(torch.zeros(2))
+        tensor(-2.0018)
+    """
+
+    loc: Tensor
+    log_df: Tensor
+
+    def __init__(self, features: int | Sequence[int], *, df: Tensor | float = 5.0, learnable: bool = False):
+        super().__init__(features)
+        log_df = _given("df", df, self.event_shape, positive=True).log()
+        self.learnable = learnable
+        self.register_buffer("loc", torch.zeros(self.event_shape), persistent=False)
+        if learnable:
+            self.log_df = nn.Parameter(log_df)
+        else:
+            self.register_buffer("log_df", log_df)
+
+    @property
+    def df(self) -> Tensor:
+        """The degrees of freedom, shape ``event_shape``."""
+        return self.log_df.exp()
+
+    def forward(self) -> TorchDistribution:
+        return dist.StudentT(self.df, self.loc, torch.ones_like(self.loc)).to_event(len(self.event_shape))
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        self._check(z)
+        df = self.df
+        peak = torch.lgamma(0.5 * (df + 1)) - torch.lgamma(0.5 * df) - 0.5 * (self.log_df + math.log(math.pi))
+        return self._sum(peak - 0.5 * (df + 1) * torch.log1p(z.square() / df))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, df={_brief(self.df)}, learnable={self.learnable}"
+
+
+class Uniform(Prior):
+    r"""Independent uniforms on closed intervals; the log-density outside is minus infinity.
+
+    .. math:: \log p(z) = -\sum_i \log(b_i - a_i), \qquad a_i \le z_i \le b_i
+
+    Args:
+        features: the number of features of the latent, or its event shape.
+        low: the lower ends, one number or one for each feature.
+        high: the upper ends.
+
+    Shapes:
+        z: ``(*batch, *event_shape)``; log_prob: ``(*batch,)``.
+
+    Raises:
+        ValueError: an interval is empty or not finite.
+
+    Example:
+        >>> Uniform(2, low=-1.0).log_prob(torch.tensor([[0.0, 1.0], [0.0, 1.5]]))
+        tensor([-1.3863,    -inf])
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, features: int | Sequence[int], low: Tensor | float = 0.0, high: Tensor | float = 1.0):
+        super().__init__(features)
+        self.register_buffer("low", _given("low", low, self.event_shape))
+        self.register_buffer("high", _given("high", high, self.event_shape))
+        if not (self.low < self.high).all():
+            raise ValueError(f"expected low < high; got low={_brief(self.low)}, high={_brief(self.high)}")
+
+    def forward(self) -> TorchDistribution:
+        # Unvalidated, so that a latent outside has the log-density minus infinity instead of an error.
+        return _ClosedUniform(self.low, self.high, validate_args=False).to_event(len(self.event_shape))
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        self._check(z)
+        return self._sum(_log_uniform(z, self.low, self.high))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, low={_brief(self.low)}, high={_brief(self.high)}"
+
+
+class _ClosedUniform(dist.Uniform):
+    """Torch's uniform leaves out the upper end, where rounding may well put a latent."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return _log_uniform(value, self.low, self.high)
+
+
+class LogitNormal(TorchDistribution):
+    r"""The distribution of a normal variable's sigmoid, on (0, 1).
+
+    .. math:: \log p(y) = \log \mathcal N(\operatorname{logit} y; \mu, \sigma^2) - \log y - \log(1 - y)
+
+    Args:
+        loc: the mean of the logit.
+        scale: the standard deviation of the logit.
+        validate_args: whether arguments and values are checked.
+
+    Shapes:
+        value: ``(*sample_shape, *batch_shape)``, where ``loc`` and ``scale`` broadcast to ``batch_shape``.
+
+    Raises:
+        ValueError: the scale is not positive, or a value is outside [0, 1].
+
+    Example:
+        >>> LogitNormal(torch.tensor(0.0), torch.tensor(1.0)).log_prob(torch.tensor(0.5))
+        tensor(0.4674)
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
+        "loc": constraints.real,
+        "scale": constraints.positive,
+    }
+    support = constraints.unit_interval
+    has_rsample = True
+
+    def __init__(self, loc: Tensor | float, scale: Tensor | float, validate_args: bool | None = None):
+        self.loc, self.scale = broadcast_all(loc, scale)
+        batch_shape = Size() if isinstance(loc, Number) and isinstance(scale, Number) else self.loc.shape
+        super().__init__(batch_shape, validate_args=validate_args)
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> LogitNormal:
+        new = self._get_checked_instance(LogitNormal, _instance)
+        batch_shape = Size(batch_shape)
+        new.loc = self.loc.expand(batch_shape)
+        new.scale = self.scale.expand(batch_shape)
+        super(LogitNormal, new).__init__(batch_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        shape = self._extended_shape(Size(sample_shape))
+        noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+        return self._squash(self.loc + self.scale * noise)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        inside = (value > 0) & (value < 1)
+        value = torch.where(inside, value, 0.5)  # at the ends the formula is infinity minus infinity
+        log_value, log_rest = value.log(), torch.log1p(-value)
+        standard = (log_value - log_rest - self.loc) / self.scale
+        log_prob = -0.5 * standard.square() - self.scale.log() - _HALF_LOG_TWO_PI - log_value - log_rest
+        return torch.where(inside, log_prob, -math.inf)
+
+    def cdf(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        standard = (value.log() - torch.log1p(-value) - self.loc) / self.scale
+        return 0.5 * torch.erfc(-standard * math.sqrt(0.5))  # torch.special.ndtr rounds the lower tail to zero
+
+    def icdf(self, value: Tensor) -> Tensor:
+        return torch.sigmoid(self.loc + self.scale * torch.special.ndtri(value))
+
+    @property
+    def median(self) -> Tensor:
+        return torch.sigmoid(self.loc)
+
+    def _squash(self, logit: Tensor) -> Tensor:
+        # The sigmoid of a large logit rounds to 0 or 1, where the density is zero.
+        info = torch.finfo(logit.dtype)
+        return torch.sigmoid(logit).clamp(info.tiny, 1 - info.eps)
+
+
+def _given(name: str, value: Any, shape: Sequence[int], *, positive: bool = False, exact: bool = False) -> Tensor:
+    """Give the user's number or tensor in the wanted shape, or say what is wrong with it."""
+    tensor = torch.as_tensor(value)
+    tensor = tensor.detach() if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
+    shape = Size(shape)
+    if exact and tensor.shape != shape:
+        raise ValueError(f"expected {name} of shape {tuple(shape)}; got {tuple(tensor.shape)}")
+    try:
+        fits = broadcast_shape(tensor.shape, shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"expected {name} of a shape that broadcasts to {tuple(shape)}; got {tuple(tensor.shape)}")
+    if not tensor.isfinite().all() or (positive and not (tensor > 0).all()):
+        raise ValueError(f"expected {name} to be {'positive and ' if positive else ''}finite; got {_brief(tensor)}")
+    return tensor.expand(shape).clone()
+
+
+def _log_uniform(z: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return torch.where((z >= low) & (z <= high), -torch.log(high - low), -math.inf)
+
+
+def _brief(values: Tensor) -> str:
+    """One number where all are equal, otherwise the range."""
+    low, high = values.min().item(), values.max().item()
+    return f"{low:g}" if low == high else f"{low:g}..{high:g}"

@@ -1,0 +1,456 @@
+"""One training loop, for maximum likelihood and for any other objective of a flow."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pyroflows.conditioners.mlp import check_option, check_sizes
+from pyroflows.flow import Flow
+from pyroflows.layers.batchnorm import BatchNorm
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = Tensor | np.ndarray[Any, Any]
+
+__all__ = ["FitResult", "Objective", "fit", "negative_log_likelihood"]
+
+Batch = tuple[Tensor | None, Tensor | None]
+Objective = Callable[[Any, Tensor | None, Tensor | None], Tensor]
+"""Gives the loss, a scalar, of a flow on a batch of data and context."""
+
+_EVALUATION_ROWS = 8192
+
+
+def negative_log_likelihood(flow: Any, x: Tensor | None, context: Tensor | None) -> Tensor:
+    """The mean negative log-likelihood of a batch, in nats."""
+    return -flow.log_prob(x, context).mean()
+
+
+@dataclass
+class FitResult:
+    """What a fit did.
+
+    Args:
+        history: per epoch, lists under "train" and "validation" (mean loss in nats), "gradient_norm" (mean, before
+            clipping), "learning_rate" (at the end) and "seconds" (since the start).
+        best_epoch: the epoch whose weights the flow has, counted from 0; None if no epoch gave a finite loss.
+        best_loss: its loss on the validation rows, or on the training rows where there are none.
+        stopped: why the fit ended.
+        steps: the optimizer steps taken.
+        skipped_steps: the steps left out because loss or gradient was not finite.
+        seconds: wall time.
+    """
+
+    history: dict[str, list[float]] = field(default_factory=dict)
+    best_epoch: int | None = None
+    best_loss: float = math.inf
+    stopped: str = ""
+    steps: int = 0
+    skipped_steps: int = 0
+    seconds: float = 0.0
+
+    def __repr__(self) -> str:
+        return (
+            f"FitResult(best_loss={self.best_loss:.4f} at epoch {self.best_epoch}, {len(self.history['train'])} epochs, "
+            f"{self.steps} steps, {self.skipped_steps} skipped, {self.seconds:.1f} s, stopped: {self.stopped})"
+        )
+
+
+def fit(
+    flow: Flow,
+    x: Array | Iterable[Any] | None = None,
+    *,
+    context: Array | None = None,
+    validation: float | Array | tuple[Array, Array] | None = 0.1,
+    epochs: int = 100,
+    batch_size: int | None = None,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.0,
+    schedule: str = "cosine",
+    warmup: float = 0.02,
+    clip_norm: float | None = 5.0,
+    patience: int | None = 30,
+    max_seconds: float | None = None,
+    max_skipped: int = 20,
+    steps_per_epoch: int = 100,
+    objective: Objective = negative_log_likelihood,
+    seed: int | None = None,
+    accelerator: str = "auto",
+    precision: str | None = None,
+    progress: bool | None = None,
+) -> FitResult:
+    r"""Train a flow, by default by maximum likelihood, and leave it with its best weights, in evaluation mode.
+
+    The data go to the device whole and are shuffled there by index. Adam is fused; its learning rate warms up, then
+    falls along a half cosine. A step whose loss or gradient is not finite is left out and counted; after
+    ``max_skipped`` in a row the fit ends. The random numbers of torch are as before where a seed is given.
+
+    Args:
+        flow: the flow; trained in place.
+        x: data, a tensor or array, cast to the flow's dtype; or an iterable of batches (a DataLoader), each ``x``
+            or ``(x, context)``; or None where the objective needs none (an ELBO).
+        context: the context of each row, where the flow takes one and ``x`` is an array.
+        validation: the share of rows to hold out; or data, or ``(data, context)``; 0 or None for none.
+        epochs: passes through the data.
+        batch_size: rows a step; by default 256, or all rows where there are fewer.
+        learning_rate: Adam's, at its highest.
+        weight_decay: L2 penalty on the weights.
+        schedule: "cosine" (to zero) or "constant".
+        warmup: the share of training during which the learning rate rises.
+        clip_norm: the largest norm of the gradient; None for no clipping.
+        patience: epochs without a better validation loss before the fit ends; None to go on.
+        max_seconds: a limit of wall time; the schedule then ends with it.
+        max_skipped: steps in a row that may be left out before the fit ends.
+        steps_per_epoch: steps an epoch has where ``x`` is None.
+        objective: gives the loss from the flow, a batch and its context.
+        seed: seeds split, shuffles and dropout.
+        accelerator: Lightning Fabric's: "auto", "cpu", "cuda", "mps".
+        precision: Lightning Fabric's, such as "bf16-mixed"; by default that of the flow.
+        progress: whether to show a bar; by default on a terminal alone.
+
+    Shapes:
+        x: ``(rows, *event_shape)``; context: ``(rows, context_features)``.
+
+    Returns:
+        The history, and why the fit ended.
+
+    Raises:
+        TypeError: integer data, or something that is no data.
+        ValueError: a shape that is not the flow's, a number that is not finite, a constant column, fewer rows than a
+            batch, or an option out of range.
+
+    References:
+        Adam: A Method for Stochastic Optimization, Kingma and Ba, 2015 (arXiv:1412.6980);
+        SGDR: Stochastic Gradient Descent with Warm Restarts, Loshchilov and Hutter, 2017 (arXiv:1608.03983).
+
+    Example:
+        >>> from pyroflows import fit, realnvp
+        >>> x = torch.randn(500, 2, generator=torch.Generator().manual_seed(0)) * 3 + 1
+        >>> result = fit(realnvp(2, num_layers=2), x, epochs=5, seed=0)
+        >>> result.stopped
+        'all 5 epochs done'
+    """
+    from lightning_fabric import Fabric
+
+    if not isinstance(flow, Flow):
+        raise TypeError(f"expected a Flow; got {type(flow).__name__}")
+    check_sizes(epochs=epochs, max_skipped=max_skipped, steps_per_epoch=steps_per_epoch)
+    check_option("schedule", schedule, ("cosine", "constant"))
+    for name, value in (("learning_rate", learning_rate), ("clip_norm", clip_norm), ("max_seconds", max_seconds)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"expected {name} to be positive; got {value!r}")
+    if weight_decay < 0 or not 0 <= warmup < 1:
+        raise ValueError(
+            f"expected weight_decay of at least 0 and warmup in [0, 1); got {weight_decay!r} and {warmup!r}"
+        )
+    if patience is not None:
+        check_sizes(patience=patience)
+
+    precision = precision or {torch.float64: "64-true"}.get(flow.dtype, "32-true")
+    fabric = Fabric(accelerator=accelerator, devices=1, precision=precision)  # type: ignore[arg-type]
+    with _seeded(seed, fabric.device):
+        train, held_out = _prepare(flow, x, context, validation, batch_size, steps_per_epoch, fabric.device)
+        parameters = [p for p in flow.parameters() if p.requires_grad]
+        if not parameters:
+            raise ValueError("expected a flow with parameters to train; got none")
+        fabric.to_device(flow)
+        optimizer = torch.optim.Adam(parameters, learning_rate, weight_decay=weight_decay, fused=True)
+        module, wrapped = fabric.setup(flow, optimizer)
+        for method in ("log_prob", "rsample_and_log_prob"):
+            module.mark_forward_method(method)
+        trainer = _Trainer(fabric, flow, module, wrapped, objective, train, held_out)
+        trainer.rate, trainer.warmup, trainer.cosine = learning_rate, warmup, schedule == "cosine"
+        trainer.clip_norm, trainer.max_seconds, trainer.max_skipped = clip_norm or math.inf, max_seconds, max_skipped
+        return trainer.run(epochs, patience, progress)
+
+
+class _Trainer:
+    """The state of one fit."""
+
+    rate: float
+    warmup: float
+    cosine: bool
+    clip_norm: float
+    max_seconds: float | None
+    max_skipped: int
+
+    def __init__(
+        self,
+        fabric: Any,
+        flow: Flow,
+        module: Any,
+        optimizer: Any,
+        objective: Objective,
+        train: _Rows | _Batches | _Steps,
+        held_out: _Rows | None,
+    ):
+        self.fabric, self.flow, self.module, self.optimizer = fabric, flow, module, optimizer
+        self.objective, self.train, self.held_out = objective, train, held_out
+        self.result = FitResult({k: [] for k in ("train", "validation", "gradient_norm", "learning_rate", "seconds")})
+        # Skipped steps are counted where they happen, so that no step waits for the device.
+        self.skipped = torch.zeros(2, device=fabric.device)  # in all, in a row
+        self.began = time.perf_counter()
+
+    def run(self, epochs: int, patience: int | None, progress: bool | None) -> FitResult:
+        from tqdm.auto import tqdm
+
+        result, best = self.result, None
+        self.total = epochs * self.train.steps if self.train.steps else None
+        bar = tqdm(total=self.total, disable=None if progress is None else not progress, unit="step", leave=False)
+        with bar:
+            for epoch in range(epochs):
+                self.epochs_done = epoch / epochs
+                train, norm = self._epoch(epochs, bar)
+                loss = train if self.held_out is None else self._validate()
+                for name, value in zip(
+                    result.history, (train, loss, norm, self.optimizer.param_groups[0]["lr"], self._seconds()), strict=True
+                ):
+                    if name != "validation" or self.held_out is not None:
+                        result.history[name].append(value)
+                if loss < result.best_loss:
+                    result.best_loss, result.best_epoch = loss, epoch
+                    best = {name: value.clone() for name, value in self.flow.state_dict().items()}
+                if self.skipped[1] >= self.max_skipped:
+                    result.stopped = f"loss or gradient not finite in {self.max_skipped} steps in a row"
+                elif self.max_seconds is not None and self._seconds() >= self.max_seconds:
+                    result.stopped = f"max_seconds={self.max_seconds:g} reached"
+                elif (
+                    patience is not None and self.held_out is not None and epoch - (result.best_epoch or 0) >= patience
+                ):
+                    result.stopped = f"no better validation loss in {patience} epochs"
+                if result.stopped:
+                    break
+        result.stopped = result.stopped or f"all {epochs} epochs done"
+        if best is not None:
+            self.flow.load_state_dict(best)
+        self.flow.eval()
+        result.skipped_steps, result.seconds = int(self.skipped[0]), self._seconds()
+        return result
+
+    def _seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+    def _epoch(self, epochs: int, bar: Any) -> tuple[float, float]:
+        self.flow.train()
+        total = torch.zeros(3, device=self.fabric.device)  # finite losses, their gradient norms, their number
+        shown = 0.0
+        for number, (x, context) in enumerate(self.train):
+            share = (self.result.steps + 1) / self.total if self.total else self.epochs_done
+            elapsed = self._seconds()
+            if self.max_seconds is not None:
+                share = max(share, elapsed / self.max_seconds)
+            self._set_rate(min(share, 1.0))
+            loss, norm = self._step(x, context)
+            ok = self.optimizer.found_inf == 0
+            total += torch.where(ok, torch.stack([loss, norm, torch.ones_like(loss)]).float(), 0)
+            self.result.steps += 1
+            bar.update()
+            if elapsed - shown > 0.5 and not bar.disable:
+                shown = elapsed
+                bar.set_postfix(loss=f"{float(loss):.3f}")
+            if self.max_seconds is not None and elapsed >= self.max_seconds:
+                break
+            if number % 50 == 0 and self.skipped[1] >= self.max_skipped:
+                break
+        mean = (total / total[2].clamp(min=1)).tolist()
+        return (mean[0], mean[1]) if total[2] else (math.nan, math.nan)
+
+    def _set_rate(self, share: float) -> None:
+        rise = min(1.0, share / self.warmup) if self.warmup else 1.0
+        fall = (1 + math.cos(math.pi * share)) / 2 if self.cosine else 1.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * rise * fall
+
+    def _step(self, x: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.objective(self.module, x, context)
+        self.fabric.backward(loss)
+        norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), self.clip_norm, foreach=True)
+        loss = loss.detach()
+        bad = (~(loss.isfinite() & norm.isfinite())).float()
+        # The fused optimizer reads this flag on the device and leaves the step out.
+        self.optimizer.optimizer.found_inf = bad
+        self.optimizer.step()
+        self.skipped += bad
+        self.skipped[1] *= bad
+        return loss, norm
+
+    @torch.no_grad()
+    def _validate(self) -> float:
+        self.flow.eval()
+        if isinstance(self.train, _Rows):
+            _set_batch_statistics(self.flow, self.train)
+        total, rows = 0.0, 0
+        for x, context in self.held_out.chunks():  # type: ignore[union-attr]
+            total += float(self.objective(self.module, x, context)) * len(x)
+            rows += len(x)
+        return total / rows
+
+
+@torch.no_grad()
+def _set_batch_statistics(flow: Flow, train: _Rows) -> None:
+    """Give every BatchNorm of the stack the statistics of the whole train set, in one pass from data to latent."""
+    layers = flow.layers
+    if not any(isinstance(layer, BatchNorm) for layer in layers):
+        return
+    x = train.x
+    for layer in reversed(layers):
+        if isinstance(layer, BatchNorm):
+            layer.set_statistics(x)
+        x = torch.cat(
+            [
+                layer.inverse_and_log_det(
+                    part, train.context[rows] if layer.context_features and train.context is not None else None
+                )[0]
+                for rows in train.slices()
+                for part in (x[rows],)
+            ]
+        )
+
+
+class _Rows:
+    """Data that lie on the device, in batches by index shuffle."""
+
+    def __init__(self, x: Tensor, context: Tensor | None, batch_size: int):
+        self.x, self.context, self.batch_size = x, context, batch_size
+        self.steps = len(x) // batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        order = torch.randperm(len(self.x), device=self.x.device)
+        for rows in order[: self.steps * self.batch_size].split(self.batch_size):
+            yield self.x[rows], None if self.context is None else self.context[rows]
+
+    def slices(self) -> list[slice]:
+        return [slice(i, i + _EVALUATION_ROWS) for i in range(0, len(self.x), _EVALUATION_ROWS)]
+
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        for rows in self.slices():
+            yield self.x[rows], None if self.context is None else self.context[rows]
+
+
+class _Batches:
+    """Batches that come from the user, such as a DataLoader's."""
+
+    def __init__(self, batches: Iterable[Any], flow: Flow, device: torch.device):
+        self.batches, self.flow, self.device = batches, flow, device
+        self.steps = len(batches) if isinstance(batches, Sized) else None
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number, batch in enumerate(self.batches):
+            x, context = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
+            if isinstance(x, (tuple, list)) and len(x) == 1:
+                x = x[0]
+            yield _data(self.flow, x, context, self.device, name=f"batch {number}")
+
+
+class _Steps:
+    """Steps without data."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        for _ in range(self.steps):
+            yield None, None
+
+
+def _prepare(
+    flow: Flow,
+    x: Any,
+    context: Any,
+    validation: Any,
+    batch_size: int | None,
+    steps_per_epoch: int,
+    device: torch.device,
+) -> tuple[_Rows | _Batches | _Steps, _Rows | None]:
+    if batch_size is not None:
+        check_sizes(batch_size=batch_size)
+    share = validation if isinstance(validation, (int, float)) else 0
+    if not 0 <= share < 1:
+        raise ValueError(f"expected a share of validation rows in [0, 1); got {validation!r}")
+    held_out = None
+    if validation is not None and not isinstance(validation, (int, float)):
+        held = validation if isinstance(validation, tuple) else (validation, None)
+        held_out = _Rows(*_data(flow, *held, device, name="validation data"), _EVALUATION_ROWS)
+    if x is None:
+        return _Steps(steps_per_epoch), held_out
+    if not isinstance(x, Tensor) and not hasattr(x, "__array__"):
+        if not isinstance(x, Iterable):
+            raise TypeError(f"expected data as a tensor, an array or batches; got {type(x).__name__}")
+        if isinstance(x, list) and x and not hasattr(x[0], "shape") and not isinstance(x[0], (tuple, list)):
+            raise TypeError("expected data as a tensor, an array or batches; got a list of numbers")
+        return _Batches(x, flow, device), held_out
+    data, given = _data(flow, x, context, device, name="data")
+    _refuse_constant_columns(data)
+    if share and held_out is None:
+        order = torch.randperm(len(data), device=device)
+        held = max(1, int(share * len(data)))
+        rows, left = order[held:], order[:held]
+        held_out = _Rows(data[left], None if given is None else given[left], _EVALUATION_ROWS)
+        data, given = data[rows], None if given is None else given[rows]
+    if batch_size is None:
+        batch_size = min(256, len(data))
+    if len(data) < max(batch_size, 1):
+        raise ValueError(f"expected at least batch_size={batch_size} training rows; got {len(data)}")
+    return _Rows(data, given, batch_size), held_out
+
+
+def _data(flow: Flow, x: Any, context: Any, device: torch.device, *, name: str) -> tuple[Tensor, Tensor | None]:
+    """Give data and context as tensors of the flow's dtype on the device, or say what is wrong with them."""
+    data = _as_tensor(x, flow, device, name)
+    if data.shape[1:] != flow.event_shape:
+        expected = "(rows, " + ", ".join(map(str, flow.event_shape)) + ")"
+        raise ValueError(f"expected {name} of shape {expected}; got {tuple(data.shape)}")
+    given = None if context is None else _as_tensor(context, flow, device, f"context of {name}")
+    flow.bijection._batch_shape(data.shape[:1], given)
+    if given is not None and given.shape[:-1] != data.shape[:1]:
+        raise ValueError(f"expected a context for each of {len(data)} rows; got {tuple(given.shape)}")
+    return data, given
+
+
+def _as_tensor(x: Any, flow: Flow, device: torch.device, name: str) -> Tensor:
+    try:
+        tensor = torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"expected {name} as a tensor or an array of numbers; got {type(x).__name__}") from None
+    if not tensor.is_floating_point():
+        raise TypeError(f"expected {name} of floating-point numbers; got {tensor.dtype}: convert or dequantise them")
+    finite = tensor.isfinite()
+    if not finite.all():
+        where = (~finite).nonzero()
+        first = where[0].tolist()
+        raise ValueError(
+            f"expected finite numbers in {name}; got {float(tensor[tuple(first)])} in row {first[0]}, "
+            f"column {', '.join(map(str, first[1:]))} ({len(where)} such numbers in all)"
+        )
+    return tensor.to(device, flow.dtype)
+
+
+def _refuse_constant_columns(data: Tensor) -> None:
+    if len(data) < 2:
+        raise ValueError(f"expected at least 2 rows of data; got {len(data)}")
+    constant = (data == data[0]).all(0).flatten().nonzero()[:, 0].tolist()
+    if constant:
+        shown = ", ".join(map(str, constant[:10])) + (", ..." if len(constant) > 10 else "")
+        raise ValueError(f"expected columns that vary, since a constant one has no density; got constant columns {shown}")
+
+
+@contextlib.contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Seed torch for the length of a block, and give its random state back afterwards."""
+    if seed is None:
+        yield
+        return
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
