@@ -1,5 +1,6 @@
 """Normalizing flows for Pyro: density models, sites of a model, and variational guides from the same layers."""
 
+from pyroflows._version import __version__
 from pyroflows.bijection import Bijection, Compose, Conditioned, Inverse
 from pyroflows.conditioners import MADE, MLP
 from pyroflows.diagnostics import CheckReport, check
@@ -26,20 +27,53 @@ from pyroflows.models import glow, iaf, maf, nice, nsf, planar, radial, realnvp
 from pyroflows.priors import DiagonalNormal, GaussianMixture, LogitNormal, Prior, StandardNormal, StudentT, Uniform
 from pyroflows.training import FitResult, fit
 
-__version__ = "0.1.0"
-
-__all__ = [
+__all__ = [  # noqa: RUF022
     # bijection
-    *("Bijection", "Compose", "Conditioned", "Inverse"),
-    # conditioners
-    *("MADE", "MLP"),
-    # priors
-    *("DiagonalNormal", "GaussianMixture", "LogitNormal", "Prior", "StandardNormal", "StudentT", "Uniform"),
+    "Bijection",
+    "Compose",
+    "Conditioned",
+    "Inverse",
+    # conditioners, priors
+    "MADE",
+    "MLP",
+    "DiagonalNormal",
+    "GaussianMixture",
+    "LogitNormal",
+    "Prior",
+    "StandardNormal",
+    "StudentT",
+    "Uniform",
     # layers
-    *("ActNorm", "Additive", "Affine", "BatchNorm", "Coupling", "DenseLinear", "ElementwiseAffine", "LULinear"),
-    *("Logit", "MaskedAutoregressive", "Permutation", "Planar", "Radial", "Sigmoid", "Spline", "Standardize"),
-    # flow, models
-    *("Flow", "glow", "iaf", "maf", "nice", "nsf", "planar", "radial", "realnvp"),
+    "ActNorm",
+    "Additive",
+    "Affine",
+    "BatchNorm",
+    "Coupling",
+    "DenseLinear",
+    "ElementwiseAffine",
+    "LULinear",
+    "Logit",
+    "MaskedAutoregressive",
+    "Permutation",
+    "Planar",
+    "Radial",
+    "Sigmoid",
+    "Spline",
+    "Standardize",
+    # flow, named flows
+    "Flow",
+    "glow",
+    "iaf",
+    "maf",
+    "nice",
+    "nsf",
+    "planar",
+    "radial",
+    "realnvp",
     # training, diagnostics
-    *("CheckReport", "FitResult", "check", "fit"),
+    "CheckReport",
+    "FitResult",
+    "__version__",
+    "check",
+    "fit",
 ]

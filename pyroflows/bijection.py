@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -15,9 +15,9 @@ from torch import Size, Tensor, nn
 from torch.distributions import constraints
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-__all__ = ["Bijection", "Compose", "Conditioned", "Inverse"]
+from pyroflows.arguments import Shape, as_shape
 
-Shape = int | Sequence[int]
+__all__ = ["Bijection", "Compose", "Conditioned", "Inverse"]
 
 _optimizer_steps = 0
 
@@ -46,13 +46,6 @@ def _fingerprint(module: nn.Module) -> list[int]:
                 marks += (id(tensor), _version(tensor))
         stack.extend(child for child in part._modules.values() if child is not None)
     return marks
-
-
-def _as_shape(shape: Shape) -> Size:
-    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
-    if not sizes or not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
-        raise ValueError(f"expected a positive number of features or a shape of positive sizes; got {shape!r}")
-    return Size(sizes)
 
 
 def _batched(shape: Sequence[int]) -> str:
@@ -84,6 +77,11 @@ class _Record:
     def _versions(self, result: Tensor) -> tuple[Any, ...]:
         tensors = (self.source, result) if self.context is None else (self.source, result, self.context)
         return tuple((_version(tensor), tensor.requires_grad) for tensor in tensors)
+
+    def leads_back(self, owner: Bijection, x: Tensor, context: Tensor | None, forward: bool) -> bool:
+        # An inference tensor has no version to tell that it was written to, so it is always evaluated.
+        fresh = self.forward is not forward and not self.returned and not x.is_inference()
+        return fresh and self.result() is x and self.holds(owner, context)
 
     def holds(self, owner: Bijection, context: Tensor | None) -> bool:
         result = self.result()
@@ -157,11 +155,11 @@ class Bijection(TransformModule):
         if not isinstance(context_features, int) or context_features < 0:
             raise ValueError(f"expected context_features to be a non-negative integer; got {context_features!r}")
         object.__setattr__(self, "_record", None)
-        self.latent_shape = _as_shape(latent_shape)
-        self.data_shape = self.latent_shape if data_shape is None else _as_shape(data_shape)
+        self.latent_shape = as_shape(latent_shape)
+        self.data_shape = self.latent_shape if data_shape is None else as_shape(data_shape)
         self.context_features = context_features
-        self.domain = constraints.independent(constraints.real, len(self.latent_shape))
-        self.codomain = constraints.independent(constraints.real, len(self.data_shape))
+        self.domain: constraints.Constraint = constraints.independent(constraints.real, len(self.latent_shape))
+        self.codomain: constraints.Constraint = constraints.independent(constraints.real, len(self.data_shape))
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -262,11 +260,9 @@ class Bijection(TransformModule):
 
     def _evaluate(self, x: Tensor, context: Tensor | None, *, forward: bool) -> Tensor:
         record = self._record
-        if record is not None and record.forward is not forward and not record.returned and record.result() is x:
-            # An inference tensor has no version to tell that it was written to, so it is always evaluated.
-            if not x.is_inference() and record.holds(self, context):
-                record.returned = True
-                return record.source
+        if record is not None and record.leads_back(self, x, context, forward):
+            record.returned = True
+            return record.source
         method = self.forward_and_log_det if forward else self.inverse_and_log_det
         result, log_det = method(x, context)
         # An input that was broadcast against the context is not what the way back would give.
@@ -430,7 +426,7 @@ class Compose(Bijection):
         for layer in layers:
             if not isinstance(layer, Bijection):
                 raise TypeError(f"expected layers that are Bijections; got {type(layer).__name__}")
-        for number, (below, above) in enumerate(zip(layers[:-1], layers[1:], strict=True)):
+        for number, (below, above) in enumerate(pairwise(layers)):
             if below.data_shape != above.latent_shape:
                 raise ValueError(
                     f"expected layer {number + 1} to take shape {tuple(below.data_shape)}, "

@@ -124,6 +124,7 @@ class Flow(nn.Module):
         return Size(sizes) + self.bijection._batch_shape(Size(), context)
 
     def _check_dtype(self, x: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            return  # the walk over Pyro's modules, which hash in a way of their own, would break the graph
         if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != self.dtype:
-            if not torch.is_autocast_enabled(x.device.type):
-                raise TypeError(f"expected data of the flow's {self.dtype}; got {x.dtype}")
+            raise TypeError(f"expected data of the flow's {self.dtype}; got {x.dtype}")

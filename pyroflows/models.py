@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from pyroflows.arguments import check_option, check_sizes
 from pyroflows.bijection import Bijection, Inverse
-from pyroflows.conditioners.mlp import check_option, check_sizes
 from pyroflows.flow import Flow
 from pyroflows.layers.actnorm import ActNorm
 from pyroflows.layers.autoregressive import MaskedAutoregressive

@@ -14,6 +14,8 @@ from pyro.distributions.util import broadcast_shape
 from torch import Size, Tensor, nn
 from torch.distributions.utils import broadcast_all
 
+from pyroflows.arguments import Shape, as_shape
+
 __all__ = [
     "DiagonalNormal",
     "GaussianMixture",
@@ -59,12 +61,9 @@ class Prior(nn.Module):
     has_rsample: bool = True
     """Whether gradients pass through a sample to the prior's parameters."""
 
-    def __init__(self, features: int | Sequence[int]):
+    def __init__(self, features: Shape):
         super().__init__()
-        sizes = (features,) if isinstance(features, int) else tuple(features)
-        if not sizes or not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
-            raise ValueError(f"expected a positive number of features or a shape of positive sizes; got {features!r}")
-        self.event_shape = Size(sizes)
+        self.event_shape = as_shape(features)
 
     def forward(self) -> TorchDistribution:
         """Give the Pyro distribution at the present parameters."""
@@ -100,6 +99,13 @@ class Prior(nn.Module):
         return str(self.event_shape[0] if len(self.event_shape) == 1 else tuple(self.event_shape))
 
 
+class _Joint(dist.Independent):
+    """Independent features as one event; torch's own class cannot sum over them in an empty batch."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.base_dist.log_prob(value).sum(dim=tuple(range(-self.reinterpreted_batch_ndims, 0)))
+
+
 class StandardNormal(Prior):
     r"""Independent standard normals, without parameters.
 
@@ -119,13 +125,13 @@ class StandardNormal(Prior):
     loc: Tensor
     scale: Tensor
 
-    def __init__(self, features: int | Sequence[int]):
+    def __init__(self, features: Shape):
         super().__init__(features)
         self.register_buffer("loc", torch.zeros(self.event_shape), persistent=False)
         self.register_buffer("scale", torch.ones(self.event_shape), persistent=False)
 
     def forward(self) -> TorchDistribution:
-        return dist.Normal(self.loc, self.scale).to_event(len(self.event_shape))
+        return _Joint(dist.Normal(self.loc, self.scale), len(self.event_shape))
 
     def log_prob(self, z: Tensor) -> Tensor:
         self._check(z)
@@ -152,13 +158,13 @@ class DiagonalNormal(Prior):
         torch.Size([3])
     """
 
-    def __init__(self, features: int | Sequence[int]):
+    def __init__(self, features: Shape):
         super().__init__(features)
         self.loc = nn.Parameter(torch.zeros(self.event_shape))
         self.log_scale = nn.Parameter(torch.zeros(self.event_shape))
 
     def forward(self) -> TorchDistribution:
-        return dist.Normal(self.loc, self.log_scale.exp()).to_event(len(self.event_shape))
+        return _Joint(dist.Normal(self.loc, self.log_scale.exp()), len(self.event_shape))
 
     def log_prob(self, z: Tensor) -> Tensor:
         self._check(z)
@@ -208,7 +214,7 @@ class GaussianMixture(Prior):
 
     def __init__(
         self,
-        features: int | Sequence[int],
+        features: Shape,
         num_components: int,
         *,
         learnable: bool = True,
@@ -267,7 +273,7 @@ class GaussianMixture(Prior):
         if self.covariance == "full":
             components = dist.MultivariateNormal(self.loc, scale_tril=self._factor())
         else:
-            components = dist.Normal(self.loc, self.log_scale.exp()).to_event(len(self.event_shape))
+            components = _Joint(dist.Normal(self.loc, self.log_scale.exp()), len(self.event_shape))
         return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), components)
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -334,7 +340,7 @@ class StudentT(Prior):
     loc: Tensor
     log_df: Tensor
 
-    def __init__(self, features: int | Sequence[int], *, df: Tensor | float = 5.0, learnable: bool = False):
+    def __init__(self, features: Shape, *, df: Tensor | float = 5.0, learnable: bool = False):
         super().__init__(features)
         log_df = _given("df", df, self.event_shape, positive=True).log()
         self.learnable = learnable
@@ -350,7 +356,7 @@ class StudentT(Prior):
         return self.log_df.exp()
 
     def forward(self) -> TorchDistribution:
-        return dist.StudentT(self.df, self.loc, torch.ones_like(self.loc)).to_event(len(self.event_shape))
+        return _Joint(dist.StudentT(self.df, self.loc, torch.ones_like(self.loc)), len(self.event_shape))
 
     def log_prob(self, z: Tensor) -> Tensor:
         self._check(z)
@@ -386,7 +392,7 @@ class Uniform(Prior):
     low: Tensor
     high: Tensor
 
-    def __init__(self, features: int | Sequence[int], low: Tensor | float = 0.0, high: Tensor | float = 1.0):
+    def __init__(self, features: Shape, low: Tensor | float = 0.0, high: Tensor | float = 1.0):
         super().__init__(features)
         self.register_buffer("low", _given("low", low, self.event_shape))
         self.register_buffer("high", _given("high", high, self.event_shape))
@@ -395,7 +401,7 @@ class Uniform(Prior):
 
     def forward(self) -> TorchDistribution:
         # Unvalidated, so that a latent outside has the log-density minus infinity instead of an error.
-        return _ClosedUniform(self.low, self.high, validate_args=False).to_event(len(self.event_shape))
+        return _Joint(_ClosedUniform(self.low, self.high, validate_args=False), len(self.event_shape))
 
     def log_prob(self, z: Tensor) -> Tensor:
         self._check(z)

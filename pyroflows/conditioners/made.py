@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyroflows.conditioners.mlp import MLP, check_option, check_sizes
+from pyroflows.arguments import check_option, check_sizes
+from pyroflows.conditioners.mlp import MLP
 
 __all__ = ["MADE", "MaskedLinear"]
 
@@ -108,11 +110,7 @@ class MADE(nn.Module):
     ):
         super().__init__()
         hidden_features = tuple(hidden_features)
-        check_sizes(
-            features=features,
-            num_parameters=num_parameters,
-            **{f"hidden_features[{i}]": h for i, h in enumerate(hidden_features)},
-        )
+        check_sizes(features=features, num_parameters=num_parameters, hidden_features=hidden_features)
         self.features, self.num_parameters = features, num_parameters
         self.register_buffer("order", _order(features, order, seed))
         degrees = torch.empty(features, dtype=torch.long)
@@ -124,7 +122,7 @@ class MADE(nn.Module):
         output = degrees.repeat_interleave(num_parameters) - 1
         widths = [hidden[0]] * (1 + 2 * len(hidden)) if residual and hidden else hidden
         stack = [degrees, *widths, output]
-        masks = iter([above[:, None] >= below for below, above in zip(stack[:-1], stack[1:], strict=True)])
+        masks = iter([above[:, None] >= below for below, above in pairwise(stack)])
         self.network = MLP(
             features,
             features * num_parameters,
@@ -139,7 +137,7 @@ class MADE(nn.Module):
         narrow = bool(hidden_features) and min(hidden_features) < span
         self.direct = MaskedLinear(output[:, None] >= degrees) if narrow else None
         if self.direct is not None:
-            self.direct.bias = None
+            self.direct.register_parameter("bias", None)
             if zero_last:
                 nn.init.zeros_(self.direct.weight)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
-import torch
 from torch import Tensor, nn
+
+from pyroflows.arguments import check_option, check_sizes
 
 __all__ = ["ACTIVATIONS", "MLP"]
 
@@ -19,19 +21,6 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 LinearFactory = Callable[[int, int], nn.Linear]
-
-
-def check_sizes(**sizes: int) -> None:
-    """Raise a ValueError for a size that is not a positive integer."""
-    for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"expected {name} to be a positive integer; got {size!r}")
-
-
-def check_option(name: str, option: object, options: Sequence[str]) -> None:
-    """Raise a ValueError for a name that is not among those offered."""
-    if option not in options:
-        raise ValueError(f"expected {name} to be one of {', '.join(map(repr, options))}; got {option!r}")
 
 
 class MLP(nn.Module):
@@ -80,8 +69,8 @@ class MLP(nn.Module):
     ):
         super().__init__()
         hidden_features = tuple(hidden_features)
-        check_sizes(out_features=out_features, **{f"hidden_features[{i}]": h for i, h in enumerate(hidden_features)})
-        check_option("activation", activation, tuple(ACTIVATIONS))
+        check_sizes(out_features=out_features, hidden_features=hidden_features)
+        check_option("activation", activation, ACTIVATIONS)
         if not 0 <= dropout < 1:
             raise ValueError(f"expected dropout in [0, 1); got {dropout!r}")
         if residual and len(set(hidden_features)) != 1:
@@ -89,34 +78,32 @@ class MLP(nn.Module):
         self.in_features, self.out_features, self.residual = in_features, out_features, residual
         self.activation = ACTIVATIONS[activation]()
         self.dropout = nn.Dropout(dropout)
-        inner = [(width, width) for width in hidden_features for _ in range(2)] if residual else []
-        widths = [hidden_features[0]] if residual else list(hidden_features)
         # A network of no input learns a constant: its first layer sees a single one.
-        sizes = [max(in_features, 1), *widths, out_features]
-        pairs = list(zip(sizes[:-1], sizes[1:], strict=True))
-        self.linears = nn.ModuleList(linear(*pair) for pair in (*pairs[:1], *inner, *pairs[1:]))
+        sizes = [max(in_features, 1), *(hidden_features[:1] if residual else hidden_features), out_features]
+        pairs = list(pairwise(sizes))
+        blocks = [(width, width) for width in hidden_features for _ in range(2)] if residual else []
+        self.linears = nn.ModuleList(linear(*pair) for pair in [pairs[0], *blocks, *pairs[1:]])
         self.context = nn.Linear(context_features, sizes[1], bias=False) if context_features else None
-        if residual:
-            for second in self.linears[2:-1:2]:
-                nn.init.uniform_(second.weight, -1e-3, 1e-3)  # type: ignore[arg-type]
+        for number, made in enumerate(self.linears):
+            if residual and number and number % 2 == 0:  # the second of a block: it starts as almost nothing
+                nn.init.uniform_(made.weight, -1e-3, 1e-3)  # type: ignore[arg-type]
         if zero_last:
-            nn.init.zeros_(self.linears[-1].weight)  # type: ignore[arg-type]
-            nn.init.zeros_(self.linears[-1].bias)  # type: ignore[arg-type]
-            if len(self.linears) == 1 and self.context is not None:
-                nn.init.zeros_(self.context.weight)
+            last = [self.linears[-1]] if hidden_features or self.context is None else [self.linears[-1], self.context]
+            for parameter in nn.ModuleList(last).parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if self.in_features == 0:
-            x = torch.ones_like(x[..., :1]) if x.shape[-1] else x.new_ones((*x.shape[:-1], 1))
+            x = x.new_ones((*x.shape[:-1], 1))
         first, *inner = self.linears
         h = first(x)
         if self.context is not None:
             h = h + self.context(context)
         if self.residual:
-            for a, b in zip(inner[:-1:2], inner[1:-1:2], strict=True):
+            *blocks, last = inner
+            for a, b in zip(blocks[::2], blocks[1::2], strict=True):
                 h = h + b(self.dropout(self.activation(a(self.activation(h)))))
-            inner = inner[-1:]
+            return last(self.activation(h))
         for linear in inner:
-            h = self.activation(h)
-            h = linear(h if self.residual else self.dropout(h))
+            h = linear(self.dropout(self.activation(h)))
         return h

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyroflows.bijection import Bijection, Shape
+from pyroflows.arguments import Shape
+from pyroflows.bijection import Bijection
 
 __all__ = ["ActNorm"]
 
@@ -65,7 +66,7 @@ class ActNorm(Bijection):
 
     @torch.no_grad()
     def _start(self, y: Tensor | None = None) -> None:
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
             return  # under vmap or grad a row is not a batch, and nothing may be written
         if y is not None:
             rows = y.reshape(-1, *self.latent_shape)

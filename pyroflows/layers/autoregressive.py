@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyroflows.arguments import check_names
 from pyroflows.bijection import Bijection
 from pyroflows.conditioners.made import MADE
 from pyroflows.layers.transformers import Transformer, make_transformer
@@ -57,6 +58,7 @@ class MaskedAutoregressive(Bijection):
         **network: Any,
     ):
         super().__init__(features, context_features=context_features)
+        check_names(network, MADE, but=("features", "num_parameters", "context_features", "order"))
         self.transformer = make_transformer(transformer)
         self.conditioner = MADE(
             features, self.transformer.num_parameters, context_features=context_features, order=order, **network

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyroflows.arguments import check_names, check_option, check_sizes
 from pyroflows.bijection import Bijection
-from pyroflows.conditioners.mlp import MLP, check_option, check_sizes
+from pyroflows.conditioners.mlp import MLP
 from pyroflows.layers.transformers import Transformer, make_transformer
 
 __all__ = ["Coupling"]
@@ -88,6 +89,7 @@ class Coupling(Bijection):
         self.register_buffer("to_parts", parts)
         self.register_buffer("to_whole", parts.argsort())
         if conditioner is None:
+            check_names(network, MLP, but=("in_features", "out_features", "context_features", "linear"))
             conditioner = MLP(
                 features - self.num_moved,
                 self.num_moved * self.transformer.num_parameters,

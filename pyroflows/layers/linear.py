@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pyroflows.arguments import check_option, check_sizes
 from pyroflows.bijection import Bijection
-from pyroflows.conditioners.mlp import check_option, check_sizes
 
 __all__ = ["DenseLinear", "LULinear"]
 

@@ -31,7 +31,8 @@ class Spline:
         min_derivative: the smallest derivative at a knot.
 
     Shapes:
-        x, y: ``(*batch, features)``; parameters: ``(*batch, features, 3 * num_bins - 1)``: raw widths, heights, derivatives.
+        x, y: ``(*batch, features)``;
+        parameters: ``(*batch, features, 3 * num_bins - 1)``, raw widths, heights and derivatives.
 
     Raises:
         ValueError: fewer than two bins, a bound or minimum that is not positive, or minima that fill the interval.

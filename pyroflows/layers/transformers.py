@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyroflows.conditioners.mlp import check_option
+from pyroflows.arguments import check_option
 from pyroflows.layers.spline import Spline
 
 __all__ = ["Additive", "Affine", "Spline", "Transformer", "make_transformer"]
@@ -83,7 +83,7 @@ class Affine:
     def _read(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
         shift, raw = parameters.unbind(-1)
         if self.scale == "sigmoid":
-            return shift, F.softplus(-(raw + 2))
+            return shift, -F.logsigmoid(raw + 2)
         return shift, self.bound * torch.tanh(raw / self.bound)
 
 

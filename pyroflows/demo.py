@@ -1,0 +1,382 @@
+"""The demo: flows beside simpler density models, on two moons and on a bundled table; figures and a short report."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from pyroflows import plots
+from pyroflows._version import __version__
+from pyroflows.data import Table, TwoMoons, load_table
+from pyroflows.flow import Flow
+from pyroflows.models import glow, maf, nsf
+from pyroflows.priors import StudentT
+from pyroflows.training import FitResult, fit
+
+__all__ = ["PARTS", "Model", "Part", "run"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A fitted density: what gives log-densities of rows and draws rows, and how it came about.
+
+    Args:
+        name: in tables and figures.
+        log_prob: gives the log-density of rows, in nats.
+        sample: draws a number of rows.
+        note: what validation chose, or what the flow is.
+        seconds: of the fit, the choice included.
+        result: of a flow's fit.
+    """
+
+    name: str
+    log_prob: Callable[[Tensor], Tensor]
+    sample: Callable[[int], Tensor]
+    note: str
+    seconds: float
+    result: FitResult | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one part of the demo found.
+
+    Args:
+        title: its heading in the report.
+        text: what was done, a paragraph.
+        columns: of its table.
+        rows: of its table, words and formatted numbers.
+        numbers: the same and more, for ``report.json``.
+        figures: file names of its figures, with a line about each.
+    """
+
+    title: str
+    text: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numbers: Mapping[str, Any]
+    figures: Mapping[str, str]
+
+
+def run(output: str | Path, *, seed: int = 0, quick: bool = False) -> dict[str, Any]:
+    """Run every part, print as it goes, and write figures, ``report.md`` and ``report.json``.
+
+    Args:
+        output: the folder to write to; made where it is missing.
+        seed: of splits, data and fits.
+        quick: a few seconds in all, to see that it runs; the numbers mean little.
+
+    Returns:
+        What ``report.json`` holds.
+
+    Raises:
+        OSError: the folder cannot be made or written to.
+    """
+    began = time.perf_counter()
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    _say(f"pyroflows {__version__} demo: figures and a report in {output}, in at most two minutes")
+    parts = {}
+    for name, part in PARTS.items():
+        _say(f"\n{name}")
+        parts[name] = part(output, seed, quick)
+        _say("")
+        _say(_as_text(parts[name]))
+    report = {
+        "pyroflows": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "seed": seed,
+        "quick": quick,
+        "seconds": round(time.perf_counter() - began, 1),
+        "parts": {name: part.numbers for name, part in parts.items()},
+    }
+    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (output / "report.md").write_text(_as_markdown(parts.values(), report), encoding="utf-8")
+    figures = [figure for part in parts.values() for figure in part.figures]
+    _say(f"\nwritten in {report['seconds']:.0f} s:")
+    for name in ("report.md", "report.json", *figures):
+        _say(f"  {output / name}")
+    return report
+
+
+def moons(output: Path, seed: int, quick: bool) -> Part:
+    """Two moons, where the true density is known: the distance of each model from it."""
+    truth = TwoMoons(noise=0.05)
+    train, validation = truth.sample(2000 if quick else 20_000, seed=seed), truth.sample(2000, seed=seed + 1)
+    test = truth.sample(10_000, seed=seed + 2)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        flows = {
+            "RealNVP with mixing (Glow)": glow(2, num_steps=8, hidden_features=(64, 64)),
+            "neural spline flow": nsf(2, num_layers=4, hidden_features=(64, 64), residual=False),
+        }
+        models = _simple_models(train, validation, components=(4,) if quick else (8, 16, 24, 32), ridges=(1e-6,))
+        options = {"epochs": 1 if quick else 75, "batch_size": 1024, "learning_rate": 5e-3, "max_seconds": 22.0}
+        models += [
+            _fit_flow(name, flow, train, validation, f"{_size(flow)} parameters", seed, options)
+            for name, flow in flows.items()
+        ]
+        true_log_prob = truth.log_prob(test)
+        scores = {model.name: _log_likelihoods(model, test) for model in models}
+        shown = [model for model in models if model.name != "Gaussian"]
+        samples = {model.name: model.sample(2000) for model in shown}
+
+    numbers: dict[str, Any] = {
+        "entropy": -_mean_and_error(true_log_prob)[0],
+        "rows": {"train": len(train), "validation": len(validation), "test": len(test)},
+        "models": {},
+    }
+    rows = []
+    for model in models:
+        (mean, error), (kl, kl_error) = map(_mean_and_error, (scores[model.name], true_log_prob - scores[model.name]))
+        rows.append((model.name, f"{mean:.3f}", f"{kl:.3f} ± {kl_error:.3f}", f"{model.seconds:.0f}", model.note))
+        numbers["models"][model.name] = _as_numbers(model, mean, error) | {"kl": kl, "kl_standard_error": kl_error}
+
+    limits, highest = (-1.6, 2.6, -1.15, 1.65), float(truth.log_prob(truth.sample(2000, seed=0)).max().exp())
+    figure = Figure(figsize=(3.1 * (len(shown) + 1), 5.2), layout="constrained")
+    axes = figure.subplots(2, len(shown) + 1, sharex=True, sharey=True)
+    pictures = [("the truth", truth.log_prob, test[:2000])]
+    for model in shown:
+        title = f"{model.name}\nKL {numbers['models'][model.name]['kl']:.3f} nats"
+        pictures.append((title, model.log_prob, samples[model.name]))
+    for (above, below), (title, log_prob, x) in zip(axes.T, pictures, strict=True):
+        plots.density_2d(log_prob, limits, above, points=120, max_density=highest, colorbar=False, title=title)
+        plots.samples_2d(x, below, limits=limits, title="2,000 samples")
+    for ax in axes.flat:
+        ax.label_outer()
+    figure.suptitle("Two moons: densities, all on one colour scale, and samples")
+    _save(figure, output / "moons.png")
+    return Part(
+        "Two moons",
+        f"{len(train):,} points train every model, and {len(validation):,} more choose the number of components, the "
+        f"bandwidth and when to stop. The table is over {len(test):,} fresh points. KL is the mean of log p(x) - "
+        f"log q(x) with the exact density p; the entropy of p is {numbers['entropy']:.3f} nats, so that no model's mean "
+        f"log-likelihood is above {-numbers['entropy']:.3f} but by chance.",
+        ("model", "log-likelihood (nats per row)", "KL from the truth (nats)", "seconds", "what it is"),
+        rows,
+        numbers,
+        {"moons.png": "densities and samples of the truth and of the models"},
+    )
+
+
+def breast_cancer(output: Path, seed: int, quick: bool) -> Part:
+    """A real table of thirty columns with long tails."""
+    # Chosen by the validation rows of the splits of seeds 1, 2 and 3.
+    table = load_table("breast_cancer", seed=seed)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        prior = {"df": 10.0, "learnable": True}
+        flows = {
+            "masked autoregressive flow": maf(
+                30, num_layers=3, hidden_features=(32,), dropout=0.2, prior=StudentT(30, **prior)
+            ),
+            "neural spline flow": nsf(
+                30, num_layers=2, hidden_features=(32,), dropout=0.2, num_bins=4, prior=StudentT(30, **prior)
+            ),
+        }
+        options = {"epochs": 2 if quick else 150, "batch_size": 128, "learning_rate": 5e-3, "patience": 60, "max_seconds": 20}
+        return _compare_on_table(table, flows, options, ("mean radius", "mean concavity"), output, seed, quick)
+
+
+PARTS: dict[str, Callable[[Path, int, bool], Part]] = {"moons": moons, "breast_cancer": breast_cancer}
+"""The parts by name, in the order in which they run; each takes the folder, the seed and whether to be quick."""
+
+
+def _compare_on_table(
+    table: Table,
+    flows: Mapping[str, Flow],
+    options: Mapping[str, Any],
+    pair: tuple[str, str],
+    output: Path,
+    seed: int,
+    quick: bool,
+) -> Part:
+    """Fit simple models and flows to a table, score them on its test rows, and draw what they make of two columns."""
+    models = _simple_models(
+        table.train, table.validation, (1, 2) if quick else (1, 2, 3, 4, 6, 8), (1e-6, 1e-3, 1e-1), ("full", "tied", "diag")
+    )
+    models += [
+        _fit_flow(name, flow, table.train, table.validation, f"{_size(flow)} parameters, Student t prior", seed, options)
+        for name, flow in flows.items()
+    ]
+    scores = {model.name: _log_likelihoods(model, table.test) for model in models}
+    numbers: dict[str, Any] = {
+        "rows": {"train": len(table.train), "validation": len(table.validation), "test": len(table.test)},
+        "columns": list(table.columns),
+        "models": {},
+    }
+    rows = []
+    for model in models:
+        mean, error = _mean_and_error(scores[model.name])
+        above, above_error = _mean_and_error(scores[model.name] - scores["Gaussian mixture"])
+        difference = "-" if model.name == "Gaussian mixture" else f"{above:+.2f} ± {above_error:.2f}"
+        rows.append((model.name, f"{mean:.2f} ± {error:.2f}", difference, f"{model.seconds:.0f}", model.note))
+        numbers["models"][model.name] = _as_numbers(model, mean, error) | {
+            "above_mixture": above,
+            "above_mixture_standard_error": above_error,
+        }
+
+    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    points = {name: (n["log_likelihood"], n["standard_error"]) for name, n in numbers["models"].items()}
+    plots.log_likelihoods(points, left, title=f"{len(table.test)} test rows, with standard errors")
+    fits = {model.name: model.result for model in models if model.result is not None}
+    plots.training_curves(fits, middle, title="Validation rows; dots: the weights kept", skip=3)
+    # The flow whose validation loss is the lowest: which one draws is no matter for the test rows.
+    best = min((model for model in models if model.result is not None), key=lambda model: model.result.best_loss)
+    places = [table.columns.index(name) for name in pair]
+    data = table.in_units(torch.cat([table.train, table.validation, table.test]))[:, places]
+    drawn = table.in_units(best.sample(len(data)))[:, places]
+    plots.samples_2d(data, right, color=plots.COLORS[6], label=f"{len(data)} rows of data")
+    low, high = data.amin(0), data.amax(0)
+    room = 0.08 * (high - low)
+    plots.samples_2d(
+        drawn, right, color=plots.COLORS[1], label="as many samples", names=pair, title=f"Data and the {best.name}"
+    )
+    right.set(xlim=(low[0] - room[0], high[0] + room[0]), ylim=(low[1] - room[1], high[1] + room[1]))
+    right.legend(frameon=False, loc="upper left")
+    figure.suptitle(f"{table.name}: {table.features} columns, standardised for the fits")
+    _save(figure, output / f"{table.name}.png")
+    return Part(
+        f"A real table: {table.name}",
+        f"{table.features} columns, standardised by {len(table.train)} training rows; {len(table.validation)} validation "
+        f"rows choose components, covariances, ridge, bandwidth and when to stop; {len(table.test)} test rows are "
+        "scored once. The column beside it is the difference from the Gaussian mixture row by row, which the spread "
+        "between easy and hard rows does not blur.",
+        ("model", "test log-likelihood (nats per row)", "above the mixture", "seconds", "what it is"),
+        rows,
+        numbers,
+        {f"{table.name}.png": "test log-likelihoods, training curves, and samples beside the data"},
+    )
+
+
+def _simple_models(
+    train: Tensor,
+    validation: Tensor,
+    components: Sequence[int],
+    ridges: Sequence[float],
+    covariances: Sequence[str] = ("full",),
+) -> list[Model]:
+    """Fit a Gaussian, a Gaussian mixture and a kernel density, each with the options that validation rows like best."""
+    from sklearn.mixture import GaussianMixture
+    from sklearn.neighbors import KernelDensity
+
+    x, held_out = train.double().numpy(), validation.double().numpy()
+
+    def model(name: str, tries: Mapping[str, Any]) -> Model:
+        began = time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a mixture that has not converged is a candidate like another
+            fitted = {note: estimator.fit(x) for note, estimator in tries.items()}
+            note = max(fitted, key=lambda note: float(fitted[note].score_samples(held_out).mean()))
+        best = fitted[note]
+        _say(f"  {name}: {note}, {time.perf_counter() - began:.1f} s")
+
+        def sample(n: int) -> Tensor:
+            rows = best.sample(n)
+            return torch.from_numpy(np.asarray(rows[0] if isinstance(rows, tuple) else rows)).float()
+
+        def log_prob(rows: Tensor) -> Tensor:
+            return torch.from_numpy(best.score_samples(rows.double().numpy()))
+
+        return Model(name, log_prob, sample, note, time.perf_counter() - began)
+
+    mixtures = {
+        f"{number} components, {covariance} covariance, ridge {ridge:g}": GaussianMixture(
+            number, covariance_type=covariance, reg_covar=ridge, random_state=0
+        )
+        for number in components
+        for covariance in covariances
+        for ridge in ridges
+    }
+    # A relative error of 1e-4 in a density is 1e-4 nats: far less than any digit shown.
+    bandwidths = np.geomspace(0.01, 1.0, 13) if x.shape[1] < 5 else np.geomspace(0.1, 2.0, 13)
+    kernels = {f"bandwidth {width:.3g}": KernelDensity(bandwidth=width, rtol=1e-4) for width in bandwidths}
+    return [
+        model("Gaussian", {"full covariance": GaussianMixture(1, random_state=0)}),
+        model("Gaussian mixture", mixtures),
+        model("kernel density", kernels),
+    ]
+
+
+def _fit_flow(
+    name: str, flow: Flow, train: Tensor, validation: Tensor, note: str, seed: int, options: Mapping[str, Any]
+) -> Model:
+    _say(f"  {name}: fitting, at most {options['max_seconds']:.0f} s ...")
+    result = fit(flow, train, validation=validation, seed=seed, progress=False, accelerator="cpu", **options)
+    _say(f"  {name}: {result.steps} steps, {result.seconds:.1f} s, {result.stopped}")
+    return Model(name, flow.log_prob, lambda n: flow.sample((n,)), note, result.seconds, result)
+
+
+@torch.no_grad()
+def _log_likelihoods(model: Model, rows: Tensor) -> Tensor:
+    return model.log_prob(rows).double()
+
+
+def _mean_and_error(values: Tensor) -> tuple[float, float]:
+    return float(values.double().mean()), float(values.double().std() / len(values) ** 0.5)
+
+
+def _size(flow: Flow) -> str:
+    return f"{sum(parameter.numel() for parameter in flow.parameters()):,}"
+
+
+def _as_numbers(model: Model, mean: float, error: float) -> dict[str, Any]:
+    numbers: dict[str, Any] = {
+        "log_likelihood": mean,
+        "standard_error": error,
+        "seconds": round(model.seconds, 2),
+        "note": model.note,
+    }
+    if model.result is not None:
+        numbers |= {"steps": model.result.steps, "stopped": model.result.stopped}
+    return numbers
+
+
+def _as_text(part: Part) -> str:
+    table = [list(part.columns[:-1]), *(list(row[:-1]) for row in part.rows)]
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    return "\n".join(
+        "  " + "  ".join(cell.rjust(width) if at else cell.ljust(width) for at, (cell, width) in enumerate(cells))
+        for cells in (list(zip(row, widths, strict=True)) for row in table)
+    )
+
+
+def _as_markdown(parts: Sequence[Part] | Any, report: Mapping[str, Any]) -> str:
+    lines = [
+        "# pyroflows demo",
+        "",
+        f"pyroflows {report['pyroflows']}, torch {report['torch']}, {report['threads']} threads, seed {report['seed']}, "
+        f"{report['seconds']:.0f} s. All numbers are in `report.json`; higher log-likelihoods are better; ± is one "
+        "standard error.",
+    ]
+    if report["quick"]:
+        lines += ["", "This was a quick run: the fits were cut short, and the numbers mean little."]
+    for part in parts:
+        lines += ["", f"## {part.title}", "", part.text, ""]
+        lines += ["| " + " | ".join(part.columns) + " |", "|" + " --- |" * len(part.columns)]
+        lines += ["| " + " | ".join(row) + " |" for row in part.rows]
+        for name, about in part.figures.items():
+            lines += ["", f"![{about}]({name})"]
+    return "\n".join(lines) + "\n"
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=110)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

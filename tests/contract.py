@@ -1,0 +1,205 @@
+"""What the contract runs over: constructors of every layer, flow and prior. A new one gets all its tests by one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import biject_to
+
+from pyroflows import (
+    MLP,
+    ActNorm,
+    Affine,
+    BatchNorm,
+    Bijection,
+    Compose,
+    Coupling,
+    DenseLinear,
+    DiagonalNormal,
+    ElementwiseAffine,
+    Flow,
+    GaussianMixture,
+    Inverse,
+    Logit,
+    LULinear,
+    MaskedAutoregressive,
+    Permutation,
+    Planar,
+    Prior,
+    Radial,
+    Sigmoid,
+    Spline,
+    StandardNormal,
+    Standardize,
+    StudentT,
+    Uniform,
+    glow,
+    iaf,
+    maf,
+    nice,
+    nsf,
+    planar,
+    radial,
+    realnvp,
+)
+
+__all__ = ["FLOWS", "LAYERS", "PRIORS", "bijection_cases", "contexts", "data", "latents", "make", "make_flow", "perturb"]
+
+Module = TypeVar("Module", bound=nn.Module)
+HIDDEN = (12, 12)
+
+
+def _coupling(features: int, context_features: int, **options) -> Bijection:
+    return Coupling(features, context_features=context_features, **{"hidden_features": HIDDEN, **options})
+
+
+def _autoregressive(features: int, context_features: int, **options) -> Bijection:
+    return MaskedAutoregressive(features, context_features=context_features, **{"hidden_features": HIDDEN, **options})
+
+
+def _batchnorm(features: int, context_features: int) -> Bijection:
+    layer = BatchNorm(features)
+    layer.set_statistics(1 + 2 * torch.randn(50, features))
+    return layer
+
+
+LAYERS: dict[str, Callable[[int, int], Bijection]] = {
+    "actnorm": lambda d, c: ActNorm(d),
+    "batchnorm": _batchnorm,
+    "elementwise affine": lambda d, c: ElementwiseAffine(d, context_features=c),
+    "standardize": lambda d, c: Standardize(torch.randn(d), 0.5 + torch.rand(d)),
+    "sigmoid": lambda d, c: Sigmoid(d),
+    "sigmoid with a margin": lambda d, c: Sigmoid(d, alpha=0.05),
+    "logit": lambda d, c: Logit(d),
+    "logit with a margin": lambda d, c: Logit(d, alpha=0.05),
+    "permutation, reverse": lambda d, c: Permutation(d, "reverse"),
+    "permutation, random": lambda d, c: Permutation(d, "random", seed=1),
+    "permutation, given": lambda d, c: Permutation(d, torch.arange(d).roll(1)),
+    "lu": lambda d, c: LULinear(d),
+    "lu, identity without bias": lambda d, c: LULinear(d, start="identity", bias=False),
+    "dense": lambda d, c: DenseLinear(d),
+    "dense, identity without bias": lambda d, c: DenseLinear(d, start="identity", bias=False),
+    "planar": lambda d, c: Planar(d, context_features=c, hidden_features=HIDDEN),
+    "radial": lambda d, c: Radial(d, context_features=c, hidden_features=HIDDEN),
+    "coupling, affine": _coupling,
+    "coupling, flipped": lambda d, c: _coupling(d, c, flip=True),
+    "coupling, checkerboard": lambda d, c: _coupling(d, c, mask="checkerboard"),
+    "coupling, checkerboard flipped": lambda d, c: _coupling(d, c, mask="checkerboard", flip=True),
+    "coupling, mask of one": lambda d, c: _coupling(d, c, mask=torch.arange(d) == d // 2),
+    "coupling, mask of all": lambda d, c: _coupling(d, c, mask=[True] * d),
+    "coupling, sigmoid scale": lambda d, c: _coupling(d, c, transformer=Affine(scale="sigmoid")),
+    "coupling, additive": lambda d, c: _coupling(d, c, transformer="additive"),
+    "coupling, spline": lambda d, c: _coupling(d, c, transformer="spline", flip=True),
+    "coupling, residual": lambda d, c: _coupling(d, c, residual=True, activation="silu"),
+    "coupling, no hidden layer": lambda d, c: _coupling(d, c, hidden_features=()),
+    "coupling, own conditioner": lambda d, c: Coupling(
+        d, context_features=c, conditioner=MLP(d // 2, 2 * (d - d // 2), hidden_features=(7,), context_features=c)
+    ),
+    "autoregressive, affine": _autoregressive,
+    "autoregressive, reversed": lambda d, c: _autoregressive(d, c, order="reversed"),
+    "autoregressive, random": lambda d, c: _autoregressive(d, c, order="random", seed=1),
+    "autoregressive, given order": lambda d, c: _autoregressive(d, c, order=torch.arange(d).roll(1)),
+    "autoregressive, sigmoid scale": lambda d, c: _autoregressive(d, c, transformer=Affine(scale="sigmoid")),
+    "autoregressive, additive": lambda d, c: _autoregressive(d, c, transformer="additive"),
+    "autoregressive, spline": lambda d, c: _autoregressive(d, c, transformer=Spline(num_bins=5, bound=2.0)),
+    "autoregressive, residual": lambda d, c: _autoregressive(d, c, residual=True, activation="tanh"),
+    "autoregressive, narrow": lambda d, c: _autoregressive(d, c, hidden_features=(2, 3), activation="tanh"),
+    "autoregressive, no hidden layer": lambda d, c: _autoregressive(d, c, hidden_features=()),
+    "inverse autoregressive": lambda d, c: Inverse(_autoregressive(d, c)),
+    "inverse of the inverse": lambda d, c: Inverse(Inverse(_autoregressive(d, c))),
+    "inverse planar": lambda d, c: Inverse(Planar(d, context_features=c, hidden_features=HIDDEN)),
+    "compose": lambda d, c: Compose([_coupling(d, c), ActNorm(d), LULinear(d), _autoregressive(d, c), Sigmoid(d)]),
+    "compose of composes": lambda d, c: Compose([Compose([LULinear(d)]), Inverse(Compose([_coupling(d, c), Sigmoid(d)]).inv)]),
+    "inverse of a compose": lambda d, c: Inverse(Compose([Planar(d), _coupling(d, c), Permutation(d, "reverse")])),
+}
+
+SMALL = {"num_layers": 3, "hidden_features": HIDDEN}
+
+FLOWS: dict[str, Callable[[int, int], Flow]] = {
+    "realnvp": lambda d, c: realnvp(d, context_features=c, **SMALL),
+    "realnvp, batchnorm and reverse": lambda d, c: realnvp(
+        d, context_features=c, norm="batchnorm", permutation="reverse", mask="checkerboard", scale="sigmoid", **SMALL
+    ),
+    "realnvp, nothing between": lambda d, c: realnvp(d, context_features=c, norm="none", permutation="none", **SMALL),
+    "realnvp, dense, student": lambda d, c: realnvp(
+        d, context_features=c, permutation="dense", prior=StudentT(d, learnable=True), **SMALL
+    ),
+    "glow": lambda d, c: glow(d, context_features=c, num_steps=3, hidden_features=HIDDEN),
+    "glow, additive": lambda d, c: glow(d, context_features=c, num_steps=3, hidden_features=HIDDEN, coupling="additive"),
+    "nice": lambda d, c: nice(d, context_features=c, **SMALL),
+    "maf": lambda d, c: maf(d, context_features=c, **SMALL),
+    "maf, shuffle, batchnorm, mixture": lambda d, c: maf(
+        d,
+        context_features=c,
+        residual=False,
+        order="random",
+        permutation="shuffle",
+        norm="batchnorm",
+        prior=GaussianMixture(d, 3, seed=0),
+        **SMALL,
+    ),
+    "iaf": lambda d, c: iaf(d, context_features=c, **SMALL),
+    "iaf, diagonal normal": lambda d, c: iaf(d, context_features=c, order="reversed", prior=DiagonalNormal(d), **SMALL),
+    "nsf": lambda d, c: nsf(d, context_features=c, **SMALL),
+    "nsf, autoregressive": lambda d, c: nsf(d, context_features=c, autoregressive=True, **SMALL),
+    "planar": lambda d, c: planar(d, context_features=c, **SMALL),
+    "radial": lambda d, c: radial(d, context_features=c, **SMALL),
+}
+
+PRIORS: dict[str, Callable[[int], Prior]] = {
+    "standard normal": StandardNormal,
+    "diagonal normal": DiagonalNormal,
+    "mixture": lambda d: GaussianMixture(d, 3, seed=0),
+    "mixture, full": lambda d: GaussianMixture(d, 2, covariance="full", seed=0),
+    "mixture, fixed": lambda d: GaussianMixture(d, 2, learnable=False, seed=0),
+    "student": StudentT,
+    "student, learnable": lambda d: StudentT(d, df=4.0, learnable=True),
+    "uniform": lambda d: Uniform(d, -20.0, 20.0),
+}
+
+
+def make(name: str, features: int, context_features: int = 0, *, scale: float = 0.1) -> Bijection:
+    """A layer in float64 and evaluation mode, away from the identity."""
+    torch.manual_seed(0)
+    return perturb(LAYERS[name](features, context_features).double(), scale)
+
+
+def make_flow(name: str, features: int, context_features: int = 0, *, scale: float = 0.04) -> Flow:
+    """The same for a flow."""
+    torch.manual_seed(0)
+    return perturb(FLOWS[name](features, context_features).double(), scale)
+
+
+def perturb(module: Module, scale: float) -> Module:
+    """Move every parameter; an ActNorm counts as started."""
+    for part in module.modules():
+        if isinstance(part, ActNorm):
+            part.train().forward_and_log_det(part.shift.detach())
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(scale * torch.randn_like(parameter))
+    return module.eval()
+
+
+def latents(bijection: Bijection, *batch: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Points of the latent side, in its domain."""
+    return biject_to(bijection.domain)(torch.randn(*batch, *bijection.latent_shape, dtype=dtype))
+
+
+def data(bijection: Bijection, *batch: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Points of the data side, in its codomain."""
+    return biject_to(bijection.codomain)(torch.randn(*batch, *bijection.data_shape, dtype=dtype))
+
+
+def contexts(module: Bijection | Flow, *batch: int, dtype: torch.dtype = torch.float64) -> Tensor | None:
+    """A context for a batch, where the module takes one."""
+    return torch.randn(*batch, module.context_features, dtype=dtype) if module.context_features else None
+
+
+def bijection_cases() -> list[tuple[str, int, int]]:
+    """Name, features and context_features of every case; with a context only what takes one."""
+    takes_context = {name: build(2, 3).context_features > 0 for name, build in LAYERS.items()}
+    return [(n, d, c) for n in LAYERS for d in (1, 2, 5, 17) for c in (0, 3) if not c or takes_context[n]]
