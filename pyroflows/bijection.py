@@ -192,13 +192,13 @@ class Bijection(TransformModule):
     def _batch_shape(self, batch: Size, context: Tensor | None) -> Size:
         if context is None and self.context_features == 0:
             return batch
-        if self.context_features == 0:
-            raise ValueError(f"expected no context, {type(self).__name__} has context_features=0; got one")
         expected = f"expected a context of shape (*batch, {self.context_features})"
         if context is None:
             raise ValueError(f"{expected}; got none")
         if not isinstance(context, Tensor):
-            raise TypeError(f"{expected}; got {type(context).__name__}")
+            raise TypeError(f"expected a context that is a tensor; got {type(context).__name__}")
+        if self.context_features == 0:
+            raise ValueError(f"expected no context, since context_features=0; got one of shape {tuple(context.shape)}")
         if not context.is_floating_point():
             raise TypeError(f"expected a floating-point context; got {context.dtype}")
         if context.dim() == 0 or context.shape[-1] != self.context_features:

@@ -62,7 +62,7 @@ class FitResult:
     def __repr__(self) -> str:
         return (
             f"FitResult(best_loss={self.best_loss:.4f} at epoch {self.best_epoch}, "
-            f"{len(self.history['train'])} epochs, {self.steps} steps, {self.skipped_steps} skipped, "
+            f"{len(self.history.get('train', ()))} epochs, {self.steps} steps, {self.skipped_steps} skipped, "
             f"{self.seconds:.1f} s, stopped: {self.stopped})"
         )
 
@@ -102,9 +102,11 @@ def fit(
         x: data, a tensor or array, cast to the flow's dtype; or an iterable of batches (a DataLoader), each ``x``
             or ``(x, context)``; or None where the objective needs none (an ELBO).
         context: the context of each row, where the flow takes one and ``x`` is an array.
-        validation: the share of rows to hold out; or data, or ``(data, context)``; 0 or None for none.
+        validation: the share of rows to hold out; or data, or ``(data, context)``; 0 or None for none. A share is
+            of an array's rows; batches of the user's own stay whole.
         epochs: passes through the data.
-        batch_size: rows a step; by default 256, or all rows where there are fewer.
+        batch_size: rows a step; by default 256, or all rows where there are fewer. The rows left over by the last
+            whole batch of an epoch wait for another epoch's shuffle.
         learning_rate: Adam's, at its highest.
         weight_decay: L2 penalty on the weights.
         schedule: "cosine" (to zero) or "constant".
@@ -212,43 +214,50 @@ class _Trainer:
 
         result, best = self.result, None
         self.total = epochs * self.train.steps if self.train.steps else None
-        bar = tqdm(total=self.total, disable=None if progress is None else not progress, unit="step", leave=False)
-        with bar:
-            for epoch in range(epochs):
-                self.epochs_done = epoch / epochs
-                train, norm = self._epoch(epochs, bar)
-                loss = train if self.held_out is None else self._validate()
-                for name, value in zip(
-                    result.history,
-                    (train, loss, norm, self.optimizer.param_groups[0]["lr"], self._seconds()),
-                    strict=True,
-                ):
-                    if name != "validation" or self.held_out is not None:
-                        result.history[name].append(value)
-                if loss < result.best_loss:
-                    result.best_loss, result.best_epoch = loss, epoch
-                    best = {name: value.clone() for name, value in self.flow.state_dict().items()}
-                if self.skipped[1] >= self.max_skipped:
-                    result.stopped = f"loss or gradient not finite in {self.max_skipped} steps in a row"
-                elif self.max_seconds is not None and self._seconds() >= self.max_seconds:
-                    result.stopped = f"max_seconds={self.max_seconds:g} reached"
-                elif (
-                    patience is not None and self.held_out is not None and epoch - (result.best_epoch or 0) >= patience
-                ):
-                    result.stopped = f"no better validation loss in {patience} epochs"
-                if result.stopped:
-                    break
-        result.stopped = result.stopped or f"all {epochs} epochs done"
-        if best is not None:
-            self.flow.load_state_dict(best)
-        self.flow.eval()
+        disable = None if progress is None else not progress
+        try:
+            with tqdm(total=self.total, disable=disable, unit="step", leave=False) as bar:
+                for epoch in range(epochs):
+                    self.epochs_done = epoch / epochs
+                    train, norm = self._epoch(bar)
+                    loss = train if self.held_out is None else self._validate()
+                    self._note(train, loss, norm)
+                    if loss < result.best_loss:
+                        result.best_loss, result.best_epoch = loss, epoch
+                        best = {name: value.clone() for name, value in self.flow.state_dict().items()}
+                    result.stopped = self._why_stop(epoch, epochs, patience)
+                    if result.stopped:
+                        break
+        finally:
+            # Also after an interrupt or an error of the objective the flow has its best weights.
+            if best is not None:
+                self.flow.load_state_dict(best)
+            self.flow.eval()
         result.skipped_steps, result.seconds = int(self.skipped[0]), self._seconds()
         return result
+
+    def _note(self, train: float, loss: float, norm: float) -> None:
+        history = self.result.history
+        history["train"].append(train)
+        if self.held_out is not None:
+            history["validation"].append(loss)
+        history["gradient_norm"].append(norm)
+        history["learning_rate"].append(self.optimizer.param_groups[0]["lr"])
+        history["seconds"].append(self._seconds())
+
+    def _why_stop(self, epoch: int, epochs: int, patience: int | None) -> str:
+        if self.skipped[1] >= self.max_skipped:
+            return f"loss or gradient not finite in {self.max_skipped} steps in a row"
+        if self.max_seconds is not None and self._seconds() >= self.max_seconds:
+            return f"max_seconds={self.max_seconds:g} reached"
+        if patience is not None and self.held_out is not None and epoch - (self.result.best_epoch or 0) >= patience:
+            return f"no better validation loss in {patience} epochs"
+        return f"all {epochs} epochs done" if epoch == epochs - 1 else ""
 
     def _seconds(self) -> float:
         return time.perf_counter() - self.began
 
-    def _epoch(self, epochs: int, bar: Any) -> tuple[float, float]:
+    def _epoch(self, bar: Any) -> tuple[float, float]:
         self.flow.train()
         total = torch.zeros(3, device=self.fabric.device)  # finite losses, their gradient norms, their number
         shown = 0.0
@@ -326,7 +335,8 @@ def _set_batch_statistics(flow: Flow, train: _Rows) -> None:
 def _compiled(flow: Flow) -> Iterator[None]:
     """Put compiled methods in front of the flow's own for the length of a block."""
     for method in _METHODS:
-        object.__setattr__(flow, method, torch.compile(getattr(flow, method)))
+        # Train and evaluation batches each have one shape: a graph for each is faster than one for all.
+        object.__setattr__(flow, method, torch.compile(getattr(flow, method), dynamic=False))
     try:
         yield
     finally:
@@ -398,13 +408,14 @@ def _prepare(
     if validation is not None and not isinstance(validation, (int, float)):
         rows, its_context = validation if isinstance(validation, tuple) else (validation, None)
         held_out = _Rows(*_data(flow, rows, its_context, device, name="validation data"), _EVALUATION_ROWS)
-    if x is None:
-        return _Steps(steps_per_epoch), held_out
     if not isinstance(x, Tensor) and not hasattr(x, "__array__"):
-        if not isinstance(x, Iterable):
+        if context is not None or batch_size is not None:
+            name = "context" if context is not None else "batch_size"
+            raise ValueError(f"expected {name} beside a tensor or an array alone; got it beside {type(x).__name__}")
+        if x is None:
+            return _Steps(steps_per_epoch), held_out
+        if not isinstance(x, Iterable) or isinstance(x, str):
             raise TypeError(f"expected data as a tensor, an array or batches; got {type(x).__name__}")
-        if isinstance(x, list) and x and not hasattr(x[0], "shape") and not isinstance(x[0], (tuple, list)):
-            raise TypeError("expected data as a tensor, an array or batches; got a list of numbers")
         return _Batches(x, flow, device), held_out
     data, given = _data(flow, x, context, device, name="data")
     _refuse_constant_columns(data)

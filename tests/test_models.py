@@ -114,15 +114,17 @@ def test_wrong_sizes_and_names(build, options, error, message):
     ],
 )
 def test_each_learns_a_banana(build, options):
-    """The banana's own entropy is 2.35 nats; the best Gaussian needs 3.0."""
-    x = torch.randn(3000, 2, generator=torch.Generator().manual_seed(0))
-    x = torch.stack([x[:, 0], x[:, 0].square() + 0.4 * x[:, 1]], 1) * torch.tensor([1.0, 1.0])
-    held = torch.randn(1000, 2, generator=torch.Generator().manual_seed(1))
-    held = torch.stack([held[:, 0], held[:, 0].square() + 0.4 * held[:, 1]], 1)
+    """The banana's entropy is 1.92 nats; the best Gaussian needs 3.22."""
+    x, held = (_banana(rows, seed) for rows, seed in ((3000, 0), (1000, 1)))
     gaussian = torch.distributions.MultivariateNormal(x.mean(0), x.T.cov())
     torch.manual_seed(0)
     flow = build(2, hidden_features=(32, 32), **options)
     fit(flow, x, validation=held, epochs=12, learning_rate=5e-3, batch_size=200, seed=0)
     with torch.no_grad():
         found = -flow.log_prob(held).mean()
-    assert found < -gaussian.log_prob(held).mean() - 0.3
+    assert found < -gaussian.log_prob(held).mean() - 0.6
+
+
+def _banana(rows, seed):
+    x, noise = torch.randn(2, rows, generator=torch.Generator().manual_seed(seed))
+    return torch.stack([x, x.square() + 0.4 * noise], 1)

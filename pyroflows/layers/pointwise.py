@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn import functional as F
 
+from pyroflows.arguments import Shape
 from pyroflows.bijection import Bijection
 from pyroflows.conditioners.mlp import MLP
 
@@ -39,7 +40,7 @@ class ElementwiseAffine(Bijection):
 
     def __init__(
         self,
-        features: int | Sequence[int],
+        features: Shape,
         *,
         context_features: int = 0,
         hidden_features: Sequence[int] = (64,),
@@ -77,7 +78,7 @@ class Sigmoid(Bijection):
 
     .. math::
         y_i = \frac{\sigma(x_i) - \alpha}{1 - 2\alpha}, \qquad
-        \log|\det dy/dx| = \sum_i \log\sigma(x_i) + \log\sigma(-x_i) - \log(1 - 2\alpha)
+        \log|\det dy/dx| = \sum_i \bigl(\log\sigma(x_i) + \log\sigma(-x_i) - \log(1 - 2\alpha)\bigr)
 
     Data to latent, this is the ``logit(alpha + (1 - 2 alpha) y)`` of RealNVP, where a small ``alpha`` keeps data at
     the ends 0 and 1 at finite latents; a sample may then be outside [0, 1] by at most about ``alpha``.
@@ -100,7 +101,7 @@ class Sigmoid(Bijection):
         tensor([0., 0.])
     """
 
-    def __init__(self, features: int | Sequence[int], alpha: float = 0.0):
+    def __init__(self, features: Shape, alpha: float = 0.0):
         super().__init__(features)
         self.alpha = _checked_alpha(alpha)
         self.codomain = _margin(alpha, len(self.data_shape))
@@ -122,7 +123,7 @@ class Logit(Bijection):
 
     .. math::
         y_i = \operatorname{logit}(\alpha + (1 - 2\alpha) x_i), \qquad
-        \log|\det dy/dx| = -\sum_i \log\sigma(y_i) + \log\sigma(-y_i) - \log(1 - 2\alpha)
+        \log|\det dy/dx| = -\sum_i \bigl(\log\sigma(y_i) + \log\sigma(-y_i) - \log(1 - 2\alpha)\bigr)
 
     For data in (0, 1) the last layer of a flow is ``Sigmoid``, not this.
 
@@ -141,7 +142,7 @@ class Logit(Bijection):
         tensor([0., 0.])
     """
 
-    def __init__(self, features: int | Sequence[int], alpha: float = 0.0):
+    def __init__(self, features: Shape, alpha: float = 0.0):
         super().__init__(features)
         self.alpha = _checked_alpha(alpha)
         self.domain = _margin(alpha, len(self.latent_shape))

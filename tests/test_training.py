@@ -1,0 +1,431 @@
+"""The training loop: its bookkeeping, what it keeps, when it stops, the data it takes and what it says of bad data."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pyro.distributions as dist
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from pyroflows import DiagonalNormal, ElementwiseAffine, FitResult, Flow, LULinear, StandardNormal, fit, maf, realnvp
+
+
+def affine(features=2, **options):
+    return Flow(StandardNormal(features), [LULinear(features), ElementwiseAffine(features, **options)])
+
+
+def small(**options):
+    return realnvp(2, num_layers=2, hidden_features=(8,), **options)
+
+
+def gaussian(rows=200, features=2, seed=0):
+    return 3 + 2 * torch.randn(rows, features, generator=torch.Generator().manual_seed(seed))
+
+
+def same(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+
+
+# Bookkeeping
+
+
+@pytest.mark.parametrize("validation", [0.1, 0, None])
+def test_history(validation):
+    result = fit(small(), gaussian(), validation=validation, epochs=4, batch_size=50, seed=0)
+    rows = 180 if validation else 200
+    for name in ("train", "gradient_norm", "learning_rate", "seconds"):
+        assert len(result.history[name]) == 4
+    assert len(result.history["validation"]) == (4 if validation else 0)
+    assert result.steps == 4 * (rows // 50)
+    assert result.skipped_steps == 0
+    assert result.stopped == "all 4 epochs done"
+    losses = result.history["validation" if validation else "train"]
+    assert result.best_loss == min(losses)
+    assert result.best_epoch == losses.index(min(losses))
+    assert result.history["seconds"] == sorted(result.history["seconds"])
+    assert isinstance(result, FitResult)
+    assert "best_loss=" in repr(result)
+    assert "4 epochs" in repr(result)
+    assert "FitResult" in repr(FitResult())
+
+
+def test_learns_mean_and_scale():
+    flow = affine()
+    x = gaussian(2000)
+    fit(flow, x, epochs=30, learning_rate=5e-2, validation=None, seed=0)
+    wanted = dist.MultivariateNormal(x.mean(0), x.T.cov()).log_prob(x).mean()
+    assert flow.log_prob(x).mean().item() == pytest.approx(wanted.item(), abs=0.01)
+
+
+def test_keeps_the_best_weights_and_leaves_evaluation_mode():
+    flow, held = small(dropout=0.2), gaussian(100, seed=1)
+    result = fit(flow, gaussian(60), validation=held, epochs=40, learning_rate=5e-2, schedule="constant", seed=0)
+    assert not flow.training
+    assert result.best_epoch < 39
+    assert -flow.log_prob(held).mean().item() == pytest.approx(result.best_loss, abs=1e-5)
+
+
+def test_stops_early():
+    result = fit(
+        small(), gaussian(60), validation=gaussian(60, seed=1), epochs=200, learning_rate=0.1, patience=5, seed=0
+    )
+    assert result.stopped == "no better validation loss in 5 epochs"
+    assert len(result.history["train"]) == result.best_epoch + 6 < 200
+
+
+def test_patience_none_goes_on():
+    result = fit(small(), gaussian(60), epochs=12, learning_rate=0.1, patience=None, seed=0)
+    assert len(result.history["train"]) == 12
+
+
+def test_max_seconds():
+    result = fit(small(), gaussian(), epochs=100_000, max_seconds=0.3, patience=None, seed=0)
+    assert result.stopped == "max_seconds=0.3 reached"
+    assert 0.2 < result.seconds < 5
+    assert result.history["learning_rate"][-1] < 2e-4  # the schedule ends with the time
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_schedules(schedule):
+    rates = fit(
+        small(), gaussian(), epochs=10, learning_rate=0.01, schedule=schedule, warmup=0.2, patience=None, seed=0
+    ).history["learning_rate"]
+    assert max(rates) <= 0.01
+    if schedule == "constant":
+        assert rates[2:] == [0.01] * 8
+    else:
+        assert rates[-1] < 1e-8 + 0.01 * 0.05
+        assert rates[1:] == sorted(rates[1:], reverse=True)
+    assert rates[0] == pytest.approx(0.005, rel=0.2)
+
+
+def test_no_warmup():
+    rates = fit(small(), gaussian(), epochs=2, schedule="constant", warmup=0.0, seed=0).history["learning_rate"]
+    assert rates == [1e-3] * 2
+
+
+def test_weight_decay_shrinks_the_weights():
+    norms = []
+    for weight_decay in (0.0, 1.0):
+        torch.manual_seed(0)
+        flow = small()
+        fit(flow, gaussian(), epochs=10, learning_rate=1e-2, weight_decay=weight_decay, validation=None, seed=0)
+        norms.append(sum(p.square().sum() for n, p in flow.named_parameters() if "conditioner" in n))
+    assert norms[1] < norms[0]
+
+
+def test_clip_norm_bounds_the_gradient():
+    def objective(flow, x, context):
+        return -1e3 * flow.log_prob(x).mean()
+
+    seen = []
+    flow = affine()
+    step = torch.optim.Adam.step
+
+    def watched(self, *args, **kwargs):
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        seen.append(torch.stack([g.norm() for g in gradients]).norm().item())
+        return step(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.Adam, "step", watched)
+        result = fit(flow, gaussian(), epochs=5, clip_norm=0.5, objective=objective, validation=None, seed=0)
+        fit(affine(), gaussian(), epochs=5, clip_norm=None, objective=objective, validation=None, seed=0)
+    assert max(seen[:5]) <= 0.5 + 1e-5
+    assert min(seen[5:]) > 10
+    assert min(result.history["gradient_norm"]) > 10
+
+
+# Seeds
+
+
+def test_a_seed_repeats_bit_for_bit_and_leaves_torchs_random_state():
+    results, flows = [], []
+    for _ in range(2):
+        torch.manual_seed(5)
+        flow = small(dropout=0.1)
+        state = torch.get_rng_state()
+        results.append(fit(flow, gaussian(), epochs=3, batch_size=32, seed=7))
+        assert torch.equal(torch.get_rng_state(), state)
+        flows.append(flow)
+        torch.rand(11)
+    assert same(*flows)
+    assert results[0].history["train"] == results[1].history["train"]
+    assert results[0].history["validation"] == results[1].history["validation"]
+
+
+def test_another_seed_or_none_differs():
+    histories = []
+    for seed in (1, 2, None):
+        torch.manual_seed(5)
+        histories.append(tuple(fit(small(), gaussian(), epochs=1, batch_size=32, seed=seed).history["train"]))
+    assert len(set(histories)) == 3
+
+
+# What data may be
+
+
+def test_numpy_of_either_precision():
+    x = gaussian().numpy()
+    flow = small()
+    fit(flow, x.astype(np.float64), epochs=1, seed=0)
+    assert flow.dtype == torch.float32
+    twin = small().double()
+    result = fit(twin, x, epochs=1, validation=(x[:20].astype(np.float64), None), seed=0)
+    assert twin.dtype == torch.float64
+    assert math.isfinite(result.best_loss)
+
+
+def test_data_loader_and_list_of_batches_with_context():
+    x, context = gaussian(120), torch.randn(120, 3)
+    loader = DataLoader(TensorDataset(x, context), batch_size=40, shuffle=True)
+    flow = small(context_features=3)
+    result = fit(flow, loader, validation=(x, context), epochs=2, seed=0)
+    assert result.steps == 6
+    batches = [(x[:60], context[:60]), (x[60:], context[60:])]
+    assert fit(flow, batches, epochs=2, seed=0).steps == 4
+    assert fit(flow, ((a, b) for a, b in batches), epochs=1, seed=0).steps == 2
+
+
+def test_batches_without_context():
+    x = gaussian(120)
+    assert fit(small(), DataLoader(TensorDataset(x), batch_size=40), epochs=2, seed=0).steps == 6
+    assert fit(small(), DataLoader(x, batch_size=40), validation=x, epochs=2, seed=0).steps == 6
+    assert fit(small(), [x[:60], x[60:]], epochs=2, seed=0).steps == 4
+    assert fit(small(), list(x.numpy().reshape(2, 60, 2)), epochs=2, seed=0).steps == 4
+
+
+@pytest.mark.parametrize("held", [lambda x, c: (x, c), lambda x, c: (x.numpy(), c.numpy()), lambda x, c: 0.2, lambda x, c: None])
+def test_context(held):
+    context = torch.rand(300, 1, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    x = 4 * context + 0.5 * torch.randn(300, 1, generator=torch.Generator().manual_seed(1))
+    flow = affine(1, context_features=1)
+    fit(flow, x, context=context, validation=held(x, context), epochs=80, learning_rate=2e-2, batch_size=50, seed=0)
+    assert flow.log_prob(x, context).mean() > -1.1  # the entropy is 0.73, without the context 2.3
+
+
+def test_batch_sizes():
+    assert fit(small(), gaussian(600), epochs=1, validation=None, seed=0).steps == 2
+    assert fit(small(), gaussian(100), epochs=1, validation=None, seed=0).steps == 1
+    assert fit(small(), gaussian(100), epochs=1, validation=None, batch_size=30, seed=0).steps == 3
+
+
+def test_frozen_parameters_stay():
+    flow = small()
+    flow.layers[0].requires_grad_(False)
+    before = [p.clone() for p in flow.layers[0].parameters()]
+    fit(flow, gaussian(), epochs=2, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(before, flow.layers[0].parameters(), strict=True))
+
+
+def test_a_second_fit_goes_on():
+    flow = affine()
+    first, second = (fit(flow, gaussian(), epochs=10, learning_rate=1e-2, validation=None, seed=0) for _ in range(2))
+    assert second.best_loss < first.best_loss
+
+
+def test_a_single_step_moves_the_weights():
+    flow = affine()
+    result = fit(flow, gaussian(), epochs=1, validation=None, seed=0)
+    assert result.steps == 1
+    assert flow.layers[1].shift.any()
+
+
+# Objectives
+
+
+def test_reverse_kl_without_data():
+    target = dist.MultivariateNormal(torch.tensor([1.0, -1.0]), torch.tensor([[1.0, 0.6], [0.6, 2.0]]))
+
+    def reverse_kl(flow, x, context):
+        assert x is None
+        assert context is None
+        sample, log_prob = flow.rsample_and_log_prob((64,))
+        return (log_prob - target.log_prob(sample)).mean()
+
+    torch.manual_seed(0)
+    flow = Flow(DiagonalNormal(2), [LULinear(2, start="identity")])
+    result = fit(flow, objective=reverse_kl, epochs=5, steps_per_epoch=80, learning_rate=5e-2, seed=0)
+    assert result.steps == 400
+    assert result.history["validation"] == []
+    assert reverse_kl(flow, None, None).abs() < 0.02
+    sample = flow.sample((20_000,))
+    torch.testing.assert_close(sample.mean(0), target.loc, rtol=0, atol=0.06)
+    torch.testing.assert_close(sample.T.cov(), target.covariance_matrix, rtol=0, atol=0.12)
+
+
+def test_own_objective_sees_batches():
+    seen = []
+
+    def objective(flow, x, context):
+        seen.append((tuple(x.shape), None if context is None else tuple(context.shape)))
+        return -flow.log_prob(x, context).mean()
+
+    fit(small(context_features=1), gaussian(100), context=torch.zeros(100, 1), validation=0.2, epochs=1, batch_size=40, objective=objective)
+    assert seen == [((40, 2), (40, 1)), ((40, 2), (40, 1)), ((20, 2), (20, 1))]
+
+
+# Steps that are not finite
+
+
+def failing(when):
+    count = [0]
+
+    def objective(flow, x, context):
+        loss = -flow.log_prob(x, context).mean()
+        if torch.is_grad_enabled():
+            count[0] += 1
+            if when(count[0]):
+                loss = loss * math.nan
+        return loss
+
+    return objective
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted():
+    flow = small()
+    result = fit(flow, gaussian(), batch_size=20, epochs=3, objective=failing(lambda n: n % 4 == 0), seed=0)
+    assert result.skipped_steps == 27 // 4
+    assert result.steps == 27
+    assert result.stopped == "all 3 epochs done"
+    assert all(math.isfinite(v) for values in result.history.values() for v in values)
+    assert all(p.isfinite().all() for p in flow.parameters())
+
+
+def test_a_gradient_that_is_not_finite_is_skipped():
+    def objective(flow, x, context):
+        loss = -flow.log_prob(x).mean()
+        return loss + (flow.prior.loc - flow.prior.loc.detach()).abs().sqrt().sum() if loss.requires_grad else loss
+
+    flow = Flow(DiagonalNormal(2), [LULinear(2)])
+    before = flow.prior.loc.detach().clone()
+    result = fit(flow, gaussian(), epochs=2, objective=objective, seed=0)
+    assert result.skipped_steps == result.steps
+    assert torch.equal(flow.prior.loc, before)
+
+
+def test_stops_with_the_best_weights_after_too_many():
+    flow, held = small(), gaussian(50, seed=1)
+    objective = failing(lambda n: n > 30)
+    result = fit(flow, gaussian(), validation=held, batch_size=20, epochs=50, objective=objective, max_skipped=5, seed=0)
+    assert result.stopped == "loss or gradient not finite in 5 steps in a row"
+    assert result.steps < 200
+    assert -flow.log_prob(held).mean().item() == pytest.approx(result.best_loss, abs=1e-5)
+
+
+def test_stops_where_nothing_was_ever_finite():
+    flow = small()
+    with torch.no_grad():
+        flow.log_prob(gaussian())
+    before = {name: value.clone() for name, value in flow.state_dict().items()}
+    result = fit(flow, gaussian(), batch_size=10, epochs=50, objective=failing(lambda n: True), max_skipped=3, validation=None, seed=0)
+    assert result.best_epoch is None
+    assert result.stopped == "loss or gradient not finite in 3 steps in a row"
+    assert result.skipped_steps == result.steps
+    assert all(torch.equal(value, before[name]) for name, value in flow.state_dict().items())
+    repr(result)
+
+
+# Messages
+
+
+def spoiled(value, row, column):
+    x = gaussian()
+    x[row, column] = value
+    return x
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: fit(small(), spoiled(math.nan, 7, 1)), ValueError, r"got nan in row 7, column 1 \(1 such"),
+        (lambda: fit(small(), spoiled(-math.inf, 3, 0)), ValueError, "got -inf in row 3, column 0"),
+        (lambda: fit(small(), gaussian(), validation=spoiled(math.nan, 2, 1)), ValueError, "validation data; got nan in row 2"),
+        (
+            lambda: fit(small(context_features=2), gaussian(), context=spoiled(math.inf, 9, 1)),
+            ValueError,
+            "finite numbers in context of data; got inf in row 9, column 1",
+        ),
+        (lambda: fit(small(), [gaussian(20), spoiled(math.nan, 4, 0)]), ValueError, "batch 1; got nan in row 4, column 0"),
+        (
+            lambda: fit(realnvp(3), torch.cat([gaussian(), torch.ones(200, 1)], 1)),
+            ValueError,
+            "expected columns that vary.*got .*column.* 2",
+        ),
+        (lambda: fit(small(), gaussian(20), batch_size=64), ValueError, "expected at least batch_size=64.*got 18"),
+        (lambda: fit(small(), gaussian(1)), ValueError, "expected at least 2 rows of data; got 1"),
+        (lambda: fit(small(), gaussian(0)), ValueError, "expected at least 2 rows of data; got 0"),
+        (lambda: fit(small(), torch.ones(10, 2, dtype=torch.long)), TypeError, "floating-point numbers; got torch.int64"),
+        (lambda: fit(small(), np.ones((10, 2), dtype=np.uint8)), TypeError, "floating-point numbers; got torch.uint8"),
+        (lambda: fit(small(), gaussian(features=3)), ValueError, r"expected data of shape \(rows, 2\); got \(200, 3\)"),
+        (lambda: fit(small(), gaussian()[0]), ValueError, r"expected data of shape \(rows, 2\); got \(2,\)"),
+        (lambda: fit(small(), torch.rand(8, 1, 28, 28)), ValueError, r"shape \(rows, 2\); got \(8, 1, 28, 28\)"),
+        (lambda: fit(small(), "data.csv"), TypeError, "expected .* as a tensor.*got str"),
+        (lambda: fit(small(), 3.0), TypeError, "expected data as a tensor, an array or batches; got float"),
+        (lambda: fit(small(), [1.0, 2.0]), TypeError, "got a list of numbers"),
+        (lambda: fit(small(), np.array([["a", "b"]])), TypeError, "expected data as a tensor or an array of numbers"),
+        (lambda: fit(small(context_features=3), gaussian()), ValueError, r"a context of shape \(\*batch, 3\); got none"),
+        (lambda: fit(small(), gaussian(), context=torch.zeros(200, 3)), ValueError, "expected no context.*got one"),
+        (
+            lambda: fit(small(context_features=3), gaussian(), context=torch.zeros(100, 3)),
+            ValueError,
+            r"expected a context.*got \(100, 3\)",
+        ),
+        (
+            lambda: fit(small(context_features=3), gaussian(), context=torch.zeros(3)),
+            ValueError,
+            r"expected a context for each of 200 rows; got \(3,\)",
+        ),
+        (
+            lambda: fit(small(context_features=3), gaussian(), context=torch.zeros(200, 2)),
+            ValueError,
+            r"expected a context of shape \(\*batch, 3\); got \(200, 2\)",
+        ),
+        (
+            lambda: fit(small(context_features=1), gaussian(), context=torch.zeros(200, 1), validation=gaussian()),
+            ValueError,
+            "got none",
+        ),
+        (lambda: fit(small(), gaussian(), epochs=0), ValueError, "expected epochs to be a positive integer; got 0"),
+        (lambda: fit(small(), gaussian(), epochs=-3), ValueError, "expected epochs to be a positive integer; got -3"),
+        (lambda: fit(small(), gaussian(), epochs=1.5), ValueError, "expected epochs to be a positive integer; got 1.5"),
+        (lambda: fit(small(), gaussian(), batch_size=0), ValueError, "expected batch_size to be a positive integer; got 0"),
+        (lambda: fit(small(), gaussian(), patience=0), ValueError, "expected patience to be a positive integer; got 0"),
+        (lambda: fit(small(), gaussian(), learning_rate=0.0), ValueError, "expected learning_rate to be positive; got 0.0"),
+        (lambda: fit(small(), gaussian(), learning_rate=-1), ValueError, "expected learning_rate to be positive; got -1"),
+        (lambda: fit(small(), gaussian(), learning_rate=math.nan), ValueError, "learning_rate to be positive; got nan"),
+        (lambda: fit(small(), gaussian(), clip_norm=0.0), ValueError, "expected clip_norm to be positive; got 0.0"),
+        (lambda: fit(small(), gaussian(), max_seconds=-1), ValueError, "expected max_seconds to be positive; got -1"),
+        (lambda: fit(small(), gaussian(), max_skipped=0), ValueError, "max_skipped to be a positive integer; got 0"),
+        (lambda: fit(small(), gaussian(), weight_decay=-0.1), ValueError, "expected weight_decay of at least 0.*got -0.1"),
+        (lambda: fit(small(), gaussian(), warmup=1.0), ValueError, r"warmup in \[0, 1\); got .*1.0"),
+        (lambda: fit(small(), gaussian(), schedule="linear"), ValueError, "expected schedule to be one of.*got 'linear'"),
+        (lambda: fit(small(), gaussian(), validation=1.0), ValueError, r"validation rows in \[0, 1\); got 1.0"),
+        (lambda: fit(small(), gaussian(), validation=-0.1), ValueError, r"validation rows in \[0, 1\); got -0.1"),
+        (lambda: fit(small(), gaussian(), validation=gaussian(features=3)), ValueError, "expected validation data of shape"),
+        (lambda: fit(small(), gaussian(), validation="all"), (TypeError, ValueError), "validation"),
+        (lambda: fit(small(), gaussian(), lr=1e-3), TypeError, "lr"),
+        (lambda: fit(torch.nn.Linear(2, 2), gaussian()), TypeError, "expected a Flow; got Linear"),
+        (lambda: fit(Flow(StandardNormal(2), small().layers[:1]).requires_grad_(False), gaussian()), ValueError, "got none"),
+        (lambda: fit(maf(2), [gaussian(features=3)]), ValueError, r"expected batch 0 of shape \(rows, 2\); got \(200, 3\)"),
+    ],
+)
+def test_messages(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_bad_data_leave_the_flow_untouched():
+    flow = small()
+    before = {name: value.clone() for name, value in flow.state_dict().items()}
+    with pytest.raises(ValueError, match="finite"):
+        fit(flow, spoiled(math.nan, 0, 0))
+    assert all(torch.equal(value, before[name]) for name, value in flow.state_dict().items())
+
+
+def test_progress_bar_does_not_break():
+    assert fit(small(), gaussian(), epochs=2, progress=True, seed=0).steps == 2
+    assert fit(small(), gaussian(), epochs=2, progress=False, seed=0).steps == 2
