@@ -16,9 +16,9 @@ def main() -> None:
     torch.set_num_threads(1)  # tensors this small are slower on more
 
     mean, scale = torch.tensor([3.0, -2.0]), torch.tensor([0.5, 4.0])
-    x = mean + scale * torch.randn(2_000 if options.quick else 20_000, 2)
+    x = mean + scale * torch.randn(10_000 if options.quick else 20_000, 2)
     flow = Flow(StandardNormal(2), ElementwiseAffine(2))
-    result = fit(flow, x, epochs=20 if options.quick else 10, learning_rate=0.05, validation=None, seed=options.seed)
+    result = fit(flow, x, epochs=10, learning_rate=0.05, validation=None, seed=options.seed)
     print(f"{result.steps} steps in {result.seconds:.1f} s")
 
     (layer,) = flow.layers

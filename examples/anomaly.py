@@ -1,11 +1,12 @@
-"""Log-density as an anomaly score: flows see benign tumours alone, and must tell malignant ones from new benign ones."""
+"""Log-density as an anomaly score: detectors see benign tumours alone, and must know malignant ones."""
 
 import argparse
 
 import torch
 from sklearn.ensemble import IsolationForest
-from sklearn.mixture import GaussianMixture
 from sklearn.metrics import roc_auc_score
+from sklearn.mixture import GaussianMixture
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from pyroflows import StudentT, fit, realnvp
@@ -13,7 +14,7 @@ from pyroflows.data import load_table, make_table
 
 
 def normality(train: Tensor, validation: Tensor, rows: Tensor, seed: int, quick: bool) -> dict[str, Tensor]:
-    """Fit each detector to the train rows; give what it holds of other rows, high where they look like the train rows."""
+    """Fit each detector to the train rows; give its scores of other rows, high where they look like the train rows."""
     torch.manual_seed(seed)
     features = train.shape[1]
     flow = realnvp(
@@ -52,7 +53,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="the first of five seeds: of the splits and of the fits")
     parser.add_argument("--quick", action="store_true", help="one short fit, to see that it runs")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # networks this small are slower on more
+    torch.set_num_threads(1)  # networks and tables this small are slower on more
+    threadpool_limits(1)
 
     whole = load_table("breast_cancer", test=0, validation=0, standardize=False)
     benign = whole.labels["train"] == 1

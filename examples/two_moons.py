@@ -29,7 +29,7 @@ def main() -> None:
     two = torch.tensor([[-2.0, 0.0], [2.0, 0.0]])
     priors = {"Gaussian prior": StandardNormal(2), "mixture prior": GaussianMixture(2, 2, loc=two)}
     divergences = {}
-    figure = Figure(figsize=(10, 6), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots(2, 3, sharex=True, sharey=True)
     highest = float(moons.log_prob(fresh).max().exp())
     columns = [("truth", moons.log_prob, fresh[:3000])]

@@ -2,37 +2,58 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from inspect import signature
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Size
 
-__all__ = ["Shape", "as_shape", "check_names", "check_option", "check_sizes"]
+__all__ = ["Shape", "as_shape", "as_widths", "check_names", "check_number", "check_option", "check_sizes"]
 
 Shape = int | Sequence[int]
 
 
 def _is_size(size: object) -> bool:
-    return isinstance(size, int) and not isinstance(size, bool) and size > 0
+    return isinstance(size, Integral) and not isinstance(size, bool) and int(size) > 0
 
 
 def as_shape(shape: Shape) -> Size:
     """Give an event shape from itself or from a number of features."""
-    sizes = (shape,) if isinstance(shape, int) else tuple(shape) if isinstance(shape, Iterable) else ()
+    sizes = tuple(shape) if isinstance(shape, Iterable) else (shape,)
     if not sizes or not all(map(_is_size, sizes)):
         raise ValueError(f"expected a positive number of features or a shape of positive sizes; got {shape!r}")
-    return Size(sizes)
+    return Size(map(int, sizes))
 
 
-def check_sizes(**sizes: int | Sequence[int]) -> None:
-    """Refuse a size, or one of several, that is not a positive integer."""
+def as_widths(name: str, widths: Iterable[int]) -> tuple[int, ...]:
+    """Give the widths of a network's hidden layers; there may be none."""
+    if not isinstance(widths, Iterable):
+        raise TypeError(f"expected {name} as a sequence of positive integers; got {widths!r}")
+    widths = tuple(widths)
+    if not all(map(_is_size, widths)):
+        raise ValueError(f"expected {name} as a sequence of positive integers; got {widths!r}")
+    return widths
+
+
+def check_sizes(**sizes: int) -> None:
+    """Refuse a size that is not a positive integer."""
     for name, size in sizes.items():
-        if isinstance(size, Iterable):
-            if not all(map(_is_size, size)):
-                raise ValueError(f"expected {name} to be positive integers; got {size!r}")
-        elif not _is_size(size):
+        if not _is_size(size):
             raise ValueError(f"expected {name} to be a positive integer; got {size!r}")
+
+
+def check_number(name: str, value: object, interval: str) -> None:
+    """Refuse what is not a number in an interval such as ``"[0, 1)"`` or ``"(0, inf)"``."""
+    low, high = map(float, interval[1:-1].split(","))
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"expected {name} in {interval}; got {value!r}")
+    number = float(value)
+    above = number >= low if interval[0] == "[" else number > low
+    below = number <= high if interval[-1] == "]" else number < high
+    if math.isnan(number) or not (above and below):
+        raise ValueError(f"expected {name} in {interval}; got {value!r}")
 
 
 def check_option(name: str, option: object, options: Iterable[str]) -> None:

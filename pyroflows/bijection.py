@@ -12,10 +12,10 @@ import torch
 from pyro.distributions.conditional import ConditionalTransform
 from pyro.distributions.torch_transform import TransformModule
 from torch import Size, Tensor, nn
-from torch.distributions import constraints
+from torch.distributions import biject_to, constraints, transform_to
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from pyroflows.arguments import Shape, as_shape
+from pyroflows.arguments import Shape, as_shape, check_sizes
 
 __all__ = ["Bijection", "Compose", "Conditioned", "Inverse"]
 
@@ -35,6 +35,14 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def _address(tensor: Tensor) -> int:
+    """Assigning to ``p.data`` moves no version, but the numbers."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # a tensor under torch.func has no memory of its own
+        return 0
+
+
 def _fingerprint(module: nn.Module) -> list[int]:
     """What an evaluation of ``module`` depends on beside its input: modes, and tensors with their versions."""
     marks, stack = [_optimizer_steps], [module]
@@ -43,9 +51,26 @@ def _fingerprint(module: nn.Module) -> list[int]:
         marks.append(part.training)
         for tensor in (*part._parameters.values(), *part._buffers.values()):
             if tensor is not None:
-                marks += (id(tensor), _version(tensor))
+                marks += (id(tensor), _version(tensor), _address(tensor))
         stack.extend(child for child in part._modules.values() if child is not None)
     return marks
+
+
+class _Event(constraints._IndependentConstraint):
+    """A constraint on every number of an event; torch's own cannot check an empty batch."""
+
+    def check(self, value: Tensor) -> Tensor:
+        dims = self.reinterpreted_batch_ndims
+        return self.base_constraint.check(value).flatten(-dims).all(-1)
+
+
+def event_constraint(constraint: constraints.Constraint, dims: int) -> constraints.Constraint:
+    """Give the constraint that holds where ``constraint`` holds for each number of an event of ``dims`` dimensions."""
+    return _Event(constraint, dims)
+
+
+for _registry in (biject_to, transform_to):
+    _registry.register(_Event, _registry._registry[constraints._IndependentConstraint])
 
 
 def _batched(shape: Sequence[int]) -> str:
@@ -114,7 +139,8 @@ class Bijection(TransformModule):
     1. A record answers once: scoring takes it, and scoring again evaluates again.
     2. Only the way back is free: ``t(x)`` twice evaluates twice; ``t.inv(t(x))`` is ``x``.
     3. The way back is checked: the same tensors at the same versions, the same parameters and
-       modes, no optimizer step since, and gradients no wider than they were recorded.
+       modes, no optimizer step since, and gradients no wider than they were recorded. (In-place writes
+       to ``p.data`` outside an optimizer leave no trace that could be checked.)
     4. The result is held weakly, in one slot, which is never copied, pickled or saved.
     5. The log-determinant of a pair without a record is read off the cheaper direction.
 
@@ -152,14 +178,14 @@ class Bijection(TransformModule):
 
     def __init__(self, latent_shape: Shape, *, data_shape: Shape | None = None, context_features: int = 0):
         super().__init__()
-        if not isinstance(context_features, int) or context_features < 0:
-            raise ValueError(f"expected context_features to be a non-negative integer; got {context_features!r}")
+        if context_features != 0 or isinstance(context_features, bool):
+            check_sizes(context_features=context_features)
         object.__setattr__(self, "_record", None)
         self.latent_shape = as_shape(latent_shape)
         self.data_shape = self.latent_shape if data_shape is None else as_shape(data_shape)
         self.context_features = context_features
-        self.domain: constraints.Constraint = constraints.independent(constraints.real, len(self.latent_shape))
-        self.codomain: constraints.Constraint = constraints.independent(constraints.real, len(self.data_shape))
+        self.domain: constraints.Constraint = event_constraint(constraints.real, len(self.latent_shape))
+        self.codomain: constraints.Constraint = event_constraint(constraints.real, len(self.data_shape))
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -420,6 +446,8 @@ class Compose(Bijection):
     """
 
     def __init__(self, layers: Iterable[Bijection]):
+        if not isinstance(layers, Iterable):
+            raise TypeError(f"expected a sequence of layers; got {type(layers).__name__}")
         layers = list(layers)
         if not layers:
             raise ValueError("expected at least one layer; got none")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 
 import torch
 from pyro.distributions import TransformedDistribution
@@ -99,7 +100,7 @@ class Flow(nn.Module):
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Give the log-density of data, in nats."""
-        self._check_dtype(x)
+        self._check_dtype(x, context)
         z, log_det = self.bijection.inverse_and_log_det(x, context)
         return self.prior.log_prob(z) + log_det
 
@@ -118,13 +119,14 @@ class Flow(nn.Module):
         return x, self.prior.log_prob(z) - log_det
 
     def _sample_shape(self, shape: int | Sequence[int], context: Tensor | None) -> Size:
-        sizes = (shape,) if isinstance(shape, int) else tuple(shape)
-        if not all(isinstance(size, int) and size >= 0 for size in sizes):
+        sizes = tuple(shape) if isinstance(shape, Iterable) else (shape,)
+        if not all(isinstance(size, Integral) and not isinstance(size, bool) and size >= 0 for size in sizes):
             raise ValueError(f"expected a sample shape of non-negative integers; got {shape!r}")
-        return Size(sizes) + self.bijection._batch_shape(Size(), context)
+        return Size(map(int, sizes)) + self.bijection._batch_shape(Size(), context)
 
-    def _check_dtype(self, x: Tensor) -> None:
+    def _check_dtype(self, x: Tensor, context: Tensor | None) -> None:
         if torch.compiler.is_compiling():
             return  # the walk over Pyro's modules, which hash in a way of their own, would break the graph
-        if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != self.dtype:
-            raise TypeError(f"expected data of the flow's {self.dtype}; got {x.dtype}")
+        for name, tensor in (("data", x), ("a context", context)):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != self.dtype:
+                raise TypeError(f"expected {name} of the flow's {self.dtype}; got {tensor.dtype}")

@@ -139,7 +139,7 @@ def training_curves(
         results: fits by name.
         ax: the axes; new ones by default.
         title: of the axes.
-        skip: epochs to leave out at the start, where the loss is so high that the rest looks flat.
+        skip: epochs to leave out at the start, where the loss is so high that the rest looks flat; two always stay.
 
     Raises:
         ValueError: there is no fit.
@@ -156,9 +156,9 @@ def training_curves(
     for number, (name, result) in enumerate(results.items()):
         color, style = COLORS[number % len(COLORS)], _STYLES[number % len(_STYLES)]
         losses = result.history.get("validation") or result.history["train"]
-        epochs = range(1, len(losses) + 1)
-        ax.plot(epochs[skip:], losses[skip:], style, color=color, label=name)
-        if result.best_epoch is not None and result.best_epoch >= skip:
+        epochs, start = range(1, len(losses) + 1), max(0, min(skip, len(losses) - 2))
+        ax.plot(epochs[start:], losses[start:], style, color=color, label=name)
+        if result.best_epoch is not None and result.best_epoch >= start:
             ax.plot(epochs[result.best_epoch], losses[result.best_epoch], "o", color=color, markersize=5)
     ax.set(title=title, xlabel="epoch", ylabel="negative log-likelihood (nats per row)")
     ax.grid(alpha=0.3)

@@ -76,8 +76,11 @@ class Prior(nn.Module):
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draw latents of shape ``(*sample_shape, *event_shape)``, without gradients."""
+        shape = Size(sample_shape)
+        if 0 in shape:  # torch's categorical, a mixture's, cannot draw nothing
+            return self.sample().new_empty(shape + self.event_shape)
         with torch.no_grad():
-            return self().sample(Size(sample_shape))
+            return self().sample(shape)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draw latents through which gradients reach the parameters."""

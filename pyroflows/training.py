@@ -7,19 +7,18 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from numbers import Integral
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pyroflows.arguments import check_option, check_sizes
+from pyroflows.arguments import check_number, check_option, check_sizes
 from pyroflows.flow import Flow
 from pyroflows.layers.batchnorm import BatchNorm
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    Array = Tensor | np.ndarray[Any, Any]
+Array = Tensor | np.ndarray[Any, Any]
 
 __all__ = ["FitResult", "Objective", "fit", "negative_log_likelihood"]
 
@@ -78,7 +77,7 @@ def fit(
     learning_rate: float = 1e-3,
     weight_decay: float = 0.0,
     schedule: str = "cosine",
-    warmup: float = 0.02,
+    warmup: float = 0.05,
     clip_norm: float | None = 5.0,
     patience: int | None = 30,
     max_seconds: float | None = None,
@@ -153,14 +152,16 @@ def fit(
     check_sizes(epochs=epochs, max_skipped=max_skipped, steps_per_epoch=steps_per_epoch)
     check_option("schedule", schedule, ("cosine", "constant"))
     for name, value in (("learning_rate", learning_rate), ("clip_norm", clip_norm), ("max_seconds", max_seconds)):
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"expected {name} to be positive; got {value!r}")
-    if weight_decay < 0 or not 0 <= warmup < 1:
-        raise ValueError(
-            f"expected weight_decay of at least 0 and warmup in [0, 1); got {weight_decay!r} and {warmup!r}"
-        )
+        if value is not None or name == "learning_rate":
+            check_number(name, value, "(0, inf)")
+    check_number("weight_decay", weight_decay, "[0, inf)")
+    check_number("warmup", warmup, "[0, 1)")
     if patience is not None:
         check_sizes(patience=patience)
+    if seed is not None and not isinstance(seed, Integral):
+        raise TypeError(f"expected seed to be an integer; got {seed!r}")
+    if x is None and objective is negative_log_likelihood:
+        raise ValueError("expected data, or an objective that needs none; got neither")
 
     precision = precision or {torch.float64: "64-true"}.get(flow.dtype, "32-true")
     fabric = Fabric(accelerator=accelerator, devices=1, precision=precision)
@@ -212,7 +213,7 @@ class _Trainer:
     def run(self, epochs: int, patience: int | None, progress: bool | None) -> FitResult:
         from tqdm.auto import tqdm
 
-        result, best = self.result, None
+        result, best = self.result, self._weights()
         self.total = epochs * self.train.steps if self.train.steps else None
         disable = None if progress is None else not progress
         try:
@@ -222,19 +223,21 @@ class _Trainer:
                     train, norm = self._epoch(bar)
                     loss = train if self.held_out is None else self._validate()
                     self._note(train, loss, norm)
-                    if loss < result.best_loss:
-                        result.best_loss, result.best_epoch = loss, epoch
-                        best = {name: value.clone() for name, value in self.flow.state_dict().items()}
+                    # An epoch that ended in steps that were not finite may have left weights that blew up before.
+                    if math.isfinite(loss) and loss < result.best_loss and self.skipped[1] < self.max_skipped:
+                        result.best_loss, result.best_epoch, best = loss, epoch, self._weights()
                     result.stopped = self._why_stop(epoch, epochs, patience)
                     if result.stopped:
                         break
         finally:
             # Also after an interrupt or an error of the objective the flow has its best weights.
-            if best is not None:
-                self.flow.load_state_dict(best)
+            self.flow.load_state_dict(best)
             self.flow.eval()
         result.skipped_steps, result.seconds = int(self.skipped[0]), self._seconds()
         return result
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in self.flow.state_dict().items()}
 
     def _note(self, train: float, loss: float, norm: float) -> None:
         history = self.result.history
@@ -249,7 +252,7 @@ class _Trainer:
         if self.skipped[1] >= self.max_skipped:
             return f"loss or gradient not finite in {self.max_skipped} steps in a row"
         if self.max_seconds is not None and self._seconds() >= self.max_seconds:
-            return f"max_seconds={self.max_seconds:g} reached"
+            return f"max_seconds={self.max_seconds:.4g} reached"
         if patience is not None and self.held_out is not None and epoch - (self.result.best_epoch or 0) >= patience:
             return f"no better validation loss in {patience} epochs"
         return f"all {epochs} epochs done" if epoch == epochs - 1 else ""
@@ -260,13 +263,15 @@ class _Trainer:
     def _epoch(self, bar: Any) -> tuple[float, float]:
         self.flow.train()
         total = torch.zeros(3, device=self.fabric.device)  # finite losses, their gradient norms, their number
-        shown = 0.0
+        shown, number = 0.0, -1
+        # Reading the count makes a GPU wait: there it is looked at now and then.
+        patient = 1 if self.fabric.device.type == "cpu" else 50
         for number, (x, context) in enumerate(self.train):
-            share = (self.result.steps + 1) / self.total if self.total else self.epochs_done
+            done = self.result.steps / self.total if self.total else self.epochs_done
             elapsed = self._seconds()
             if self.max_seconds is not None:
-                share = max(share, elapsed / self.max_seconds)
-            self._set_rate(min(share, 1.0))
+                done = max(done, elapsed / self.max_seconds)
+            self._set_rate(min(done, 1.0))
             loss, norm = self._step(x, context)
             ok = self.optimizer.found_inf == 0
             total += torch.where(ok, torch.stack([loss, norm, torch.ones_like(loss)]).float(), 0)
@@ -277,20 +282,29 @@ class _Trainer:
                 bar.set_postfix(loss=f"{float(loss):.3f}")
             if self.max_seconds is not None and elapsed >= self.max_seconds:
                 break
-            if number % 50 == 0 and self.skipped[1] >= self.max_skipped:
+            if number % patient == 0 and self.skipped[1] >= self.max_skipped:
                 break
+        if number < 0:
+            raise ValueError(
+                f"expected batches in every epoch; got none in epoch {len(self.result.history['train'])}: "
+                "a generator can be read once, a list or a DataLoader again"
+            )
         mean = (total / total[2].clamp(min=1)).tolist()
         return (mean[0], mean[1]) if total[2] else (math.nan, math.nan)
 
-    def _set_rate(self, share: float) -> None:
-        rise = min(1.0, share / self.warmup) if self.warmup else 1.0
-        fall = (1 + math.cos(math.pi * share)) / 2 if self.cosine else 1.0
+    def _set_rate(self, done: float) -> None:
+        one = 1 / self.total if self.total else 0.0  # the first step is not at zero
+        rise = min(1.0, max(done + one, 1e-3) / self.warmup) if self.warmup else 1.0
+        fall = (1 + math.cos(math.pi * done)) / 2 if self.cosine else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * rise * fall
 
     def _step(self, x: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.objective(self.module, x, context)
+        if not isinstance(loss, Tensor) or loss.dim():
+            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(f"expected an objective that gives a scalar tensor; got {got}")
         self.fabric.backward(loss)
         norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), self.clip_norm, foreach=True)
         loss = loss.detach()
@@ -376,6 +390,10 @@ class _Batches:
             x, context = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
             if isinstance(x, (tuple, list)) and len(x) == 1:
                 x = x[0]
+            if not isinstance(x, Tensor) and not hasattr(x, "__array__"):
+                raise TypeError(
+                    f"expected batches that are tensors or arrays, or pairs of them; got {type(x).__name__}"
+                )
             yield _data(self.flow, x, context, self.device, name=f"batch {number}")
 
 
@@ -405,9 +423,13 @@ def _prepare(
     if not 0 <= share < 1:
         raise ValueError(f"expected a share of validation rows in [0, 1); got {validation!r}")
     held_out = None
+    if isinstance(validation, tuple) and len(validation) != 2:
+        raise ValueError(f"expected validation as (data, context); got {len(validation)} items")
     if validation is not None and not isinstance(validation, (int, float)):
         rows, its_context = validation if isinstance(validation, tuple) else (validation, None)
         held_out = _Rows(*_data(flow, rows, its_context, device, name="validation data"), _EVALUATION_ROWS)
+        if len(held_out.x) == 0:
+            raise ValueError("expected at least one row of validation data; got none")
     if not isinstance(x, Tensor) and not hasattr(x, "__array__"):
         if context is not None or batch_size is not None:
             name = "context" if context is not None else "batch_size"
@@ -447,20 +469,22 @@ def _data(flow: Flow, x: Any, context: Any, device: torch.device, *, name: str) 
 
 def _as_tensor(x: Any, flow: Flow, device: torch.device, name: str) -> Tensor:
     try:
-        tensor = torch.as_tensor(x)
-    except (TypeError, ValueError, RuntimeError):
+        given = x.detach() if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(np.asarray(x)))
+    except TypeError:
         raise TypeError(f"expected {name} as a tensor or an array of numbers; got {type(x).__name__}") from None
-    if not tensor.is_floating_point():
-        raise TypeError(f"expected {name} of floating-point numbers; got {tensor.dtype}: convert or dequantise them")
+    if not given.is_floating_point():
+        raise TypeError(f"expected {name} of floating-point numbers; got {given.dtype}: convert or dequantise them")
+    tensor = given.to(device, flow.dtype)
     finite = tensor.isfinite()
     if not finite.all():
         where = (~finite).nonzero()
-        first = where[0].tolist()
+        row, *column = where[0].tolist()
+        number = given[(row, *column)]
         raise ValueError(
-            f"expected finite numbers in {name}; got {float(tensor[tuple(first)])} in row {first[0]}, "
-            f"column {', '.join(map(str, first[1:]))} ({len(where)} such numbers in all)"
+            f"expected finite numbers in {name}; got {float(number)} in row {row}, column {', '.join(map(str, column))}"
+            f"{f', beyond the range of {flow.dtype}' if number.isfinite() else ''} ({len(where)} such numbers in all)"
         )
-    return tensor.to(device, flow.dtype)
+    return tensor
 
 
 def _refuse_constant_columns(data: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What the contract runs over: constructors of every layer, flow and prior. A new one gets all its tests by one line."""
+"""What the contract runs over: constructors of layers, flows, priors; a new one gets all its tests by one line."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from pyroflows import (
     Radial,
     Sigmoid,
     Spline,
-    StandardNormal,
     Standardize,
+    StandardNormal,
     StudentT,
     Uniform,
     glow,
@@ -46,7 +46,18 @@ from pyroflows import (
     realnvp,
 )
 
-__all__ = ["FLOWS", "LAYERS", "PRIORS", "bijection_cases", "contexts", "data", "latents", "make", "make_flow", "perturb"]
+__all__ = [
+    "FLOWS",
+    "LAYERS",
+    "PRIORS",
+    "bijection_cases",
+    "contexts",
+    "data",
+    "latents",
+    "make",
+    "make_flow",
+    "perturb",
+]
 
 Module = TypeVar("Module", bound=nn.Module)
 HIDDEN = (12, 12)
@@ -112,7 +123,9 @@ LAYERS: dict[str, Callable[[int, int], Bijection]] = {
     "inverse of the inverse": lambda d, c: Inverse(Inverse(_autoregressive(d, c))),
     "inverse planar": lambda d, c: Inverse(Planar(d, context_features=c, hidden_features=HIDDEN)),
     "compose": lambda d, c: Compose([_coupling(d, c), ActNorm(d), LULinear(d), _autoregressive(d, c), Sigmoid(d)]),
-    "compose of composes": lambda d, c: Compose([Compose([LULinear(d)]), Inverse(Compose([_coupling(d, c), Sigmoid(d)]).inv)]),
+    "compose of composes": lambda d, c: Compose(
+        [Compose([LULinear(d)]), Inverse(Compose([_coupling(d, c), Sigmoid(d)]).inv)]
+    ),
     "inverse of a compose": lambda d, c: Inverse(Compose([Planar(d), _coupling(d, c), Permutation(d, "reverse")])),
 }
 
@@ -128,7 +141,9 @@ FLOWS: dict[str, Callable[[int, int], Flow]] = {
         d, context_features=c, permutation="dense", prior=StudentT(d, learnable=True), **SMALL
     ),
     "glow": lambda d, c: glow(d, context_features=c, num_steps=3, hidden_features=HIDDEN),
-    "glow, additive": lambda d, c: glow(d, context_features=c, num_steps=3, hidden_features=HIDDEN, coupling="additive"),
+    "glow, additive": lambda d, c: glow(
+        d, context_features=c, num_steps=3, hidden_features=HIDDEN, coupling="additive"
+    ),
     "nice": lambda d, c: nice(d, context_features=c, **SMALL),
     "maf": lambda d, c: maf(d, context_features=c, **SMALL),
     "maf, shuffle, batchnorm, mixture": lambda d, c: maf(

@@ -109,7 +109,9 @@ def test_an_equal_tensor_is_not_the_same_tensor():
     assert layer.calls == ["forward", "inverse"]
 
 
-@pytest.mark.parametrize("forward_passes, inverse_passes, wanted", [(5, 1, "inverse"), (1, 5, "forward"), (1, 1, "forward")])
+@pytest.mark.parametrize(
+    "forward_passes, inverse_passes, wanted", [(5, 1, "inverse"), (1, 5, "forward"), (1, 1, "forward")]
+)
 @pytest.mark.parametrize("inverted", [False, True])
 def test_a_pair_without_record_is_scored_the_cheap_way(forward_passes, inverse_passes, wanted, inverted):
     layer = Counted(forward_passes=forward_passes, inverse_passes=inverse_passes)
@@ -214,6 +216,26 @@ def test_the_same_tensor_after_a_step_has_its_new_density(optimizer):
             flow.layers[-1].log_abs_det_jacobian(top, x), flow.layers[-1].forward_and_log_det(top)[1]
         )
     assert len(set(values)) == 3
+
+
+@pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "pyro's clipped adam", "pyro's adam"])
+def test_no_record_outlives_a_step(optimizer):
+    for ask in ("score", "return"):
+        layer, x = Counted(), torch.randn(3, 2)
+        if optimizer in OPTIMIZERS:
+            step = OPTIMIZERS[optimizer]([layer.log_scale]).step
+        else:
+            kind = pyro.optim.ClippedAdam if "clipped" in optimizer else pyro.optim.Adam
+            wrapped = kind({"lr": 0.1})
+            step = lambda *_: wrapped([layer.log_scale])  # noqa: E731
+        layer.log_scale.grad = torch.ones(())
+        y = layer(x)
+        step(lambda: torch.tensor(1.0))
+        assert layer.log_scale != 0.5
+        if ask == "score":
+            assert torch.equal(layer.log_abs_det_jacobian(x, y), layer.forward_and_log_det(x)[1])
+        else:
+            torch.testing.assert_close(layer.inv(y), layer.inverse_and_log_det(y)[0])
 
 
 def test_pyros_own_optimizer_moves_the_density():
@@ -448,8 +470,18 @@ def test_conditioned_counts():
     assert other.inv(y) is x
     other.log_abs_det_jacobian(x, y)
     assert layer.calls == ["forward"]
-    layer.condition(context + 1).log_abs_det_jacobian(x, y)
-    assert layer.calls == ["forward"] * 2
+
+
+def test_another_context_is_another_map():
+    layer, context = Counted(context_features=3), torch.randn(8, 3)
+    x = torch.randn(8, 2)
+    y = layer.condition(context)(x)
+    moved = layer.condition(context + 1)
+    torch.testing.assert_close(moved.inv(y), x - 3 * (-layer.log_scale).exp())
+    y = layer.condition(context)(x)
+    layer.calls.clear()
+    moved.log_abs_det_jacobian(x, y)
+    assert layer.calls == ["forward"]
 
 
 def test_compose_gives_its_context_to_those_that_take_one():
@@ -497,8 +529,16 @@ def test_nested_inverse_evaluates_once():
         (lambda: Counted()(torch.zeros(3)), ValueError, r"expected a tensor of shape \(\*batch, 2\); got \(3,\)"),
         (lambda: Counted()(torch.tensor(0.0)), ValueError, r"expected a tensor of shape \(\*batch, 2\); got \(\)"),
         (lambda: Counted()([0.0, 0.0]), TypeError, r"expected a tensor of shape \(\*batch, 2\); got list"),
-        (lambda: Counted()(torch.zeros(2, dtype=torch.long)), TypeError, "expected a floating-point tensor; got torch.int64"),
-        (lambda: Counted()(torch.zeros(2), torch.zeros(1)), ValueError, "expected no context, Counted.*got one"),
+        (
+            lambda: Counted()(torch.zeros(2, dtype=torch.long)),
+            TypeError,
+            "expected a floating-point tensor; got torch.int64",
+        ),
+        (
+            lambda: Counted()(torch.zeros(2), torch.zeros(1)),
+            ValueError,
+            "expected no context.*context_features=0; got one",
+        ),
         (
             lambda: Counted(context_features=3)(torch.zeros(2)),
             ValueError,
@@ -535,19 +575,35 @@ def test_nested_inverse_evaluates_once():
         (lambda: Bijection(2)(torch.zeros(2)), NotImplementedError, "Bijection must define forward_and_log_det"),
         (lambda: Flow(nn.Linear(2, 2), Counted()), TypeError, "expected a Prior; got Linear"),
         (lambda: Flow(StandardNormal(3), Counted()), ValueError, r"expected a prior of shape \(2,\).*got \(3,\)"),
-        (lambda: realnvp(2).log_prob(torch.zeros(2).double()), TypeError, "expected data of the flow's torch.float32.*64"),
+        (
+            lambda: realnvp(2).log_prob(torch.zeros(2).double()),
+            TypeError,
+            "expected data of the flow's torch.float32.*64",
+        ),
         (lambda: realnvp(2).log_prob(torch.zeros(3, 5)), ValueError, r"\(\*batch, 2\); got \(3, 5\)"),
-        (lambda: realnvp(2).sample((-1,)), ValueError, r"expected a sample shape of non-negative integers; got \(-1,\)"),
+        (
+            lambda: realnvp(2).sample((-1,)),
+            ValueError,
+            r"expected a sample shape of non-negative integers; got \(-1,\)",
+        ),
         (lambda: realnvp(2).sample((1.5,)), ValueError, "expected a sample shape of non-negative integers"),
         (lambda: realnvp(2, context_features=1).sample(3), ValueError, r"expected a context of shape.*got none"),
         (lambda: realnvp(2)(torch.zeros(1)), ValueError, "expected no context"),
         (lambda: realnvp(2, context_features=1)(), ValueError, "got none"),
-        (lambda: Coupling(2, mask="thirds"), ValueError, "expected mask to be one of 'halves', 'checkerboard'; got 'thirds'"),
+        (
+            lambda: Coupling(2, mask="thirds"),
+            ValueError,
+            "expected mask to be one of 'halves', 'checkerboard'; got 'thirds'",
+        ),
         (lambda: Coupling(2, mask=[True]), ValueError, r"expected a mask of 2 booleans; got \[True\]"),
         (lambda: Coupling(2, mask=[1, 0]), ValueError, r"expected a mask of 2 booleans; got \[1, 0\]"),
         (lambda: Coupling(2, mask=[False, False]), ValueError, "expected a mask that moves at least one.*got none"),
         (lambda: Coupling(2, transformer="cubic"), ValueError, "expected transformer to be one of.*got 'cubic'"),
-        (lambda: Coupling(2, conditioner=nn.Identity(), dropout=0.1), TypeError, "expected no network options.*got dropout"),
+        (
+            lambda: Coupling(2, conditioner=nn.Identity(), dropout=0.1),
+            TypeError,
+            "expected no network options.*got dropout",
+        ),
         (lambda: Coupling(2, width=3), TypeError, "width"),
         (lambda: MaskedAutoregressive(2, width=3), TypeError, "width"),
         (lambda: Coupling(0), ValueError, "expected .*features.*got 0"),
@@ -555,7 +611,11 @@ def test_nested_inverse_evaluates_once():
         (lambda: MaskedAutoregressive(3, order="up"), ValueError, "expected order to be one of.*got 'up'"),
         (lambda: MaskedAutoregressive(3, order=[0, 0, 1]), ValueError, r"a permutation of 0 to 2; got \[0, 0, 1\]"),
         (lambda: Coupling(3, hidden_features=(3, 0)), ValueError, r"hidden_features\b.*0"),
-        (lambda: Coupling(3, hidden_features=(3, 4), residual=True), ValueError, r"one width; got hidden_features=\(3, 4\)"),
+        (
+            lambda: Coupling(3, hidden_features=(3, 4), residual=True),
+            ValueError,
+            r"one width; got hidden_features=\(3, 4\)",
+        ),
         (lambda: Coupling(3, activation="cosine"), ValueError, "expected activation to be one of.*got 'cosine'"),
         (lambda: Coupling(3, dropout=1.0), ValueError, r"expected dropout in \[0, 1\); got 1.0"),
         (lambda: Spline(num_bins=1), ValueError, "expected num_bins of at least 2; got 1"),
@@ -565,7 +625,11 @@ def test_nested_inverse_evaluates_once():
         (lambda: Affine(bound=0.0), ValueError, "expected a positive bound; got 0.0"),
         (lambda: BatchNorm(2, momentum=0.0), ValueError, r"expected momentum in \(0, 1\]; got 0.0"),
         (lambda: BatchNorm(2, eps=0.0), ValueError, "expected a positive eps; got 0.0"),
-        (lambda: LULinear(2, start="zeros"), ValueError, "expected start to be one of 'rotation', 'identity'; got 'zeros'"),
+        (
+            lambda: LULinear(2, start="zeros"),
+            ValueError,
+            "expected start to be one of 'rotation', 'identity'; got 'zeros'",
+        ),
         (lambda: DenseLinear(0), ValueError, "expected .*features.*got 0"),
         (lambda: Permutation(3, "sorted"), ValueError, "expected order to be 'reverse', 'random' or.*got 'sorted'"),
         (lambda: Permutation(3, [0, 1]), ValueError, r"expected order to be a permutation.*got \[0, 1\]"),

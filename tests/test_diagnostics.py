@@ -87,7 +87,11 @@ def test_tolerance():
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        (lambda: check(torch.nn.Linear(2, 2), torch.zeros(3, 2)), TypeError, "expected a Flow or a Bijection; got Linear"),
+        (
+            lambda: check(torch.nn.Linear(2, 2), torch.zeros(3, 2)),
+            TypeError,
+            "expected a Flow or a Bijection; got Linear",
+        ),
         (lambda: check(realnvp(2), torch.zeros(2)), ValueError, r"expected rows of shape \(rows, 2\); got \(2,\)"),
         (lambda: check(realnvp(2), [[0.0, 0.0]]), ValueError, r"expected rows of shape \(rows, 2\); got list"),
         (lambda: check(realnvp(2), torch.zeros(0, 2)), ValueError, "expected at least one row; got none"),

@@ -60,7 +60,9 @@ def reference_spline(x, raw, *, num_bins, bound, min_size, min_derivative):
     return y, math.log(slope)
 
 
-@pytest.mark.parametrize("num_bins, bound, min_size, min_derivative", [(2, 1.0, 1e-3, 1e-3), (8, 3.0, 1e-3, 1e-3), (5, 4.0, 0.05, 0.1)])
+@pytest.mark.parametrize(
+    "num_bins, bound, min_size, min_derivative", [(2, 1.0, 1e-3, 1e-3), (8, 3.0, 1e-3, 1e-3), (5, 4.0, 0.05, 0.1)]
+)
 def test_spline_agrees_with_the_formulas(num_bins, bound, min_size, min_derivative):
     spline = Spline(num_bins=num_bins, bound=bound, min_size=min_size, min_derivative=min_derivative)
     x = 1.5 * bound * (2 * torch.rand(300).double() - 1)
@@ -129,7 +131,12 @@ def test_affine_keeps_its_scale_in_bounds(shift, raw):
 
 def test_flows_start_as_the_identity():
     x = torch.randn(5, 4)
-    for layer in (Coupling(4), Coupling(4, transformer="spline"), MaskedAutoregressive(4), Coupling(4, context_features=2)):
+    for layer in (
+        Coupling(4),
+        Coupling(4, transformer="spline"),
+        MaskedAutoregressive(4),
+        Coupling(4, context_features=2),
+    ):
         context = torch.randn(5, 2) if layer.context_features else None
         torch.testing.assert_close(layer.forward_and_log_det(x, context)[0], x, rtol=0, atol=1e-6)
 

@@ -54,7 +54,9 @@ def test_layers_of_each():
 )
 def test_permutations(permutation, kind):
     for build in (realnvp, maf, iaf, nsf):
-        middle = [k for k in kinds(build(3, permutation=permutation, **SMALL)) if k in (LULinear, DenseLinear, Permutation)]
+        middle = [
+            k for k in kinds(build(3, permutation=permutation, **SMALL)) if k in (LULinear, DenseLinear, Permutation)
+        ]
         assert middle == ([] if kind is None else [kind] * 2)
 
 

@@ -22,7 +22,6 @@ from pyroflows import (
     DiagonalNormal,
     ElementwiseAffine,
     Flow,
-    Inverse,
     LULinear,
     MaskedAutoregressive,
     StandardNormal,
@@ -266,27 +265,32 @@ def test_a_step_evaluates_each_conditioner_once(name, loss):
     [
         # Alone it scales after it shifts, and its shift has far to go.
         (lambda d: MaskedAutoregressive(d, hidden_features=(16,)).inv, 2.0),
-        (lambda d: Inverse(MaskedAutoregressive(d, hidden_features=(16,))), 2.0),
         (lambda d: Compose([Coupling(d, hidden_features=(16,)), Coupling(d, flip=True), ActNorm(d)]), 0.5),
-        (lambda d: ComposeTransformModule([MaskedAutoregressive(d, hidden_features=(16,)).inv, ElementwiseAffine(d)]), 0.5),
+        (
+            lambda d: ComposeTransformModule(
+                [MaskedAutoregressive(d, hidden_features=(16,)).inv, ElementwiseAffine(d)]
+            ),
+            0.5,
+        ),
     ],
 )
 def test_auto_normalizing_flow_learns(transform, slack):
     torch.manual_seed(0)
     guide = AutoNormalizingFlow(conjugate, transform)
-    svi = SVI(conjugate, guide, falling(5e-2, 0.985), Trace_ELBO(num_particles=4))
-    first = svi.step(OBSERVED)
+    svi = SVI(conjugate, guide, falling(5e-2, 0.98), Trace_ELBO(num_particles=2))
+    svi.step(OBSERVED)
     parameters = list(guide.parameters())
     assert len(parameters) == len(list(transform(2).parameters()))
     before = [p.detach().clone() for p in parameters]
-    for _ in range(200):
+    first = sum(svi.evaluate_loss(OBSERVED) for _ in range(20)) / 20
+    for _ in range(150):
         svi.step(OBSERVED)
     assert all(not torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
     guide.eval()
     last = sum(svi.evaluate_loss(OBSERVED) for _ in range(10)) / 10
     assert last < first - 5
     assert last == pytest.approx(evidence(), abs=slack)
-    draws = torch.stack([guide(OBSERVED)["z"] for _ in range(300)])
+    draws = torch.stack([guide(OBSERVED)["z"] for _ in range(200)])
     torch.testing.assert_close(draws.mean(0), MEAN, rtol=0, atol=0.4 * slack)
 
 
@@ -315,7 +319,7 @@ def test_amortised_guide():
             pyro.sample("z", flow(y))
 
     svi = SVI(model, guide, falling(3e-2, 0.99), Trace_ELBO())
-    for _ in range(400):
+    for _ in range(300):
         svi.step()
     sample = flow.eval().sample((4000,), y)
     torch.testing.assert_close(sample.mean(0), 0.8 * y, rtol=0, atol=0.15)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pandas
 import pyro.distributions as dist
 import pytest
 import torch
@@ -26,7 +27,9 @@ def gaussian(rows=200, features=2, seed=0):
 
 
 def same(first, second):
-    return all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+    return all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
 
 
 # Bookkeeping
@@ -34,12 +37,12 @@ def same(first, second):
 
 @pytest.mark.parametrize("validation", [0.1, 0, None])
 def test_history(validation):
-    result = fit(small(), gaussian(), validation=validation, epochs=4, batch_size=50, seed=0)
+    result = fit(small(), gaussian(), validation=validation, epochs=4, batch_size=10, seed=0)
     rows = 180 if validation else 200
     for name in ("train", "gradient_norm", "learning_rate", "seconds"):
         assert len(result.history[name]) == 4
     assert len(result.history["validation"]) == (4 if validation else 0)
-    assert result.steps == 4 * (rows // 50)
+    assert result.steps == 4 * (rows // 10)
     assert result.skipped_steps == 0
     assert result.stopped == "all 4 epochs done"
     losses = result.history["validation" if validation else "train"]
@@ -85,7 +88,7 @@ def test_max_seconds():
     result = fit(small(), gaussian(), epochs=100_000, max_seconds=0.3, patience=None, seed=0)
     assert result.stopped == "max_seconds=0.3 reached"
     assert 0.2 < result.seconds < 5
-    assert result.history["learning_rate"][-1] < 2e-4  # the schedule ends with the time
+    assert result.history["learning_rate"][-1] < 5e-4  # the schedule ends with the time
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
@@ -198,7 +201,9 @@ def test_batches_without_context():
     assert fit(small(), list(x.numpy().reshape(2, 60, 2)), epochs=2, seed=0).steps == 4
 
 
-@pytest.mark.parametrize("held", [lambda x, c: (x, c), lambda x, c: (x.numpy(), c.numpy()), lambda x, c: 0.2, lambda x, c: None])
+@pytest.mark.parametrize(
+    "held", [lambda x, c: (x, c), lambda x, c: (x.numpy(), c.numpy()), lambda x, c: 0.2, lambda x, c: None]
+)
 def test_context(held):
     context = torch.rand(300, 1, generator=torch.Generator().manual_seed(0)) * 2 - 1
     x = 4 * context + 0.5 * torch.randn(300, 1, generator=torch.Generator().manual_seed(1))
@@ -264,7 +269,15 @@ def test_own_objective_sees_batches():
         seen.append((tuple(x.shape), None if context is None else tuple(context.shape)))
         return -flow.log_prob(x, context).mean()
 
-    fit(small(context_features=1), gaussian(100), context=torch.zeros(100, 1), validation=0.2, epochs=1, batch_size=40, objective=objective)
+    fit(
+        small(context_features=1),
+        gaussian(100),
+        context=torch.zeros(100, 1),
+        validation=0.2,
+        epochs=1,
+        batch_size=40,
+        objective=objective,
+    )
     assert seen == [((40, 2), (40, 1)), ((40, 2), (40, 1)), ((20, 2), (20, 1))]
 
 
@@ -287,7 +300,9 @@ def failing(when):
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted():
     flow = small()
-    result = fit(flow, gaussian(), batch_size=20, epochs=3, objective=failing(lambda n: n % 4 == 0), seed=0)
+    result = fit(
+        flow, gaussian(), batch_size=20, epochs=3, objective=failing(lambda n: n % 4 == 0), max_skipped=3, seed=0
+    )
     assert result.skipped_steps == 27 // 4
     assert result.steps == 27
     assert result.stopped == "all 3 epochs done"
@@ -310,7 +325,9 @@ def test_a_gradient_that_is_not_finite_is_skipped():
 def test_stops_with_the_best_weights_after_too_many():
     flow, held = small(), gaussian(50, seed=1)
     objective = failing(lambda n: n > 30)
-    result = fit(flow, gaussian(), validation=held, batch_size=20, epochs=50, objective=objective, max_skipped=5, seed=0)
+    result = fit(
+        flow, gaussian(), validation=held, batch_size=20, epochs=50, objective=objective, max_skipped=5, seed=0
+    )
     assert result.stopped == "loss or gradient not finite in 5 steps in a row"
     assert result.steps < 200
     assert -flow.log_prob(held).mean().item() == pytest.approx(result.best_loss, abs=1e-5)
@@ -321,7 +338,16 @@ def test_stops_where_nothing_was_ever_finite():
     with torch.no_grad():
         flow.log_prob(gaussian())
     before = {name: value.clone() for name, value in flow.state_dict().items()}
-    result = fit(flow, gaussian(), batch_size=10, epochs=50, objective=failing(lambda n: True), max_skipped=3, validation=None, seed=0)
+    result = fit(
+        flow,
+        gaussian(),
+        batch_size=10,
+        epochs=50,
+        objective=failing(lambda n: True),
+        max_skipped=3,
+        validation=None,
+        seed=0,
+    )
     assert result.best_epoch is None
     assert result.stopped == "loss or gradient not finite in 3 steps in a row"
     assert result.skipped_steps == result.steps
@@ -343,13 +369,21 @@ def spoiled(value, row, column):
     [
         (lambda: fit(small(), spoiled(math.nan, 7, 1)), ValueError, r"got nan in row 7, column 1 \(1 such"),
         (lambda: fit(small(), spoiled(-math.inf, 3, 0)), ValueError, "got -inf in row 3, column 0"),
-        (lambda: fit(small(), gaussian(), validation=spoiled(math.nan, 2, 1)), ValueError, "validation data; got nan in row 2"),
+        (
+            lambda: fit(small(), gaussian(), validation=spoiled(math.nan, 2, 1)),
+            ValueError,
+            "validation data; got nan in row 2",
+        ),
         (
             lambda: fit(small(context_features=2), gaussian(), context=spoiled(math.inf, 9, 1)),
             ValueError,
             "finite numbers in context of data; got inf in row 9, column 1",
         ),
-        (lambda: fit(small(), [gaussian(20), spoiled(math.nan, 4, 0)]), ValueError, "batch 1; got nan in row 4, column 0"),
+        (
+            lambda: fit(small(), [gaussian(20), spoiled(math.nan, 4, 0)]),
+            ValueError,
+            "batch 1; got nan in row 4, column 0",
+        ),
         (
             lambda: fit(realnvp(3), torch.cat([gaussian(), torch.ones(200, 1)], 1)),
             ValueError,
@@ -358,16 +392,24 @@ def spoiled(value, row, column):
         (lambda: fit(small(), gaussian(20), batch_size=64), ValueError, "expected at least batch_size=64.*got 18"),
         (lambda: fit(small(), gaussian(1)), ValueError, "expected at least 2 rows of data; got 1"),
         (lambda: fit(small(), gaussian(0)), ValueError, "expected at least 2 rows of data; got 0"),
-        (lambda: fit(small(), torch.ones(10, 2, dtype=torch.long)), TypeError, "floating-point numbers; got torch.int64"),
+        (
+            lambda: fit(small(), torch.ones(10, 2, dtype=torch.long)),
+            TypeError,
+            "floating-point numbers; got torch.int64",
+        ),
         (lambda: fit(small(), np.ones((10, 2), dtype=np.uint8)), TypeError, "floating-point numbers; got torch.uint8"),
         (lambda: fit(small(), gaussian(features=3)), ValueError, r"expected data of shape \(rows, 2\); got \(200, 3\)"),
         (lambda: fit(small(), gaussian()[0]), ValueError, r"expected data of shape \(rows, 2\); got \(2,\)"),
         (lambda: fit(small(), torch.rand(8, 1, 28, 28)), ValueError, r"shape \(rows, 2\); got \(8, 1, 28, 28\)"),
         (lambda: fit(small(), "data.csv"), TypeError, "expected .* as a tensor.*got str"),
         (lambda: fit(small(), 3.0), TypeError, "expected data as a tensor, an array or batches; got float"),
-        (lambda: fit(small(), [1.0, 2.0]), TypeError, "got a list of numbers"),
+        (lambda: fit(small(), [1.0, 2.0]), (TypeError, ValueError), "expected .*got"),
         (lambda: fit(small(), np.array([["a", "b"]])), TypeError, "expected data as a tensor or an array of numbers"),
-        (lambda: fit(small(context_features=3), gaussian()), ValueError, r"a context of shape \(\*batch, 3\); got none"),
+        (
+            lambda: fit(small(context_features=3), gaussian()),
+            ValueError,
+            r"a context of shape \(\*batch, 3\); got none",
+        ),
         (lambda: fit(small(), gaussian(), context=torch.zeros(200, 3)), ValueError, "expected no context.*got one"),
         (
             lambda: fit(small(context_features=3), gaussian(), context=torch.zeros(100, 3)),
@@ -392,25 +434,57 @@ def spoiled(value, row, column):
         (lambda: fit(small(), gaussian(), epochs=0), ValueError, "expected epochs to be a positive integer; got 0"),
         (lambda: fit(small(), gaussian(), epochs=-3), ValueError, "expected epochs to be a positive integer; got -3"),
         (lambda: fit(small(), gaussian(), epochs=1.5), ValueError, "expected epochs to be a positive integer; got 1.5"),
-        (lambda: fit(small(), gaussian(), batch_size=0), ValueError, "expected batch_size to be a positive integer; got 0"),
+        (
+            lambda: fit(small(), gaussian(), batch_size=0),
+            ValueError,
+            "expected batch_size to be a positive integer; got 0",
+        ),
         (lambda: fit(small(), gaussian(), patience=0), ValueError, "expected patience to be a positive integer; got 0"),
-        (lambda: fit(small(), gaussian(), learning_rate=0.0), ValueError, "expected learning_rate to be positive; got 0.0"),
-        (lambda: fit(small(), gaussian(), learning_rate=-1), ValueError, "expected learning_rate to be positive; got -1"),
-        (lambda: fit(small(), gaussian(), learning_rate=math.nan), ValueError, "learning_rate to be positive; got nan"),
-        (lambda: fit(small(), gaussian(), clip_norm=0.0), ValueError, "expected clip_norm to be positive; got 0.0"),
-        (lambda: fit(small(), gaussian(), max_seconds=-1), ValueError, "expected max_seconds to be positive; got -1"),
+        (
+            lambda: fit(small(), gaussian(), learning_rate=0.0),
+            ValueError,
+            r"expected learning_rate in \(0, inf\); got 0.0",
+        ),
+        (
+            lambda: fit(small(), gaussian(), learning_rate=-1),
+            ValueError,
+            r"expected learning_rate in \(0, inf\); got -1",
+        ),
+        (lambda: fit(small(), gaussian(), learning_rate=math.nan), ValueError, r"learning_rate in \(0, inf\); got nan"),
+        (lambda: fit(small(), gaussian(), clip_norm=0.0), ValueError, r"expected clip_norm in \(0, inf\); got 0.0"),
+        (lambda: fit(small(), gaussian(), max_seconds=-1), ValueError, r"expected max_seconds in \(0, inf\); got -1"),
         (lambda: fit(small(), gaussian(), max_skipped=0), ValueError, "max_skipped to be a positive integer; got 0"),
-        (lambda: fit(small(), gaussian(), weight_decay=-0.1), ValueError, "expected weight_decay of at least 0.*got -0.1"),
+        (
+            lambda: fit(small(), gaussian(), weight_decay=-0.1),
+            ValueError,
+            r"expected weight_decay in \[0, inf\); got -0.1",
+        ),
         (lambda: fit(small(), gaussian(), warmup=1.0), ValueError, r"warmup in \[0, 1\); got .*1.0"),
-        (lambda: fit(small(), gaussian(), schedule="linear"), ValueError, "expected schedule to be one of.*got 'linear'"),
+        (
+            lambda: fit(small(), gaussian(), schedule="linear"),
+            ValueError,
+            "expected schedule to be one of.*got 'linear'",
+        ),
         (lambda: fit(small(), gaussian(), validation=1.0), ValueError, r"validation rows in \[0, 1\); got 1.0"),
         (lambda: fit(small(), gaussian(), validation=-0.1), ValueError, r"validation rows in \[0, 1\); got -0.1"),
-        (lambda: fit(small(), gaussian(), validation=gaussian(features=3)), ValueError, "expected validation data of shape"),
+        (
+            lambda: fit(small(), gaussian(), validation=gaussian(features=3)),
+            ValueError,
+            "expected validation data of shape",
+        ),
         (lambda: fit(small(), gaussian(), validation="all"), (TypeError, ValueError), "validation"),
         (lambda: fit(small(), gaussian(), lr=1e-3), TypeError, "lr"),
         (lambda: fit(torch.nn.Linear(2, 2), gaussian()), TypeError, "expected a Flow; got Linear"),
-        (lambda: fit(Flow(StandardNormal(2), small().layers[:1]).requires_grad_(False), gaussian()), ValueError, "got none"),
-        (lambda: fit(maf(2), [gaussian(features=3)]), ValueError, r"expected batch 0 of shape \(rows, 2\); got \(200, 3\)"),
+        (
+            lambda: fit(Flow(StandardNormal(2), small().layers[:1]).requires_grad_(False), gaussian()),
+            ValueError,
+            "got none",
+        ),
+        (
+            lambda: fit(maf(2), [gaussian(features=3)]),
+            ValueError,
+            r"expected batch 0 of shape \(rows, 2\); got \(200, 3\)",
+        ),
     ],
 )
 def test_messages(call, error, message):
@@ -429,3 +503,52 @@ def test_bad_data_leave_the_flow_untouched():
 def test_progress_bar_does_not_break():
     assert fit(small(), gaussian(), epochs=2, progress=True, seed=0).steps == 2
     assert fit(small(), gaussian(), epochs=2, progress=False, seed=0).steps == 2
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: fit(small()), ValueError, "expected data, or an objective that needs none; got neither"),
+        (lambda: fit(small(), gaussian().tolist()), TypeError, "expected batches that are tensors.*; got float"),
+        (lambda: fit(small(), {"x": gaussian()}), TypeError, "expected batches that are tensors.*; got str"),
+        (lambda: fit(small(), []), ValueError, "expected batches in every epoch; got none in epoch 0"),
+        (lambda: fit(small(), (gaussian() for _ in range(2)), epochs=3), ValueError, "got none in epoch 1"),
+        (
+            lambda: fit(small(), gaussian().double() * 1e300),
+            ValueError,
+            r"got .*e\+.*, beyond the range of torch.float32",
+        ),
+        (
+            lambda: fit(small(), gaussian(), validation=gaussian()[:0]),
+            ValueError,
+            "one row of validation data; got none",
+        ),
+        (lambda: fit(small(), gaussian(), validation=(1, 2, 3)), ValueError, r"as \(data, context\); got 3 items"),
+        (lambda: fit(small(), gaussian(), seed="a"), TypeError, "expected seed to be an integer; got 'a'"),
+        (lambda: fit(small(), gaussian(), learning_rate="a"), TypeError, r"learning_rate in \(0, inf\); got 'a'"),
+        (lambda: fit(small(), gaussian(), objective=lambda *_: 1.0), TypeError, "gives a scalar tensor; got float"),
+        (lambda: fit(small(), gaussian(), objective=lambda f, x, c: f.log_prob(x)), TypeError, "got a tensor of shape"),
+    ],
+)
+def test_more_messages(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_data_in_odd_forms_give_the_same_fit():
+    x = gaussian()
+    forms = [x, x.numpy()[::-1][::-1], pandas.DataFrame(x.numpy()), x.clone().requires_grad_() * 1]
+    losses = []
+    for form in forms:
+        torch.manual_seed(0)
+        losses.append(fit(small(), form, epochs=2, seed=0).best_loss)
+    assert len(set(losses)) == 1
+
+
+def test_a_fit_that_blows_up_at_once_keeps_the_first_weights():
+    flow = small()
+    before = {name: value.clone() for name, value in flow.state_dict().items()}
+    result = fit(flow, gaussian(), objective=lambda f, x, c: f.log_prob(x).sum() * math.inf, epochs=3, max_skipped=2)
+    assert result.best_epoch is None
+    assert "not finite in 2 steps in a row" in result.stopped
+    assert all(torch.equal(value, before[name]) for name, value in flow.state_dict().items())

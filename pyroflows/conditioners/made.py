@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyroflows.arguments import check_option, check_sizes
+from pyroflows.arguments import as_widths, check_option, check_sizes
 from pyroflows.conditioners.mlp import MLP
 
 __all__ = ["MADE", "MaskedLinear"]
@@ -109,8 +109,8 @@ class MADE(nn.Module):
         zero_last: bool = True,
     ):
         super().__init__()
-        hidden_features = tuple(hidden_features)
-        check_sizes(features=features, num_parameters=num_parameters, hidden_features=hidden_features)
+        hidden_features = as_widths("hidden_features", hidden_features)
+        check_sizes(features=features, num_parameters=num_parameters)
         self.features, self.num_parameters = features, num_parameters
         self.register_buffer("order", _order(features, order, seed))
         degrees = torch.empty(features, dtype=torch.long)

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from pyroflows.arguments import check_option, check_sizes
+from pyroflows.arguments import as_widths, check_number, check_option, check_sizes
 
 __all__ = ["ACTIVATIONS", "MLP"]
 
@@ -68,11 +68,11 @@ class MLP(nn.Module):
         linear: LinearFactory = nn.Linear,
     ):
         super().__init__()
-        hidden_features = tuple(hidden_features)
-        check_sizes(out_features=out_features, hidden_features=hidden_features)
+        hidden_features = as_widths("hidden_features", hidden_features)
+        check_sizes(out_features=out_features)
+        check_number("in_features", in_features, "[0, inf)")
         check_option("activation", activation, ACTIVATIONS)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"expected dropout in [0, 1); got {dropout!r}")
+        check_number("dropout", dropout, "[0, 1)")
         if residual and len(set(hidden_features)) != 1:
             raise ValueError(f"expected residual blocks of one width; got hidden_features={hidden_features}")
         self.in_features, self.out_features, self.residual = in_features, out_features, residual

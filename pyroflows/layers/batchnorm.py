@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pyroflows.arguments import check_number
 from pyroflows.bijection import Bijection
 
 __all__ = ["BatchNorm"]
@@ -47,10 +48,8 @@ class BatchNorm(Bijection):
 
     def __init__(self, features: int, *, momentum: float = 0.1, eps: float = 1e-5):
         super().__init__(features)
-        if not 0 < momentum <= 1:
-            raise ValueError(f"expected momentum in (0, 1]; got {momentum!r}")
-        if not eps > 0:
-            raise ValueError(f"expected a positive eps; got {eps!r}")
+        check_number("momentum", momentum, "(0, 1]")
+        check_number("eps", eps, "(0, inf)")
         self.momentum, self.eps = momentum, eps
         self.shift = nn.Parameter(torch.zeros(self.latent_shape))
         self.log_scale = nn.Parameter(torch.zeros(self.latent_shape))

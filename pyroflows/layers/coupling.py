@@ -24,6 +24,8 @@ def _moved(features: int, mask: str | Sequence[bool] | Tensor, flip: bool) -> Te
         moved = position >= features // 2 if mask == "halves" else position % 2 == 0
         # A single feature can only be moved.
         return ~moved if flip and features > 1 else moved
+    if not isinstance(mask, (Sequence, Tensor)):
+        raise TypeError(f"expected a mask by name or of {features} booleans; got {mask!r}")
     given = torch.as_tensor(mask)
     if given.dtype != torch.bool or given.shape != (features,):
         raise ValueError(f"expected a mask of {features} booleans; got {given.tolist()!r} ({given.dtype})")

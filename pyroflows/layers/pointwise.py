@@ -11,7 +11,7 @@ from torch.distributions import constraints
 from torch.nn import functional as F
 
 from pyroflows.arguments import Shape
-from pyroflows.bijection import Bijection
+from pyroflows.bijection import Bijection, event_constraint
 from pyroflows.conditioners.mlp import MLP
 
 __all__ = ["ElementwiseAffine", "Logit", "Sigmoid", "Standardize"]
@@ -235,7 +235,7 @@ def _checked_alpha(alpha: float) -> float:
 
 def _margin(alpha: float, event_dim: int) -> constraints.Constraint:
     overhang = alpha / (1 - 2 * alpha)
-    return constraints.independent(constraints.interval(-overhang, 1 + overhang), event_dim)
+    return event_constraint(constraints.interval(-overhang, 1 + overhang), event_dim)
 
 
 def _sum_event(terms: Tensor, layer: Bijection) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pyroflows.arguments import check_number, check_sizes
+
 __all__ = ["Spline"]
 
 
@@ -53,15 +55,11 @@ class Spline:
     min_derivative: float = 1e-3
 
     def __post_init__(self) -> None:
-        if not isinstance(self.num_bins, int) or self.num_bins < 2:
-            raise ValueError(f"expected num_bins of at least 2; got {self.num_bins!r}")
-        if not self.bound > 0 or not self.min_size > 0 or not 0 < self.min_derivative < 1:
-            raise ValueError(
-                "expected a positive bound and min_size, and min_derivative in (0, 1); "
-                f"got {self.bound!r}, {self.min_size!r}, {self.min_derivative!r}"
-            )
-        if self.min_size * self.num_bins >= 1:
-            raise ValueError(f"expected min_size below 1 / num_bins = {1 / self.num_bins}; got {self.min_size!r}")
+        check_sizes(num_bins=self.num_bins)
+        check_number("num_bins", self.num_bins, "[2, inf)")
+        check_number("bound", self.bound, "(0, inf)")
+        check_number("min_size", self.min_size, f"(0, {1 / self.num_bins:g})")
+        check_number("min_derivative", self.min_derivative, "(0, 1)")
 
     @property
     def num_parameters(self) -> int:

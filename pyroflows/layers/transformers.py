@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyroflows.arguments import check_option
+from pyroflows.arguments import check_number, check_option
 from pyroflows.layers.spline import Spline
 
 __all__ = ["Additive", "Affine", "Spline", "Transformer", "make_transformer"]
 
 
+@runtime_checkable
 class Transformer(Protocol):
     """A family of increasing maps of the real line, the identity where all its parameters are zero.
 
@@ -65,8 +66,7 @@ class Affine:
 
     def __post_init__(self) -> None:
         check_option("scale", self.scale, ("exp", "sigmoid"))
-        if not self.bound > 0:
-            raise ValueError(f"expected a positive bound; got {self.bound!r}")
+        check_number("bound", self.bound, "(0, inf)")
 
     @property
     def num_parameters(self) -> int:
@@ -117,7 +117,7 @@ class Additive:
 
 def make_transformer(transformer: str | Transformer) -> Transformer:
     """Give the transformer of a name, or the one given."""
-    if not isinstance(transformer, str):
+    if isinstance(transformer, Transformer):
         return transformer
     check_option("transformer", transformer, ("affine", "additive", "spline"))
     return {"affine": Affine, "additive": Additive, "spline": Spline}[transformer]()

@@ -1,0 +1,50 @@
+"""Every example runs, quickly, and ends with a line that has a number to check."""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+# The pictures and records each writes into its --output folder, and the bounds of its last number after a quick run.
+QUICK = {
+    "affine": ([], 0.0, 0.05),
+    "anomaly": ([], 0.5, 1.0),
+    "checkerboard": (["checkerboard.png"], 3.46, 5.0),
+    "conditional": ([], 0.0, 1.0),
+    "gaussian_mixture": (["gaussian_mixture.png"], -0.1, 3.0),
+    "linear_mixing": (["linear_mixing.png", "linear_mixing.json"], -20.0, 20.0),
+    "two_moons": (["two_moons.png"], -0.05, 3.0),
+}
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_it_runs_and_ends_with_a_number(name, tmp_path):
+    files, low, high = QUICK[name]
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--quick"]
+    command += ["--output", str(tmp_path / "new")] if files else []
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    last = done.stdout.splitlines()[-1]
+    number = float(re.findall(r"-?\d+\.\d+", last)[-1])
+    assert math.isfinite(number)
+    assert low <= number <= high, last
+    for file in files:
+        assert (tmp_path / "new" / file).stat().st_size > 1000
+    assert {path.name for path in tmp_path.iterdir()} <= {"new"}
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_it_is_short_and_says_what_it_shows(path):
+    text = path.read_text()
+    assert len(text.splitlines()) < 80
+    assert ast.get_docstring(ast.parse(text))
+    assert text.startswith('"""')
+    assert 'if __name__ == "__main__":' in text
