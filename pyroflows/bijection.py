@@ -15,7 +15,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import biject_to, constraints, transform_to
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from pyroflows.arguments import Shape, as_shape, check_sizes
+from pyroflows.arguments import Shape, as_shape
 
 __all__ = ["Bijection", "Compose", "Conditioned", "Inverse"]
 
@@ -178,8 +178,8 @@ class Bijection(TransformModule):
 
     def __init__(self, latent_shape: Shape, *, data_shape: Shape | None = None, context_features: int = 0):
         super().__init__()
-        if context_features != 0 or isinstance(context_features, bool):
-            check_sizes(context_features=context_features)
+        if isinstance(context_features, bool) or not isinstance(context_features, int) or context_features < 0:
+            raise ValueError(f"expected context_features to be a non-negative integer; got {context_features!r}")
         object.__setattr__(self, "_record", None)
         self.latent_shape = as_shape(latent_shape)
         self.data_shape = self.latent_shape if data_shape is None else as_shape(data_shape)
