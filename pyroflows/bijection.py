@@ -6,6 +6,7 @@ import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -71,6 +72,11 @@ def event_constraint(constraint: constraints.Constraint, dims: int) -> constrain
 
 for _registry in (biject_to, transform_to):
     _registry.register(_Event, _registry._registry[constraints._IndependentConstraint])
+
+
+def inside_functorch() -> bool:
+    """Whether ``torch.func`` is at work, under which no buffer may be written; dynamo cannot look, and writes well."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _batched(shape: Sequence[int]) -> str:
@@ -140,7 +146,7 @@ class Bijection(TransformModule):
     2. Only the way back is free: ``t(x)`` twice evaluates twice; ``t.inv(t(x))`` is ``x``.
     3. The way back is checked: the same tensors at the same versions, the same parameters and
        modes, no optimizer step since, and gradients no wider than they were recorded. (In-place writes
-       to ``p.data`` outside an optimizer leave no trace that could be checked.)
+       to ``p.data`` outside an optimizer, or through NumPy, leave no trace that could be checked.)
     4. The result is held weakly, in one slot, which is never copied, pickled or saved.
     5. The log-determinant of a pair without a record is read off the cheaper direction.
 
@@ -158,6 +164,7 @@ class Bijection(TransformModule):
         ValueError: a shape does not match, or a context is missing or not expected.
 
     Example:
+        >>> import math
         >>> class Double(Bijection):
         ...     def forward_and_log_det(self, x, context=None):
         ...         return 2 * x, x.new_full(x.shape[:-1], x.shape[-1] * math.log(2))
@@ -178,12 +185,12 @@ class Bijection(TransformModule):
 
     def __init__(self, latent_shape: Shape, *, data_shape: Shape | None = None, context_features: int = 0):
         super().__init__()
-        if isinstance(context_features, bool) or not isinstance(context_features, int) or context_features < 0:
+        if isinstance(context_features, bool) or not isinstance(context_features, Integral) or context_features < 0:
             raise ValueError(f"expected context_features to be a non-negative integer; got {context_features!r}")
         object.__setattr__(self, "_record", None)
-        self.latent_shape = as_shape(latent_shape)
-        self.data_shape = self.latent_shape if data_shape is None else as_shape(data_shape)
-        self.context_features = context_features
+        self.latent_shape: Size = as_shape(latent_shape)
+        self.data_shape: Size = self.latent_shape if data_shape is None else as_shape(data_shape)
+        self.context_features: int = int(context_features)
         self.domain: constraints.Constraint = event_constraint(constraints.real, len(self.latent_shape))
         self.codomain: constraints.Constraint = event_constraint(constraints.real, len(self.data_shape))
 

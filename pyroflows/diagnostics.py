@@ -93,7 +93,7 @@ def check(
     if len(x) == 0:
         raise ValueError("expected at least one row; got none")
     if isinstance(flow, Flow):
-        flow._check_dtype(x, context)
+        flow._check_numbers(data=x, context=context)
     bijection = copy.deepcopy(bijection).eval()
     with torch.no_grad():
         z, inverse_log_det = bijection.inverse_and_log_det(x, context)

@@ -59,6 +59,10 @@ class Flow(nn.Module):
             )
         self.prior = prior
         self.bijection = bijection
+        dtypes = {t.dtype for t in (*self.parameters(), *self.buffers()) if t.is_floating_point()}
+        if len(dtypes) > 1:
+            got = " and ".join(sorted(map(str, dtypes)))
+            raise TypeError(f"expected a prior and layers of one dtype; got {got}")
 
     @property
     def layers(self) -> list[Bijection]:
@@ -95,12 +99,13 @@ class Flow(nn.Module):
     def forward(self, context: Tensor | None = None) -> TransformedDistribution:
         """Give the distribution, with the context's batch shape."""
         self.bijection._batch_shape(Size(), context)
+        self._check_numbers(context=context)
         layers = [layer if context is None else layer.condition(context) for layer in self.layers]
         return TransformedDistribution(self.prior(), layers)
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Give the log-density of data, in nats."""
-        self._check_dtype(x, context)
+        self._check_numbers(data=x, context=context)
         z, log_det = self.bijection.inverse_and_log_det(x, context)
         return self.prior.log_prob(z) + log_det
 
@@ -122,11 +127,15 @@ class Flow(nn.Module):
         sizes = tuple(shape) if isinstance(shape, Iterable) else (shape,)
         if not all(isinstance(size, Integral) and not isinstance(size, bool) and size >= 0 for size in sizes):
             raise ValueError(f"expected a sample shape of non-negative integers; got {shape!r}")
+        self._check_numbers(context=context)
         return Size(map(int, sizes)) + self.bijection._batch_shape(Size(), context)
 
-    def _check_dtype(self, x: Tensor, context: Tensor | None) -> None:
+    def _check_numbers(self, **inputs: Tensor | None) -> None:
         if torch.compiler.is_compiling():
             return  # the walk over Pyro's modules, which hash in a way of their own, would break the graph
-        for name, tensor in (("data", x), ("a context", context)):
-            if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != self.dtype:
-                raise TypeError(f"expected {name} of the flow's {self.dtype}; got {tensor.dtype}")
+        number = self._number()
+        for name, tensor in inputs.items():
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != number.dtype:
+                raise TypeError(f"expected {name} of the flow's {number.dtype}; got {tensor.dtype}")
+            if isinstance(tensor, Tensor) and tensor.device != number.device:
+                raise ValueError(f"expected {name} on the flow's device, {number.device}; got {tensor.device}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from pyroflows.arguments import check_option, check_sizes
 from pyroflows.bijection import Bijection, Inverse
@@ -16,7 +17,8 @@ from pyroflows.layers.permutation import Permutation
 from pyroflows.layers.planar import Planar
 from pyroflows.layers.pointwise import ElementwiseAffine
 from pyroflows.layers.radial import Radial
-from pyroflows.layers.transformers import Affine, Spline
+from pyroflows.layers.spline import Spline
+from pyroflows.layers.transformers import Additive, Affine
 from pyroflows.priors import Prior, StandardNormal
 
 __all__ = ["glow", "iaf", "maf", "nice", "nsf", "planar", "radial", "realnvp"]
@@ -25,16 +27,14 @@ _PERMUTATIONS = ("lu", "dense", "reverse", "shuffle", "none")
 _NORMS = ("actnorm", "batchnorm", "none")
 
 
+def _flow(prior: Prior | None, features: int, layers: Sequence[Bijection]) -> Flow:
+    return Flow(StandardNormal(features) if prior is None else prior, layers)
+
+
 def _stack(
-    features: int,
-    num_layers: int,
-    make_layer: Callable[[int], Bijection],
-    *,
-    permutation: str,
-    norm: str,
-    prior: Prior | None,
-) -> Flow:
-    """Stack layers, and between each and the data a norm and a mixing of features, as in a step of Glow."""
+    make_layer: Callable[[int], Bijection], features: int, num_layers: int, permutation: str, norm: str
+) -> list[Bijection]:
+    """Stack layers, and after each, towards the data, a mixing of features and a norm, as in a step of Glow."""
     check_sizes(features=features, num_layers=num_layers)
     check_option("permutation", permutation, _PERMUTATIONS)
     check_option("norm", norm, _NORMS)
@@ -51,7 +51,12 @@ def _stack(
             layers.append(ActNorm(features))
         elif norm == "batchnorm":
             layers.append(BatchNorm(features))
-    return Flow(StandardNormal(features) if prior is None else prior, layers)
+    return layers
+
+
+def _couplings(features: int, permutation: str, **options: Any) -> Callable[[int], Bijection]:
+    """Make couplings that move every feature in turn: by flipping, unless a reversal already exchanges the halves."""
+    return lambda number: Coupling(features, flip=number % 2 == 1 and permutation != "reverse", **options)
 
 
 def realnvp(
@@ -81,8 +86,8 @@ def realnvp(
         dropout: of the networks, in training only.
         scale: "exp" or "sigmoid", see :class:`Affine`.
         mask: "halves" or "checkerboard"; the moved and the kept features take turns.
-        permutation: between the couplings: "lu", "dense", "reverse", "shuffle" or "none".
-        norm: between the couplings and at the data: "actnorm", "batchnorm" or "none".
+        permutation: after each coupling, towards the data: "lu", "dense", "reverse", "shuffle" or "none".
+        norm: after each permutation: "actnorm", "batchnorm" or "none".
         prior: of the latent; by default a standard normal.
 
     Shapes:
@@ -95,24 +100,22 @@ def realnvp(
         Density estimation using Real NVP, Dinh et al., 2017 (arXiv:1605.08803).
 
     Example:
+        >>> import torch
         >>> realnvp(3, num_layers=2, context_features=1).log_prob(torch.zeros(4, 3), torch.zeros(4, 1)).shape
         torch.Size([4])
     """
-
-    def layer(number: int) -> Bijection:
-        return Coupling(
-            features,
-            transformer=Affine(scale=scale),
-            mask=mask,
-            flip=number % 2 == 1,
-            context_features=context_features,
-            hidden_features=hidden_features,
-            residual=residual,
-            activation=activation,
-            dropout=dropout,
-        )
-
-    return _stack(features, num_layers, layer, permutation=permutation, norm=norm, prior=prior)
+    layer = _couplings(
+        features,
+        permutation,
+        transformer=Affine(scale=scale),
+        mask=mask,
+        context_features=context_features,
+        hidden_features=hidden_features,
+        residual=residual,
+        activation=activation,
+        dropout=dropout,
+    )
+    return _flow(prior, features, _stack(layer, features, num_layers, permutation, norm))
 
 
 def glow(
@@ -154,24 +157,23 @@ def glow(
         Glow: Generative Flow with Invertible 1x1 Convolutions, Kingma and Dhariwal, 2018 (arXiv:1807.03039).
 
     Example:
+        >>> import torch
         >>> glow(2, num_steps=3).sample((5,)).shape
         torch.Size([5, 2])
     """
-    check_option("coupling", coupling, ("affine", "additive"))
-
-    def layer(number: int) -> Bijection:
-        return Coupling(
-            features,
-            transformer=Affine(scale=scale) if coupling == "affine" else coupling,
-            context_features=context_features,
-            hidden_features=hidden_features,
-            residual=residual,
-            activation=activation,
-            dropout=dropout,
-        )
-
     check_sizes(num_steps=num_steps)
-    return _stack(features, num_steps, layer, permutation=permutation, norm="actnorm", prior=prior)
+    check_option("coupling", coupling, ("affine", "additive"))
+    layer = _couplings(
+        features,
+        permutation,
+        transformer=Affine(scale=scale) if coupling == "affine" else Additive(),
+        context_features=context_features,
+        hidden_features=hidden_features,
+        residual=residual,
+        activation=activation,
+        dropout=dropout,
+    )
+    return _flow(prior, features, _stack(layer, features, num_steps, permutation, "actnorm"))
 
 
 def nice(
@@ -209,26 +211,24 @@ def nice(
         NICE: Non-linear Independent Components Estimation, Dinh et al., 2015 (arXiv:1410.8516).
 
     Example:
+        >>> import torch
         >>> nice(4).log_prob(torch.zeros(4)).shape
         torch.Size([])
     """
     check_sizes(features=features, num_layers=num_layers)
-    couplings = [
-        Coupling(
-            features,
-            transformer="additive",
-            mask=mask,
-            flip=number % 2 == 1,
-            context_features=context_features,
-            hidden_features=hidden_features,
-            residual=residual,
-            activation=activation,
-            dropout=dropout,
-        )
-        for number in range(num_layers)
-    ]
-    layers = [ElementwiseAffine(features), *couplings, ActNorm(features)]
-    return Flow(StandardNormal(features) if prior is None else prior, layers)
+    layer = _couplings(
+        features,
+        "none",
+        transformer=Additive(),
+        mask=mask,
+        context_features=context_features,
+        hidden_features=hidden_features,
+        residual=residual,
+        activation=activation,
+        dropout=dropout,
+    )
+    couplings = _stack(layer, features, num_layers, "none", "none")
+    return _flow(prior, features, [ElementwiseAffine(features), *couplings, ActNorm(features)])
 
 
 def maf(
@@ -258,8 +258,8 @@ def maf(
         dropout: of the MADEs, in training only.
         order: of every MADE: "sequential", "reversed" or "random".
         scale: "exp" or "sigmoid", see :class:`Affine`.
-        permutation: between the layers: "lu", "dense", "reverse" (the paper's), "shuffle" or "none".
-        norm: between the layers and at the data: "actnorm", "batchnorm" (the paper's) or "none".
+        permutation: after each layer, towards the data: "lu", "dense", "reverse" (the paper's), "shuffle" or "none".
+        norm: after each permutation: "actnorm", "batchnorm" (the paper's) or "none".
         prior: of the latent; by default a standard normal.
 
     Shapes:
@@ -272,23 +272,23 @@ def maf(
         Masked Autoregressive Flow for Density Estimation, Papamakarios et al., 2017 (arXiv:1705.07057).
 
     Example:
+        >>> import torch
         >>> maf(3, num_layers=2).log_prob(torch.zeros(4, 3)).shape
         torch.Size([4])
     """
+    network: dict[str, Any] = {
+        "context_features": context_features,
+        "hidden_features": hidden_features,
+        "residual": residual,
+        "activation": activation,
+        "dropout": dropout,
+    }
 
     def layer(number: int) -> Bijection:
-        return MaskedAutoregressive(
-            features,
-            transformer=Affine(scale=scale),
-            order=order,
-            context_features=context_features,
-            hidden_features=hidden_features,
-            residual=residual,
-            activation=activation,
-            dropout=dropout,
-        )
+        made = MaskedAutoregressive(features, transformer=Affine(scale=scale), order=order, **network)
+        return made
 
-    return _stack(features, num_layers, layer, permutation=permutation, norm=norm, prior=prior)
+    return _flow(prior, features, _stack(layer, features, num_layers, permutation, norm))
 
 
 def iaf(
@@ -318,8 +318,8 @@ def iaf(
         dropout: of the MADEs, in training only.
         order: of every MADE: "sequential", "reversed" or "random".
         scale: "exp" or "sigmoid", see :class:`Affine`.
-        permutation: between the layers: "lu", "dense", "reverse", "shuffle" or "none".
-        norm: between the layers and at the data: "actnorm", "batchnorm" or "none".
+        permutation: after each layer, towards the data: "lu", "dense", "reverse", "shuffle" or "none".
+        norm: after each permutation: "actnorm", "batchnorm" or "none".
         prior: of the latent; by default a standard normal.
 
     Shapes:
@@ -332,26 +332,24 @@ def iaf(
         Improved Variational Inference with Inverse Autoregressive Flow, Kingma et al., 2016 (arXiv:1606.04934).
 
     Example:
+        >>> import torch
         >>> x, log_prob = iaf(3, num_layers=2).rsample_and_log_prob((4,))
         >>> x.shape, log_prob.shape
         (torch.Size([4, 3]), torch.Size([4]))
     """
+    network: dict[str, Any] = {
+        "context_features": context_features,
+        "hidden_features": hidden_features,
+        "residual": residual,
+        "activation": activation,
+        "dropout": dropout,
+    }
 
     def layer(number: int) -> Bijection:
-        return Inverse(
-            MaskedAutoregressive(
-                features,
-                transformer=Affine(scale=scale),
-                order=order,
-                context_features=context_features,
-                hidden_features=hidden_features,
-                residual=residual,
-                activation=activation,
-                dropout=dropout,
-            )
-        )
+        made = MaskedAutoregressive(features, transformer=Affine(scale=scale), order=order, **network)
+        return Inverse(made)
 
-    return _stack(features, num_layers, layer, permutation=permutation, norm=norm, prior=prior)
+    return _flow(prior, features, _stack(layer, features, num_layers, permutation, norm))
 
 
 def nsf(
@@ -383,8 +381,8 @@ def nsf(
         dropout: of the networks, in training only.
         num_bins: bins of each spline.
         bound: half the width of the interval on which the splines bend.
-        permutation: between the layers: "lu", "dense", "reverse", "shuffle" or "none".
-        norm: between the layers and at the data: "actnorm", "batchnorm" or "none".
+        permutation: after each layer, towards the data: "lu", "dense", "reverse", "shuffle" or "none".
+        norm: after each permutation: "actnorm", "batchnorm" or "none".
         prior: of the latent; by default a standard normal.
 
     Shapes:
@@ -397,34 +395,24 @@ def nsf(
         Neural Spline Flows, Durkan et al., 2019 (arXiv:1906.04032).
 
     Example:
+        >>> import torch
         >>> nsf(3, autoregressive=True, num_layers=2).log_prob(torch.zeros(4, 3)).shape
         torch.Size([4])
     """
-    spline = Spline(num_bins=num_bins, bound=bound)
+    options: dict[str, Any] = {
+        "transformer": Spline(num_bins=num_bins, bound=bound),
+        "context_features": context_features,
+        "hidden_features": hidden_features,
+        "residual": residual,
+        "activation": activation,
+        "dropout": dropout,
+    }
+    coupling = _couplings(features, permutation, **options)
 
     def layer(number: int) -> Bijection:
-        if autoregressive:
-            return MaskedAutoregressive(
-                features,
-                transformer=spline,
-                context_features=context_features,
-                hidden_features=hidden_features,
-                residual=residual,
-                activation=activation,
-                dropout=dropout,
-            )
-        return Coupling(
-            features,
-            transformer=spline,
-            flip=number % 2 == 1,
-            context_features=context_features,
-            hidden_features=hidden_features,
-            residual=residual,
-            activation=activation,
-            dropout=dropout,
-        )
+        return MaskedAutoregressive(features, **options) if autoregressive else coupling(number)
 
-    return _stack(features, num_layers, layer, permutation=permutation, norm=norm, prior=prior)
+    return _flow(prior, features, _stack(layer, features, num_layers, permutation, norm))
 
 
 def planar(
@@ -454,14 +442,18 @@ def planar(
         Variational Inference with Normalizing Flows, Rezende and Mohamed, 2015 (arXiv:1505.05770).
 
     Example:
+        >>> import torch
         >>> planar(2).log_prob(torch.zeros(3, 2)).shape
         torch.Size([3])
     """
-    check_sizes(features=features, num_layers=num_layers)
-    layers = [
-        Planar(features, context_features=context_features, hidden_features=hidden_features) for _ in range(num_layers)
-    ]
-    return Flow(StandardNormal(features) if prior is None else prior, [*layers, ActNorm(features)])
+    layers = _stack(
+        lambda _: Planar(features, context_features=context_features, hidden_features=hidden_features),
+        features,
+        num_layers,
+        "none",
+        "none",
+    )
+    return _flow(prior, features, [*layers, ActNorm(features)])
 
 
 def radial(
@@ -491,11 +483,15 @@ def radial(
         Variational Inference with Normalizing Flows, Rezende and Mohamed, 2015 (arXiv:1505.05770).
 
     Example:
+        >>> import torch
         >>> radial(2).log_prob(torch.zeros(3, 2)).shape
         torch.Size([3])
     """
-    check_sizes(features=features, num_layers=num_layers)
-    layers = [
-        Radial(features, context_features=context_features, hidden_features=hidden_features) for _ in range(num_layers)
-    ]
-    return Flow(StandardNormal(features) if prior is None else prior, [*layers, ActNorm(features)])
+    layers = _stack(
+        lambda _: Radial(features, context_features=context_features, hidden_features=hidden_features),
+        features,
+        num_layers,
+        "none",
+        "none",
+    )
+    return _flow(prior, features, [*layers, ActNorm(features)])

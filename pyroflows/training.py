@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyroflows.arguments import check_number, check_option, check_sizes
 from pyroflows.flow import Flow
+from pyroflows.layers.actnorm import ActNorm
 from pyroflows.layers.batchnorm import BatchNorm
 
 Array = Tensor | np.ndarray[Any, Any]
@@ -93,8 +94,9 @@ def fit(
     r"""Train a flow, by default by maximum likelihood, and leave it with its best weights, in evaluation mode.
 
     The data go to the device whole and are shuffled there by index. Adam is fused; its learning rate warms up, then
-    falls along a half cosine. A step whose loss or gradient is not finite is left out and counted; after
-    ``max_skipped`` in a row the fit ends. The random numbers of torch are as before where a seed is given.
+    falls along a half cosine (of a stream whose length is not known, from the second epoch on). A step whose loss or
+    gradient is not finite is left out and counted; after ``max_skipped`` in a row the fit ends. The random numbers of
+    torch are as before where a seed is given.
 
     Args:
         flow: the flow; trained in place.
@@ -102,12 +104,13 @@ def fit(
             or ``(x, context)``; or None where the objective needs none (an ELBO).
         context: the context of each row, where the flow takes one and ``x`` is an array.
         validation: the share of rows to hold out; or data, or ``(data, context)``; 0 or None for none. A share is
-            of an array's rows; batches of the user's own stay whole.
+            of an array's rows; batches of the user's own stay whole, and without data held out neither patience nor
+            the choice of the best epoch applies: the last one's weights are kept.
         epochs: passes through the data.
         batch_size: rows a step; by default 256, or all rows where there are fewer. The rows left over by the last
             whole batch of an epoch wait for another epoch's shuffle.
         learning_rate: Adam's, at its highest.
-        weight_decay: L2 penalty on the weights.
+        weight_decay: L2 penalty on all parameters.
         schedule: "cosine" (to zero) or "constant".
         warmup: the share of training during which the learning rate rises.
         clip_norm: the largest norm of the gradient; None for no clipping.
@@ -118,9 +121,9 @@ def fit(
         objective: gives the loss from the flow, a batch and its context.
         compile: run the flow's methods through ``torch.compile`` while it trains: a minute of compiling, then steps
             of half the time or so for splines, two thirds for affine layers (on a CPU; needs a C++ compiler).
-        seed: seeds split, shuffles and dropout.
-        accelerator: Lightning Fabric's: "auto", "cpu", "cuda", "mps".
-        precision: Lightning Fabric's, such as "bf16-mixed"; by default that of the flow.
+        seed: seeds split, shuffles and dropout (not the weights the flow comes with).
+        accelerator: Lightning Fabric's: "auto", "cpu", "cuda", "mps"; the flow is moved there and back.
+        precision: "bf16-mixed" for Fabric's mixed precision in training; by default that of the flow.
         progress: whether to show a bar; by default on a terminal alone.
 
     Shapes:
@@ -163,75 +166,106 @@ def fit(
     if x is None and objective is negative_log_likelihood:
         raise ValueError("expected data, or an objective that needs none; got neither")
 
-    precision = precision or {torch.float64: "64-true"}.get(flow.dtype, "32-true")
-    fabric = Fabric(accelerator=accelerator, devices=1, precision=precision)
+    own = {torch.float32: "32-true", torch.float64: "64-true"}.get(flow.dtype)
+    if own is None or precision not in (None, own, "bf16-mixed"):
+        raise ValueError(
+            f"expected a flow of float32 or float64, and precision to be its own or 'bf16-mixed'; "
+            f"got a flow of {flow.dtype} and {precision!r}"
+        )
+    home = flow.device
+    devices = [home.index] if home.type == "cuda" and accelerator in ("auto", "cuda", "gpu") else 1
+    fabric = Fabric(accelerator=accelerator, devices=devices, precision=precision or own)
     with _seeded(seed, fabric.device):
         train, held_out = _prepare(flow, x, context, validation, batch_size, steps_per_epoch, fabric.device)
         parameters = [p for p in flow.parameters() if p.requires_grad]
         if not parameters:
             raise ValueError("expected a flow with parameters to train; got none")
+        for layer in flow.modules():
+            if isinstance(layer, ActNorm):
+                layer.restart_if_untrained()
         fabric.to_device(flow)
         optimizer = torch.optim.Adam(parameters, learning_rate, weight_decay=weight_decay, fused=True)
         module, wrapped = fabric.setup(flow, optimizer)
         for method in _METHODS:
             module.mark_forward_method(method)
-        methods = _compiled(flow) if compile else contextlib.nullcontext()
-        trainer = _Trainer(fabric, flow, module, wrapped, objective, train, held_out)
-        trainer.rate, trainer.warmup, trainer.cosine = learning_rate, warmup, schedule == "cosine"
-        trainer.clip_norm, trainer.max_seconds, trainer.max_skipped = clip_norm or math.inf, max_seconds, max_skipped
-        with methods:
-            return trainer.run(epochs, patience, progress)
+        trainer = _Trainer(
+            fabric,
+            flow,
+            module,
+            wrapped,
+            objective,
+            train,
+            held_out,
+            rate=learning_rate,
+            warmup=warmup,
+            cosine=schedule == "cosine",
+            clip_norm=clip_norm or math.inf,
+            max_seconds=max_seconds,
+            max_skipped=max_skipped,
+            epochs=epochs,
+            patience=patience,
+        )
+        try:
+            with _compiled(flow) if compile else contextlib.nullcontext():
+                return trainer.run(progress)
+        finally:
+            flow.to(home)
 
 
+@dataclass
 class _Trainer:
     """The state of one fit."""
 
+    fabric: Any
+    flow: Flow
+    module: Any  # the flow as Fabric wraps it
+    optimizer: Any
+    objective: Objective
+    train: _Rows | _Batches | _Steps
+    held_out: _Rows | None
     rate: float
     warmup: float
     cosine: bool
     clip_norm: float
     max_seconds: float | None
     max_skipped: int
+    epochs: int
+    patience: int | None
 
-    def __init__(
-        self,
-        fabric: Any,
-        flow: Flow,
-        module: Any,
-        optimizer: Any,
-        objective: Objective,
-        train: _Rows | _Batches | _Steps,
-        held_out: _Rows | None,
-    ):
-        self.fabric, self.flow, self.module, self.optimizer = fabric, flow, module, optimizer
-        self.objective, self.train, self.held_out = objective, train, held_out
+    def __post_init__(self) -> None:
         self.result = FitResult({k: [] for k in ("train", "validation", "gradient_norm", "learning_rate", "seconds")})
+        self.total = self.epochs * self.train.steps if self.train.steps else None
         # Skipped steps are counted where they happen, so that no step waits for the device.
-        self.skipped = torch.zeros(2, device=fabric.device)  # in all, in a row
+        self.skipped = torch.zeros(2, device=self.fabric.device)  # in all, in a row
         self.began = time.perf_counter()
 
-    def run(self, epochs: int, patience: int | None, progress: bool | None) -> FitResult:
+    def run(self, progress: bool | None) -> FitResult:
         from tqdm.auto import tqdm
 
-        result, best = self.result, self._weights()
-        self.total = epochs * self.train.steps if self.train.steps else None
+        result, first, best = self.result, self._weights(), None
         disable = None if progress is None else not progress
         try:
             with tqdm(total=self.total, disable=disable, unit="step", leave=False) as bar:
-                for epoch in range(epochs):
-                    self.epochs_done = epoch / epochs
+                for epoch in range(self.epochs):
                     train, norm = self._epoch(bar)
-                    loss = train if self.held_out is None else self._validate()
+                    if self.total is None:
+                        self.total = self.epochs * result.steps
+                    loss = self._evaluate(train)
                     self._note(train, loss, norm)
-                    # An epoch that ended in steps that were not finite may have left weights that blew up before.
-                    if math.isfinite(loss) and loss < result.best_loss and self.skipped[1] < self.max_skipped:
+                    # Without rows held out the last epoch is the best: a lower training loss before was luck. One that
+                    # ended in steps that were not finite may have left weights that blew up before.
+                    better = loss < result.best_loss or self.held_out is None
+                    if math.isfinite(loss) and better and not self._blown():
                         result.best_loss, result.best_epoch, best = loss, epoch, self._weights()
-                    result.stopped = self._why_stop(epoch, epochs, patience)
+                    result.stopped = self._why_stop(epoch)
                     if result.stopped:
                         break
         finally:
-            # Also after an interrupt or an error of the objective the flow has its best weights.
-            self.flow.load_state_dict(best)
+            # Also after an interrupt or an error of the objective the flow has its best weights, if it had an epoch.
+            if best is None and self._blown():
+                best = first
+            if best is not None:
+                self.flow.load_state_dict(best)
             self.flow.eval()
         result.skipped_steps, result.seconds = int(self.skipped[0]), self._seconds()
         return result
@@ -248,14 +282,18 @@ class _Trainer:
         history["learning_rate"].append(self.optimizer.param_groups[0]["lr"])
         history["seconds"].append(self._seconds())
 
-    def _why_stop(self, epoch: int, epochs: int, patience: int | None) -> str:
-        if self.skipped[1] >= self.max_skipped:
+    def _why_stop(self, epoch: int) -> str:
+        if self._blown():
             return f"loss or gradient not finite in {self.max_skipped} steps in a row"
         if self.max_seconds is not None and self._seconds() >= self.max_seconds:
             return f"max_seconds={self.max_seconds:.4g} reached"
-        if patience is not None and self.held_out is not None and epoch - (self.result.best_epoch or 0) >= patience:
-            return f"no better validation loss in {patience} epochs"
-        return f"all {epochs} epochs done" if epoch == epochs - 1 else ""
+        waited = epoch - (self.result.best_epoch or 0)
+        if self.patience is not None and self.held_out is not None and waited >= self.patience:
+            return f"no better validation loss in {self.patience} epochs"
+        return f"all {self.epochs} epochs done" if epoch == self.epochs - 1 else ""
+
+    def _blown(self) -> bool:
+        return bool(self.skipped[1] >= self.max_skipped)
 
     def _seconds(self) -> float:
         return time.perf_counter() - self.began
@@ -265,16 +303,12 @@ class _Trainer:
         total = torch.zeros(3, device=self.fabric.device)  # finite losses, their gradient norms, their number
         shown, number = 0.0, -1
         # Reading the count makes a GPU wait: there it is looked at now and then.
-        patient = 1 if self.fabric.device.type == "cpu" else 50
+        often = 1 if self.fabric.device.type == "cpu" else 50
         for number, (x, context) in enumerate(self.train):
-            done = self.result.steps / self.total if self.total else self.epochs_done
             elapsed = self._seconds()
-            if self.max_seconds is not None:
-                done = max(done, elapsed / self.max_seconds)
-            self._set_rate(min(done, 1.0))
-            loss, norm = self._step(x, context)
-            ok = self.optimizer.found_inf == 0
-            total += torch.where(ok, torch.stack([loss, norm, torch.ones_like(loss)]).float(), 0)
+            self._set_rate(elapsed)
+            loss, norm, bad = self._step(x, context)
+            total += torch.where(bad > 0, 0, torch.stack([loss, norm, torch.ones_like(loss)]).float())
             self.result.steps += 1
             bar.update()
             if elapsed - shown > 0.5 and not bar.disable:
@@ -282,7 +316,7 @@ class _Trainer:
                 bar.set_postfix(loss=f"{float(loss):.3f}")
             if self.max_seconds is not None and elapsed >= self.max_seconds:
                 break
-            if number % patient == 0 and self.skipped[1] >= self.max_skipped:
+            if number % often == 0 and self._blown():
                 break
         if number < 0:
             raise ValueError(
@@ -292,19 +326,24 @@ class _Trainer:
         mean = (total / total[2].clamp(min=1)).tolist()
         return (mean[0], mean[1]) if total[2] else (math.nan, math.nan)
 
-    def _set_rate(self, done: float) -> None:
-        one = 1 / self.total if self.total else 0.0  # the first step is not at zero
-        rise = min(1.0, max(done + one, 1e-3) / self.warmup) if self.warmup else 1.0
+    def _set_rate(self, elapsed: float) -> None:
+        steps = self.result.steps
+        done = steps / self.total if self.total else 0.0
+        if self.max_seconds is not None:
+            done = min(max(done, elapsed / self.max_seconds), 1.0)
+        # Where the number of steps is not known yet, a hundred warm up.
+        step = 1 / self.total if self.total else self.warmup * (steps + 1) / 100
+        rise = min(1.0, (done + step) / self.warmup) if self.warmup else 1.0
         fall = (1 + math.cos(math.pi * done)) / 2 if self.cosine else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * rise * fall
 
-    def _step(self, x: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _step(self, x: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.objective(self.module, x, context)
-        if not isinstance(loss, Tensor) or loss.dim():
+        if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise TypeError(f"expected an objective that gives a scalar tensor; got {got}")
+            raise TypeError(f"expected an objective that gives a scalar tensor with a gradient; got {got}")
         self.fabric.backward(loss)
         norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), self.clip_norm, foreach=True)
         loss = loss.detach()
@@ -314,18 +353,18 @@ class _Trainer:
         self.optimizer.step()
         self.skipped += bad
         self.skipped[1] *= bad
-        return loss, norm
+        return loss, norm, bad
 
     @torch.no_grad()
-    def _validate(self) -> float:
+    def _evaluate(self, train: float) -> float:
+        """Give the loss on the rows held out, in the flow's own precision; without such rows that of training."""
         self.flow.eval()
         if isinstance(self.train, _Rows):
             _set_batch_statistics(self.flow, self.train)
-        total, rows = 0.0, 0
-        for x, context in self.held_out.chunks():  # type: ignore[union-attr]
-            total += float(self.objective(self.module, x, context)) * len(x)
-            rows += len(x)
-        return total / rows
+        if self.held_out is None:
+            return train
+        total = sum(float(self.objective(self.flow, x, c)) * len(x) for x, c in self.held_out.chunks())
+        return total / len(self.held_out.x)
 
 
 @torch.no_grad()
@@ -383,7 +422,10 @@ class _Batches:
 
     def __init__(self, batches: Iterable[Any], flow: Flow, device: torch.device):
         self.batches, self.flow, self.device = batches, flow, device
-        self.steps = len(batches) if isinstance(batches, Sized) else None
+        try:
+            self.steps: int | None = len(batches)  # type: ignore[arg-type]
+        except TypeError:  # a stream, or a DataLoader over one
+            self.steps = None
 
     def __iter__(self) -> Iterator[Batch]:
         for number, batch in enumerate(self.batches):
@@ -419,13 +461,14 @@ def _prepare(
 ) -> tuple[_Rows | _Batches | _Steps, _Rows | None]:
     if batch_size is not None:
         check_sizes(batch_size=batch_size)
-    share = validation if isinstance(validation, (int, float)) else 0
-    if not 0 <= share < 1:
-        raise ValueError(f"expected a share of validation rows in [0, 1); got {validation!r}")
+    share = 0.0
+    if isinstance(validation, (Real, bool)):
+        check_number("the share of validation rows", validation, "[0, 1)")
+        share, validation = float(validation), None
     held_out = None
     if isinstance(validation, tuple) and len(validation) != 2:
         raise ValueError(f"expected validation as (data, context); got {len(validation)} items")
-    if validation is not None and not isinstance(validation, (int, float)):
+    if validation is not None:
         rows, its_context = validation if isinstance(validation, tuple) else (validation, None)
         held_out = _Rows(*_data(flow, rows, its_context, device, name="validation data"), _EVALUATION_ROWS)
         if len(held_out.x) == 0:

@@ -47,10 +47,14 @@ def _order(features: int, order: str | Sequence[int] | Tensor, seed: int | None)
             return torch.randperm(features, generator=generator)
         positions = torch.arange(features)
         return positions.flip(0) if order == "reversed" else positions
-    given = torch.as_tensor(order)
-    if given.shape != (features,) or not torch.equal(given.sort().values, torch.arange(features)):
+    given = torch.as_tensor(order).cpu()
+    if (
+        given.is_floating_point()
+        or given.shape != (features,)
+        or not torch.equal(given.sort().values, torch.arange(features))
+    ):
         raise ValueError(f"expected an order that is a permutation of 0 to {features - 1}; got {given.tolist()}")
-    return given
+    return given.clone()
 
 
 class MADE(nn.Module):

@@ -50,6 +50,7 @@ class MLP(nn.Module):
         Identity Mappings in Deep Residual Networks, He et al., 2016 (arXiv:1603.05027).
 
     Example:
+        >>> import torch
         >>> MLP(3, 2, hidden_features=(16, 16), residual=True)(torch.ones(5, 3)).shape
         torch.Size([5, 2])
     """

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyroflows.arguments import Shape
-from pyroflows.bijection import Bijection
+from pyroflows.bijection import Bijection, inside_functorch
 
 __all__ = ["ActNorm"]
 
@@ -20,7 +20,8 @@ class ActNorm(Bijection):
 
     The first data seen in training mode sets the mean and standard deviation of each feature; one row sets the
     mean alone, and a constant feature keeps its scale. A training pass from latent to data with gradients
-    (an ELBO) brings no data: the layer then starts, and stays, as the identity.
+    (an ELBO) brings no data: the layer then starts, and stays, as the identity. A fit starts a layer anew that was
+    only looked at, and never trained.
 
     Args:
         features: number of features, or an event shape.
@@ -50,6 +51,7 @@ class ActNorm(Bijection):
         self.register_buffer("started", torch.tensor(False))
         # The same flag for Python, so that no pass waits for a device to read it.
         self._started = False
+        self._first: tuple[Tensor, Tensor] | None = None  # the numbers it started with
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not self._started and self.training and torch.is_grad_enabled():
@@ -66,7 +68,7 @@ class ActNorm(Bijection):
 
     @torch.no_grad()
     def _start(self, y: Tensor | None = None) -> None:
-        if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        if inside_functorch():
             return  # under vmap or grad a row is not a batch, and nothing may be written
         if y is not None:
             rows = y.reshape(-1, *self.latent_shape)
@@ -77,10 +79,23 @@ class ActNorm(Bijection):
             self.log_scale.copy_(torch.where(varies, scale, 1).log())
         self.started.fill_(True)
         self._started = True
+        self._first = (self.shift.detach().clone(), self.log_scale.detach().clone())
+
+    @torch.no_grad()
+    def restart_if_untrained(self) -> None:
+        """Wait for data again, if nothing has moved the numbers since the start; a fit begins with this."""
+        if self._first is None:
+            return
+        now = (self.shift, self.log_scale)
+        if all(torch.equal(a, b.to(a)) for a, b in zip(now, self._first, strict=True)):
+            self.shift.zero_()
+            self.log_scale.zero_()
+            self.started.fill_(False)
+            self._started, self._first = False, None
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._started = bool(self.started)
+        self._started, self._first = bool(self.started), None
 
     def extra_repr(self) -> str:
         return f"{', '.join(map(str, self.latent_shape))}"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pyroflows.arguments import check_number
-from pyroflows.bijection import Bijection
+from pyroflows.bijection import Bijection, inside_functorch
 
 __all__ = ["BatchNorm"]
 
@@ -66,12 +66,18 @@ class BatchNorm(Bijection):
         # A single row has no variance: it takes the stored statistics.
         if self.training and y.shape[:-1].numel() > 1:
             variance, mean = torch.var_mean(y.flatten(0, -2), 0, correction=0)
-            with torch.no_grad():
-                self.mean.lerp_(mean, self.momentum)
-                self.variance.lerp_(variance, self.momentum)
+            if not inside_functorch():
+                self._follow(mean.detach(), variance.detach())
         spread = variance + self.eps
         x = (y - mean) * spread.rsqrt() * self.log_scale.exp() + self.shift
         return x, self._log_det(spread, y)
+
+    @torch.no_grad()
+    def _follow(self, mean: Tensor, variance: Tensor) -> None:
+        # A batch that overflows must not spoil the averages for good.
+        finite = mean.isfinite() & variance.isfinite()
+        self.mean.copy_(torch.where(finite, self.mean.lerp(mean, self.momentum), self.mean))
+        self.variance.copy_(torch.where(finite, self.variance.lerp(variance, self.momentum), self.variance))
 
     def _log_det(self, spread: Tensor, x: Tensor) -> Tensor:
         return (self.log_scale - spread.log() / 2).sum().expand(x.shape[:-1])

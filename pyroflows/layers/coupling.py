@@ -24,7 +24,7 @@ def _moved(features: int, mask: str | Sequence[bool] | Tensor, flip: bool) -> Te
         moved = position >= features // 2 if mask == "halves" else position % 2 == 0
         # A single feature can only be moved.
         return ~moved if flip and features > 1 else moved
-    if not isinstance(mask, (Sequence, Tensor)):
+    if not isinstance(mask, Sequence) and not hasattr(mask, "__array__"):
         raise TypeError(f"expected a mask by name or of {features} booleans; got {mask!r}")
     given = torch.as_tensor(mask)
     if given.dtype != torch.bool or given.shape != (features,):

@@ -75,7 +75,8 @@ class LULinear(Bijection):
         return y.reshape(x.shape), -self.log_scale.sum().expand(x.shape[:-1])
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x = nn.functional.linear(y, self.weight(), self.bias)
+        with torch.autocast(y.device.type, enabled=False):  # the log-det is that of the very weights in use
+            x = nn.functional.linear(y, self.weight(), self.bias)
         return x, self.log_scale.sum().expand(y.shape[:-1])
 
     def _factors(self) -> tuple[Tensor, Tensor]:
@@ -122,7 +123,8 @@ class DenseLinear(Bijection):
         return y.reshape(x.shape), -self._log_det().expand(x.shape[:-1])
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x = nn.functional.linear(y, self.weight, self.bias)
+        with torch.autocast(y.device.type, enabled=False):  # the log-det is that of the very weights in use
+            x = nn.functional.linear(y, self.weight, self.bias)
         return x, self._log_det().expand(y.shape[:-1])
 
     def _log_det(self) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyroflows.arguments import check_sizes
 from pyroflows.bijection import Bijection
 from pyroflows.conditioners.mlp import MLP
 
@@ -55,8 +56,7 @@ class Planar(Bijection):
 
     def __init__(self, features: int, *, context_features: int = 0, hidden_features: Sequence[int] = (64,)):
         super().__init__(features, context_features=context_features)
-        if not isinstance(features, int):
-            raise TypeError(f"expected a number of features; got {features!r}")
+        check_sizes(features=features)
         self.u = nn.Parameter(0.1 * torch.randn(features) / features**0.5)
         self.w = nn.Parameter(torch.randn(features) / features**0.5)
         self.b = nn.Parameter(torch.zeros(1))

@@ -69,7 +69,7 @@ class Spline:
         inside, clamped = self._inside(x)
         x_low, width, y_low, height, d_low, d_high = self._bin(clamped, parameters, by_data=False)
         slope = height / width
-        xi = (clamped - x_low) / width
+        xi = ((clamped - x_low) / width).clamp(0, 1)
         middle = xi * (1 - xi)
         q = slope + (d_high + d_low - 2 * slope) * middle
         y = y_low + height * (slope * xi.square() + d_low * middle) / q
@@ -81,12 +81,15 @@ class Spline:
         x_low, width, y_low, height, d_low, d_high = self._bin(clamped, parameters, by_data=True)
         slope = height / width
         bend = d_high + d_low - 2 * slope
-        rise = clamped - y_low
-        # xi solves a xi^2 + b xi + c = 0; of the two ways to write the root, this one never cancels.
-        a = height * (slope - d_low) + rise * bend
-        b = height * d_low - rise * bend
+        rise = ((clamped - y_low) / height).clamp(0, 1)
+        # xi solves a xi^2 + b xi + c = 0. Of the two ways to write the root each cancels for one sign of b.
+        a = slope - d_low + rise * bend
+        b = d_low - rise * bend
         c = -slope * rise
-        xi = 2 * c / (-b - (b.square() - 4 * a * c).clamp(min=0).sqrt())
+        root = (b.square() - 4 * a * c).clamp(min=torch.finfo(y.dtype).tiny).sqrt()
+        upright = b >= 0
+        numerator = torch.where(upright, 2 * c, root - b)
+        xi = (numerator / torch.where(upright, -b - root, 2 * a)).clamp(0, 1)
         x = x_low + width * xi
         log_det = -self._log_derivative(xi, slope, d_low, d_high, slope + bend * xi * (1 - xi))
         return torch.where(inside, x, y), torch.where(inside, log_det, 0)

@@ -17,7 +17,7 @@ __all__ = ["Additive", "Affine", "Spline", "Transformer", "make_transformer"]
 
 @runtime_checkable
 class Transformer(Protocol):
-    """A family of increasing maps of the real line, the identity where all its parameters are zero.
+    """A family of increasing maps of the real line; parameters of zero, where layers start, give a tame one.
 
     Shapes:
         x, y, log_det: ``(*batch, features)``; parameters: ``(*batch, features, num_parameters)``.
