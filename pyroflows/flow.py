@@ -59,10 +59,6 @@ class Flow(nn.Module):
             )
         self.prior = prior
         self.bijection = bijection
-        dtypes = {t.dtype for t in (*self.parameters(), *self.buffers()) if t.is_floating_point()}
-        if len(dtypes) > 1:
-            got = " and ".join(sorted(map(str, dtypes)))
-            raise TypeError(f"expected a prior and layers of one dtype; got {got}")
 
     @property
     def layers(self) -> list[Bijection]:

@@ -54,9 +54,11 @@ def _stack(
     return layers
 
 
-def _couplings(features: int, permutation: str, **options: Any) -> Callable[[int], Bijection]:
-    """Make couplings that move every feature in turn: by flipping, unless a reversal already exchanges the halves."""
-    return lambda number: Coupling(features, flip=number % 2 == 1 and permutation != "reverse", **options)
+def _couplings(features: int, permutation: str, *, mask: str = "halves", **options: Any) -> Callable[[int], Bijection]:
+    """Make couplings that move every feature in turn: by flipping, unless a reversal already exchanges the two sets."""
+    check_sizes(features=features)
+    exchanged = permutation == "reverse" and (mask == "halves" or features % 2 == 0)
+    return lambda number: Coupling(features, mask=mask, flip=number % 2 == 1 and not exchanged, **options)
 
 
 def realnvp(

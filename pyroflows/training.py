@@ -166,6 +166,10 @@ def fit(
     if x is None and objective is negative_log_likelihood:
         raise ValueError("expected data, or an objective that needs none; got neither")
 
+    dtypes = {t.dtype for t in (*flow.parameters(), *flow.buffers()) if t.is_floating_point()}
+    if len(dtypes) > 1:
+        got = " and ".join(sorted(map(str, dtypes)))
+        raise TypeError(f"expected a flow whose prior and layers are of one dtype; got {got}")
     own = {torch.float32: "32-true", torch.float64: "64-true"}.get(flow.dtype)
     if own is None or precision not in (None, own, "bf16-mixed"):
         raise ValueError(

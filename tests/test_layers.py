@@ -448,3 +448,44 @@ def test_dropout_is_active_in_training_alone():
 def test_repr_is_short():
     for layer in (ActNorm(3), LULinear(3), BatchNorm(3), Permutation(3, "reverse"), Compose([ActNorm(2)])):
         assert len(repr(layer)) < 100
+
+
+@pytest.mark.parametrize("num_bins, scale", [(8, 3.0), (8, 30.0), (32, 10.0)])
+def test_spline_inverts_with_wild_parameters_in_float32(num_bins, scale):
+    torch.manual_seed(0)
+    spline = Spline(num_bins=num_bins)
+    parameters = (scale * torch.randn(20_000, 1, spline.num_parameters)).requires_grad_()
+    y = (6.2 * torch.rand(20_000, 1) - 3.1).requires_grad_()
+    x, log_det = spline.inverse(y, parameters)
+    again, forward_log_det = spline.forward(x, parameters)
+    assert (again - y).abs().max() < 2e-3
+    assert (log_det + forward_log_det).abs().max() < 0.05
+    for gradient in torch.autograd.grad(x.sum() + log_det.sum(), (y, parameters)):
+        assert gradient.isfinite().all()
+
+
+def test_actnorm_that_was_only_looked_at_starts_anew_with_a_fit():
+    torch.manual_seed(0)
+    x = 1000 * torch.randn(500, 2) + 5e4
+    losses = []
+    for look in (False, True):
+        torch.manual_seed(0)
+        flow = realnvp(2, num_layers=2, hidden_features=(8,))
+        if look:
+            flow.log_prob(torch.zeros(4, 2))
+            flow().rsample()
+        losses.append(fit(flow, x, epochs=2, seed=0).best_loss)
+    assert losses[0] == losses[1] < 30
+
+
+def test_batchnorm_keeps_its_averages_where_a_batch_overflows():
+    layer = BatchNorm(2)
+    layer.inverse_and_log_det(torch.tensor([[1.0, torch.inf], [2.0, 3.0]]))
+    assert layer.mean.isfinite().all()
+    assert layer.mean[0] > 0
+
+
+def test_batchnorm_maps_under_vmap_in_training():
+    layer, y = BatchNorm(2), torch.randn(5, 3, 2)
+    mapped = torch.func.vmap(lambda rows: layer.inverse_and_log_det(rows)[0])(y)
+    torch.testing.assert_close(mapped.mean(1), torch.zeros(5, 2), atol=1e-6, rtol=0)

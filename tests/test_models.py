@@ -130,3 +130,18 @@ def test_each_learns_a_banana(build, options):
 def _banana(rows, seed):
     x, noise = torch.randn(2, rows, generator=torch.Generator().manual_seed(seed))
     return torch.stack([x, x.square() + 0.4 * noise], 1)
+
+
+@pytest.mark.parametrize("permutation", ["lu", "reverse", "shuffle", "none"])
+@pytest.mark.parametrize("mask", ["halves", "checkerboard"])
+@pytest.mark.parametrize("features", [2, 4, 5])
+def test_every_latent_is_a_nonlinear_function_of_the_data(permutation, mask, features):
+    torch.manual_seed(0)
+    flow = realnvp(features, permutation=permutation, mask=mask, activation="tanh", hidden_features=(8,))
+    flow = flow.double().eval()
+    for parameter in flow.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    x, step = torch.randn(2, 200, features, dtype=torch.float64)
+    z = [flow.bijection.inverse_and_log_det(x + k * step)[0] for k in (-1, 0, 1)]
+    bend = (z[0] - 2 * z[1] + z[2]).abs().amax(0)
+    assert (bend > 1e-3).all()
