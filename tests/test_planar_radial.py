@@ -187,7 +187,7 @@ def test_copies_and_protocol(family):
 
 @BOTH
 def test_bad_input(family):
-    with pytest.raises(TypeError, match=r"expected a number of features; got \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"expected features to be a positive integer; got \(2, 3\)"):
         family((2, 3))
     with pytest.raises(ValueError, match=r"expected a tensor of shape \(\*batch, 3\); got \(2,\)"):
         family(3).forward_and_log_det(torch.zeros(2))
