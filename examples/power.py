@@ -54,6 +54,7 @@ def main() -> None:
         results[name] = {
             "test_nats": log_prob.mean().item(),
             "standard_error": (log_prob.std() / len(log_prob) ** 0.5).item(),
+            "lowest_test_nats": log_prob.min().item(),
             "test_rows": len(log_prob),
             "parameters": sum(p.numel() for p in flow.parameters()),
             "steps": result.steps,
@@ -64,7 +65,7 @@ def main() -> None:
         machine = {"threads": options.threads, "torch": torch.__version__, "platform": platform.platform()}
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
         options.output.write_text(json.dumps({"results": results, "options": settings, "machine": machine}, indent=1))
-        print(result, flush=True)
+        print(result, f"lowest test row {log_prob.min():.1f} nats", sep="\n", flush=True)
         print(f"{name}: {results[name]['test_nats']:.4f} +- {results[name]['standard_error']:.4f} nats", flush=True)
 
 

@@ -451,7 +451,8 @@ def test_power_says_what_it_expects(tmp_path: Path) -> None:
 @pytest.fixture
 def bsds300(tmp_path: Path) -> Path:
     """Three train images and one test image, wide and high, and a few patches of each split."""
-    image_module = pytest.importorskip("PIL.Image")
+    from PIL import Image as image_module
+
     random = np.random.default_rng(0)
     for part, shapes in (("train", [(12, 9), (9, 12), (20, 30)]), ("test", [(8, 15)])):
         (tmp_path / part).mkdir()
@@ -513,7 +514,8 @@ def test_bsds300_fewer_rows_are_the_first_and_a_seed_gives_the_noise(bsds300: Pa
 
 
 def test_bsds300_says_what_it_expects(bsds300: Path) -> None:
-    image_module = pytest.importorskip("PIL.Image")
+    from PIL import Image as image_module
+
     for train_rows in (0, 6, 2.0):
         message = f"expected train_rows to be an integer from 1 to 5, or None; got {train_rows}"
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

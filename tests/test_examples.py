@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import math
 import re
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_data import write_power
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # The pictures and records each writes into its --output folder, and the bounds of its last number after a quick run.
@@ -39,6 +41,20 @@ def test_it_runs_and_ends_with_a_number(name, tmp_path):
     for file in files:
         assert (tmp_path / "new" / file).stat().st_size > 1000
     assert {path.name for path in tmp_path.iterdir()} <= {"new"}
+
+
+def test_power_runs_on_a_file_of_the_same_layout(tmp_path):
+    write_power(tmp_path / "power.npz", 2000)
+    command = [sys.executable, str(EXAMPLES / "power.py"), "--data", "power.npz", "--flows", "maf", "nsf-ar"]
+    command += ["--minutes", "0.03", "--threads", "1", "--batch-size", "64", "--output", "power.json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "power.json").read_text())["results"]
+    assert set(results) == {"maf", "nsf-ar"}
+    for result in results.values():
+        assert math.isfinite(result["test_nats"])
+        assert result["standard_error"] > 0
+        assert result["test_rows"] == 200
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
