@@ -46,7 +46,7 @@ def test_it_runs_and_ends_with_a_number(name, tmp_path):
 def test_power_runs_on_a_file_of_the_same_layout(tmp_path):
     write_power(tmp_path / "power.npz", 2000)
     command = [sys.executable, str(EXAMPLES / "power.py"), "--data", "power.npz", "--flows", "maf", "nsf-ar"]
-    command += ["--minutes", "0.03", "--threads", "1", "--batch-size", "64", "--output", "power.json"]
+    command += ["--minutes", "0.03", "--no-compile", "--batch-size", "64", "--output", "power.json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "power.json").read_text())["results"]
