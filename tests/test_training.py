@@ -611,3 +611,21 @@ def test_a_flow_of_two_dtypes_is_refused():
     flow = Flow(StandardNormal(2), [LULinear(2), ElementwiseAffine(2).double()])
     with pytest.raises(TypeError, match="of one dtype; got torch.float32 and torch.float64"):
         fit(flow, gaussian())
+
+
+def test_compiled_fit_gives_the_same_result_and_leaves_the_flow_as_it_was(monkeypatch):
+    compiled, compile = [], torch.compile
+
+    def with_eager_backend(method, **options):
+        compiled.append(method.__name__)
+        return compile(method, backend="eager", fullgraph=True, **options)
+
+    monkeypatch.setattr(torch, "compile", with_eager_backend)
+    losses = []
+    for option in (False, True):
+        torch.manual_seed(0)
+        flow = small()
+        losses.append(fit(flow, gaussian(), epochs=2, batch_size=50, compile=option, seed=0).best_loss)
+        assert "log_prob" not in vars(flow)
+    assert compiled == ["log_prob", "rsample_and_log_prob"]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn import functional as F
 
-from pyroflows.arguments import Shape
+from pyroflows.arguments import Shape, check_number
 from pyroflows.bijection import Bijection, event_constraint
 from pyroflows.conditioners.mlp import MLP
 
@@ -228,8 +228,7 @@ def _logit(y: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
 
 
 def _checked_alpha(alpha: float) -> float:
-    if not 0 <= alpha < 0.5:
-        raise ValueError(f"expected alpha in [0, 0.5); got {alpha}")
+    check_number("alpha", alpha, "[0, 0.5)")
     return float(alpha)
 
 
