@@ -26,13 +26,16 @@ class Flow(nn.Module):
     Args:
         prior: the distribution of the latent.
         layers: bijections, the first nearest the latent, or one bijection.
+        embedding: a network through which every context passes first, once a call, and which trains with the layers:
+            a convolution over the last values of a series, a set's mean of features, a table of words.
 
     Shapes:
-        x: ``(*batch, *event_shape)``; context: ``(*batch, context_features)``; log_prob: ``(*batch,)``.
+        x: ``(*batch, *event_shape)``; context: ``(*batch, context_features)``, or whatever the embedding maps to that;
+        log_prob: ``(*batch,)``.
 
     Raises:
         ValueError: the shapes of prior and layers do not follow on one another, or an input or context has another
-            shape than the flow's, or a context is missing or not expected.
+            shape than the flow's, or a context is missing or not expected, or the embedding gives another shape.
         TypeError: an input is not a floating-point tensor of the flow's dtype.
 
     References:
@@ -45,9 +48,13 @@ class Flow(nn.Module):
         (torch.Size([3]), torch.Size([5, 2]))
         >>> flow().event_shape
         torch.Size([2])
+        >>> image = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+        >>> flow = Flow(StandardNormal(2), Coupling(2, context_features=3), embedding=image)
+        >>> flow.sample((5,), torch.zeros(7, 1, 8, 8)).shape
+        torch.Size([5, 7, 2])
     """
 
-    def __init__(self, prior: Prior, layers: Iterable[Bijection] | Bijection):
+    def __init__(self, prior: Prior, layers: Iterable[Bijection] | Bijection, *, embedding: nn.Module | None = None):
         super().__init__()
         if not isinstance(prior, Prior):
             raise TypeError(f"expected a Prior; got {type(prior).__name__}")
@@ -57,8 +64,13 @@ class Flow(nn.Module):
                 f"expected a prior of shape {tuple(bijection.latent_shape)}, the layers' latent; "
                 f"got {tuple(prior.event_shape)}"
             )
+        if embedding is not None and not isinstance(embedding, nn.Module):
+            raise TypeError(f"expected an embedding that is a torch module; got {type(embedding).__name__}")
+        if embedding is not None and not bijection.context_features:
+            raise ValueError("expected layers that take a context, for the embedding to give; got context_features=0")
         self.prior = prior
         self.bijection = bijection
+        self.embedding = embedding
 
     @property
     def layers(self) -> list[Bijection]:
@@ -72,7 +84,7 @@ class Flow(nn.Module):
 
     @property
     def context_features(self) -> int:
-        """The length of the context; 0 for a flow without."""
+        """The length of the context, as the layers take it; 0 for a flow without."""
         return self.bijection.context_features
 
     @property
@@ -94,20 +106,22 @@ class Flow(nn.Module):
 
     def forward(self, context: Tensor | None = None) -> TransformedDistribution:
         """Give the distribution, with the context's batch shape."""
+        context = self._embed(context)
         self.bijection._batch_shape(Size(), context)
-        self._check_numbers(context=context)
         layers = [layer if context is None else layer.condition(context) for layer in self.layers]
         return TransformedDistribution(self.prior(), layers)
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Give the log-density of data, in nats."""
-        self._check_numbers(data=x, context=context)
+        self._check_numbers(data=x)
+        context = self._embed(context)
         z, log_det = self.bijection.inverse_and_log_det(x, context)
         return self.prior.log_prob(z) + log_det
 
     def sample(self, shape: int | Sequence[int] = (), context: Tensor | None = None) -> Tensor:
         """Draw data of shape ``(*shape, *batch, *event_shape)``, without gradients."""
         with torch.no_grad():
+            context = self._embed(context)
             z = self.prior.sample(self._sample_shape(shape, context))
             return self.bijection.forward_and_log_det(z, context)[0]
 
@@ -115,6 +129,7 @@ class Flow(nn.Module):
         self, shape: int | Sequence[int] = (), context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Draw data through which gradients pass, and give its log-density, in one pass."""
+        context = self._embed(context)
         z = self.prior.rsample(self._sample_shape(shape, context))
         x, log_det = self.bijection.forward_and_log_det(z, context)
         return x, self.prior.log_prob(z) - log_det
@@ -123,8 +138,24 @@ class Flow(nn.Module):
         sizes = tuple(shape) if isinstance(shape, Iterable) else (shape,)
         if not all(isinstance(size, Integral) and not isinstance(size, bool) and size >= 0 for size in sizes):
             raise ValueError(f"expected a sample shape of non-negative integers; got {shape!r}")
-        self._check_numbers(context=context)
         return Size(map(int, sizes)) + self.bijection._batch_shape(Size(), context)
+
+    def _embed(self, context: Tensor | None) -> Tensor | None:
+        """Give the context that the layers take."""
+        self._check_numbers(context=context)
+        if self.embedding is None:
+            return context
+        if not isinstance(context, Tensor):
+            got = "none" if context is None else type(context).__name__
+            raise (ValueError if context is None else TypeError)(f"expected a context for the embedding; got {got}")
+        embedded = self.embedding(context)
+        if not isinstance(embedded, Tensor) or embedded.shape[-1:] != (self.context_features,):
+            got = f"shape {tuple(embedded.shape)}" if isinstance(embedded, Tensor) else type(embedded).__name__
+            raise ValueError(
+                f"expected an embedding that gives (*batch, {self.context_features}); "
+                f"got {got} from a context of shape {tuple(context.shape)}"
+            )
+        return embedded
 
     def _check_numbers(self, **inputs: Tensor | None) -> None:
         if torch.compiler.is_compiling():

@@ -127,7 +127,8 @@ def fit(
         progress: whether to show a bar; by default on a terminal alone.
 
     Shapes:
-        x: ``(rows, *event_shape)``; context: ``(rows, context_features)``.
+        x: ``(rows, *event_shape)``; context: ``(rows, context_features)``, or ``(rows, ...)``, also of integers, where
+        the flow has an embedding.
 
     Returns:
         The history, and why the fit ended.
@@ -377,11 +378,13 @@ def _set_batch_statistics(flow: Flow, train: _Rows) -> None:
     layers = flow.layers
     if not any(isinstance(layer, BatchNorm) for layer in layers):
         return
-    x = train.x
+    x, context = train.x, train.context
+    if context is not None:
+        context = torch.cat([flow._embed(context[rows]) for rows in train.slices()])  # type: ignore[misc]
     for layer in reversed(layers):
         if isinstance(layer, BatchNorm):
             layer.set_statistics(x)
-        given = layer._context_for(train.context)
+        given = layer._context_for(context)
         parts = [
             layer.inverse_and_log_det(x[rows], None if given is None else given[rows])[0] for rows in train.slices()
         ]
@@ -507,18 +510,24 @@ def _data(flow: Flow, x: Any, context: Any, device: torch.device, *, name: str) 
     if data.shape[1:] != flow.event_shape:
         expected = "(rows, " + ", ".join(map(str, flow.event_shape)) + ")"
         raise ValueError(f"expected {name} of shape {expected}; got {tuple(data.shape)}")
-    given = None if context is None else _as_tensor(context, flow, device, f"context of {name}")
-    flow.bijection._batch_shape(data.shape[:1], given)
-    if given is not None and given.shape[:-1] != data.shape[:1]:
+    embedded = flow.embedding is not None
+    given = None if context is None else _as_tensor(context, flow, device, f"context of {name}", integers=embedded)
+    if not embedded:
+        flow.bijection._batch_shape(data.shape[:1], given)
+    elif given is None:
+        flow._embed(None)  # says that it is missing
+    if given is not None and given.shape[: 1 if embedded else -1] != data.shape[:1]:
         raise ValueError(f"expected a context for each of {len(data)} rows; got {tuple(given.shape)}")
     return data, given
 
 
-def _as_tensor(x: Any, flow: Flow, device: torch.device, name: str) -> Tensor:
+def _as_tensor(x: Any, flow: Flow, device: torch.device, name: str, *, integers: bool = False) -> Tensor:
     try:
         given = x.detach() if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(np.asarray(x)))
     except TypeError:
         raise TypeError(f"expected {name} as a tensor or an array of numbers; got {type(x).__name__}") from None
+    if integers and not given.is_floating_point():
+        return given.to(device)
     if not given.is_floating_point():
         raise TypeError(f"expected {name} of floating-point numbers; got {given.dtype}: convert or dequantise them")
     tensor = given.to(device, flow.dtype)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 import subprocess
 import sys
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from contract import FLOWS, make_flow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kstest
+from torch import nn
 
 from pyroflows import (
+    Coupling,
     ElementwiseAffine,
     Flow,
     Logit,
@@ -158,6 +163,147 @@ def test_save_and_load_of_the_state():
     other.load_state_dict(torch.load(saved))
     x, context = torch.randn(3, 2).double(), torch.randn(3, 1).double()
     assert torch.equal(other.log_prob(x, context), flow.log_prob(x, context))
+
+
+# An embedding of the context
+
+
+class Mean(nn.Module):
+    """The mean of features over a set, and a count of its calls."""
+
+    def __init__(self, features=5, context_features=3):
+        super().__init__()
+        self.net = nn.Linear(features, context_features)
+        self.calls = 0
+
+    def forward(self, sets):
+        self.calls += 1
+        return self.net(sets).mean(-2)
+
+
+def embedded(embedding=None, context_features=3):
+    """A flow whose context is a set of 7 rows of 5 numbers, and the same flow without the embedding."""
+    plain = make_flow("realnvp", 2, context_features)
+    embedding = Mean(context_features=context_features) if embedding is None else embedding
+    return Flow(plain.prior, plain.layers, embedding=embedding).double().eval(), plain
+
+
+@pytest.mark.parametrize("batch", [(), (4,), (2, 4)])
+def test_an_embedding_comes_before_the_layers(batch):
+    flow, plain = embedded()
+    context, x = torch.randn(*batch, 7, 5).double(), torch.randn(6, *batch, 2).double()
+    given = flow.embedding(context)
+    assert given.shape == (*batch, 3)
+    assert flow.context_features == 3
+    torch.testing.assert_close(flow.log_prob(x, context), plain.log_prob(x, given))
+    torch.testing.assert_close(flow(context).log_prob(x), plain.log_prob(x, given))
+    assert flow(context).batch_shape == batch
+    assert flow.sample((6,), context).shape == x.shape
+    draws, log_prob = flow.rsample_and_log_prob((6,), context)
+    torch.testing.assert_close(plain.log_prob(draws, given), log_prob)
+    torch.manual_seed(1)
+    ours = flow.sample((6,), context)
+    torch.manual_seed(1)
+    assert torch.equal(ours, plain.sample((6,), given))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda flow, x, context: flow.log_prob(x, context),
+        lambda flow, x, context: flow.sample((2,), context),
+        lambda flow, x, context: flow.rsample_and_log_prob((2,), context),
+        lambda flow, x, context: flow(context).rsample(),
+    ],
+)
+def test_an_embedding_is_evaluated_once(call):
+    flow, _ = embedded()
+    call(flow, torch.zeros(4, 2).double(), torch.zeros(4, 7, 5).double())
+    assert flow.embedding.calls == 1
+
+
+def test_a_distribution_draws_and_scores_with_one_embedding():
+    flow, _ = embedded()
+    distribution = flow(torch.zeros(4, 7, 5).double())
+    distribution.log_prob(distribution.rsample((2,)))
+    assert flow.embedding.calls == 1
+
+
+def test_an_embedding_gets_gradients_and_is_saved():
+    flow, _ = embedded()
+    context, x = torch.randn(4, 7, 5).double(), torch.randn(4, 2).double()
+    flow.train().rsample_and_log_prob((), context)[0].sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in flow.embedding.parameters())
+    flow.zero_grad()
+    flow.log_prob(x, context).sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in flow.embedding.parameters())
+    flow.eval()
+    flow(context).rsample()
+    for other in (copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))):
+        assert torch.equal(other.log_prob(x, context), flow.log_prob(x, context))
+        with torch.no_grad():
+            other.embedding.net.bias.add_(1)
+        assert not torch.equal(other.log_prob(x, context), flow.log_prob(x, context))
+    other, _ = embedded()
+    other.load_state_dict(flow.state_dict())
+    assert torch.equal(other.log_prob(x, context), flow.log_prob(x, context))
+
+
+def test_an_embedding_inside_pyro():
+    flow, plain = embedded()
+    context, x = torch.randn(4, 7, 5).double(), torch.randn(4, 2).double()
+
+    def model():
+        pyro.module("flow", flow)
+        with pyro.plate("rows", 4):
+            pyro.sample("x", flow(context), obs=x)
+
+    trace = pyro.poutine.trace(model).get_trace()
+    names = {name for name, node in trace.nodes.items() if node["type"] == "param"}
+    assert {"flow$$$embedding.net.weight", "flow$$$embedding.net.bias"} <= names
+    torch.testing.assert_close(trace.log_prob_sum(), plain.log_prob(x, flow.embedding(context)).sum())
+    assert isinstance(flow(context), dist.TransformedDistribution)
+
+
+def test_an_embedding_of_integers():
+    flow, plain = embedded(nn.Embedding(10, 3))
+    words, x = torch.arange(10), torch.randn(10, 2).double()
+    torch.testing.assert_close(flow.log_prob(x, words), plain.log_prob(x, flow.embedding.weight))
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: embedded(Mean(5, 4)), ValueError, r"gives \(\*batch, 3\); got shape \(6, 4\) from a context of shape"),
+        (lambda: embedded(nn.LSTM(5, 3)), ValueError, r"gives \(\*batch, 3\); got tuple from a context of shape"),
+        (lambda: embedded(torch.tanh), TypeError, "an embedding that is a torch module; got builtin"),
+        (
+            lambda: Flow(StandardNormal(2), Coupling(2), embedding=nn.Identity()),
+            ValueError,
+            "layers that take a context, for the embedding to give; got context_features=0",
+        ),
+    ],
+)
+def test_an_embedding_of_another_shape_is_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call()[0].log_prob(torch.zeros(6, 2).double(), torch.zeros(6, 7, 5).double())
+
+
+@pytest.mark.parametrize(
+    "context, error, message",
+    [
+        (None, ValueError, "expected a context for the embedding; got none"),
+        ([1.0], TypeError, "expected a context for the embedding; got list"),
+        (torch.zeros(6, 7, 5), TypeError, "expected context of the flow's torch.float64; got torch.float32"),
+        (torch.zeros(5, 7, 5).double(), ValueError, r"broadcast"),
+    ],
+)
+def test_a_context_that_an_embedding_cannot_take_is_refused(context, error, message):
+    flow, _ = embedded()
+    with pytest.raises(error, match=message):
+        flow.log_prob(torch.zeros(6, 2).double(), context)
+    with pytest.raises(error, match=message):
+        flow(context).log_prob(torch.zeros(6, 2).double())
 
 
 def test_import_loads_little():

@@ -629,3 +629,54 @@ def test_compiled_fit_gives_the_same_result_and_leaves_the_flow_as_it_was(monkey
         assert "log_prob" not in vars(flow)
     assert compiled == ["log_prob", "rsample_and_log_prob"]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+# An embedding of the context
+
+
+def embedded(norm="actnorm"):
+    """A flow given sets of 7 numbers, of which it has to find the mean."""
+    plain = realnvp(2, num_layers=2, hidden_features=(16,), context_features=2, norm=norm)
+    network = torch.nn.Sequential(torch.nn.Conv1d(1, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(40, 2))
+    return Flow(plain.prior, plain.layers, embedding=network)
+
+
+def sets(rows=400):
+    generator = torch.Generator().manual_seed(0)
+    context = torch.randn(rows, 1, 7, generator=generator)
+    return context.mean((1, 2))[:, None] + 0.1 * torch.randn(rows, 2, generator=generator), context
+
+
+@pytest.mark.parametrize("norm", ["actnorm", "batchnorm"])
+def test_an_embedding_trains_with_the_flow(norm):
+    flow = embedded(norm)
+    x, context = sets()
+    before = [p.detach().clone() for p in flow.embedding.parameters()]
+    options = {"epochs": 30, "batch_size": 50, "learning_rate": 1e-2, "seed": 0}
+    result = fit(flow, x, context=context.double().numpy(), **options)
+    assert all(not torch.equal(a, b) for a, b in zip(before, flow.embedding.parameters(), strict=True))
+    assert result.best_loss < 0.0  # without the context: 1.1, with the exact mean: -1.8
+    held = fit(flow, x, context=context, validation=(x[:9], context[:9]), **{**options, "epochs": 1})
+    assert math.isfinite(held.best_loss)
+    batches = [(x[i : i + 50], context[i : i + 50]) for i in range(0, 400, 50)]
+    assert fit(flow, batches, epochs=1).steps == 8
+
+
+def test_an_embedding_of_integers_trains():
+    plain = realnvp(2, num_layers=2, context_features=3)
+    flow = Flow(plain.prior, plain.layers, embedding=torch.nn.Embedding(4, 3))
+    words = np.arange(200) % 4
+    assert fit(flow, gaussian(), context=words, epochs=1, batch_size=20).steps == 9
+
+
+@pytest.mark.parametrize(
+    "context, message",
+    [
+        (None, "expected a context for the embedding; got none"),
+        (torch.zeros(399, 1, 7), r"a context for each of 400 rows; got \(399, 1, 7\)"),
+        (torch.full((400, 1, 7), math.nan), "finite numbers in context of data; got nan in row 0, column 0, 0"),
+    ],
+)
+def test_a_context_for_an_embedding_is_checked(context, message):
+    with pytest.raises(ValueError, match=message):
+        fit(embedded(), sets()[0], context=context, epochs=1)
