@@ -9,7 +9,7 @@ import torch
 from pyro.distributions import TransformedDistribution
 from torch import Size, Tensor, nn
 
-from pyroflows.bijection import Bijection, Compose
+from pyroflows.bijection import Bijection, Compose, vjp
 from pyroflows.priors import Prior
 
 __all__ = ["Flow"]
@@ -133,6 +133,20 @@ class Flow(nn.Module):
         z = self.prior.rsample(self._sample_shape(shape, context))
         x, log_det = self.bijection.forward_and_log_det(z, context)
         return x, self.prior.log_prob(z) - log_det
+
+    def rsample_and_score(
+        self, shape: int | Sequence[int] = (), context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw as above, and give also the gradient of the log-density at the draw, detached: for a path gradient."""
+        context = self._embed(context)
+        z = self.prior.rsample(self._sample_shape(shape, context))
+        with torch.enable_grad():
+            z = z if z.requires_grad else z.detach().requires_grad_()
+            log_prob = self.prior.log_prob(z)
+        x, log_det, score = self.bijection.forward_and_score(
+            z, vjp(log_prob, None, z, torch.ones_like(log_prob)), context
+        )
+        return x, log_prob - log_det, score
 
     def _sample_shape(self, shape: int | Sequence[int], context: Tensor | None) -> Size:
         sizes = tuple(shape) if isinstance(shape, Iterable) else (shape,)

@@ -428,3 +428,131 @@ def test_batchnorm_in_training_normalises_with_the_batch():
     x = 5 + 3 * torch.randn(100, 3)
     torch.testing.assert_close(flow().log_prob(x), flow.log_prob(x))
     assert all(layer.mean.any() for layer in flow.layers if isinstance(layer, BatchNorm))
+
+
+# The score, carried along
+
+
+def score_of_standard_normal(back, y, context):
+    """The gradient at ``y`` of the log-density of a standard normal, pushed there by the inverse of ``back``."""
+    y = y.detach().requires_grad_()
+    x, log_det = back(y, context)
+    return torch.autograd.grad((-x.square().sum(-1) / 2 + log_det).sum(), y)[0]
+
+
+@pytest.mark.parametrize("name, features, context_features", bijection_cases())
+def test_layer_carries_the_score(name, features, context_features):
+    layer = make(name, features, context_features)
+    for forward, points in ((True, latents(layer, 4)), (False, data(layer, 4))):
+        there, back, carried = layer.forward_and_log_det, layer.inverse_and_log_det, layer.forward_and_score
+        if not forward:
+            there, back, carried = back, there, layer.inverse_and_score
+        context = contexts(layer, 4)
+        result, log_det, score = carried(points, -points, context)
+        assert not score.requires_grad
+        assert_close(score, score_of_standard_normal(back, result, context), tolerance(name))
+        for found, wanted in zip((result, log_det), there(points, context), strict=True):
+            assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("name, features, context_features", FLOW_CASES)
+def test_flow_carries_the_score(name, features, context_features):
+    flow = make_flow(name, features, context_features)
+    context = contexts(flow, 4)
+    if flow.prior.has_rsample:
+        x, log_prob, score = flow.rsample_and_score((3,) if context_features else (3, 4), context)
+    else:
+        z = flow.prior.sample((3, 4)).requires_grad_()
+        log_prob = flow.prior.log_prob(z)
+        x, log_det, score = flow.bijection.forward_and_score(z, torch.autograd.grad(log_prob.sum(), z)[0], context)
+        log_prob = log_prob - log_det
+    assert x.shape == score.shape == (3, 4, features)
+    x = x.detach().requires_grad_()
+    wanted = flow.log_prob(x, context)
+    assert_close(log_prob, wanted, tolerance(name))
+    assert_close(score, torch.autograd.grad(wanted.sum(), x)[0], tolerance(name))
+    assert not score.requires_grad
+
+
+@with_and_without_context
+@each_layer
+def test_graphs_beside_the_score_are_those_without(name, context_features):
+    layer = make(name, 4, context_features)
+    for latent_grad in (False, True):
+        x, context = latents(layer, 3).requires_grad_(latent_grad), contexts(layer, 3)
+        inputs = [*([x] if latent_grad else []), *layer.parameters()]
+        if not inputs:
+            continue
+        gradients = []
+        for y, log_det in (layer.forward_and_log_det(x, context), layer.forward_and_score(x, -x, context)[:2]):
+            loss = y.square().sum() + (log_det * torch.arange(1, 4)).sum()
+            gradients.append(torch.autograd.grad(loss, inputs))
+        assert_close(*gradients)
+    with torch.no_grad():
+        found = layer.forward_and_score(x, -x, context)
+    assert not any(t.requires_grad for t in found)
+    assert_close(found, layer.forward_and_score(x, -x, context))
+
+
+@with_and_without_context
+@each_layer
+def test_score_keeps_batch_shape_and_dtype(name, context_features):
+    layer = make(name, 3, context_features).float()
+    for batch in BATCHES:
+        x, context = latents(layer, *batch, dtype=torch.float32), contexts(layer, *batch, dtype=torch.float32)
+        y, log_det, score = layer.forward_and_score(x, -x, context)
+        x, log_det_back, score_back = layer.inverse_and_score(y, score, context)
+        assert {t.shape for t in (x, y, score, score_back)} == {(*batch, 3)}
+        assert log_det.shape == log_det_back.shape == batch
+        assert {t.dtype for t in (y, log_det, score, score_back)} == {torch.float32}
+    if layer.context_features:
+        x, context = latents(layer, 4, 1, dtype=torch.float32), contexts(layer, 5, dtype=torch.float32)
+        y, log_det, score = layer.forward_and_score(x, -x, context)
+        assert y.shape == score.shape == (4, 5, 3)
+        assert log_det.shape == (4, 5)
+
+
+@with_and_without_context
+@pytest.mark.parametrize("name", [n for n in FLOWS if n not in ("planar", "radial") and "maf" not in n])
+def test_each_conditioner_runs_once_to_sample_and_score_with_its_gradient(name, context_features):
+    flow = make_flow(name, 3, context_features)
+    context = contexts(flow, 4)
+    calls = count_conditioners(flow)
+    flow.rsample_and_score((), context)
+    wanted = passes(flow, forward=True)
+    if name == "nsf, autoregressive":  # the score is read off the inverse, a single pass more
+        wanted = {path: count + 1 for path, count in wanted.items()}
+    assert calls == wanted
+
+
+def test_score_through_wild_autoregressive_layers_is_that_of_their_inverse():
+    layer = make("inverse autoregressive", 12, scale=0.8)
+    x = latents(layer, 50)
+    score = layer.forward_and_score(x, -x)[2]
+    assert_close(score, Bijection.forward_and_score(layer, x, -x)[2], 1e-6)
+    assert score.abs().max() > 100
+
+
+def test_score_in_training_is_that_of_the_direction_taken():
+    norm = LAYERS["batchnorm"](3, 0).double().train()
+    x = torch.randn(20, 3).double()
+    before = norm.mean.clone()
+    _, _, score = norm.forward_and_score(x, -x)
+    assert torch.equal(norm.mean, before)
+    assert_close(score, -x / norm.variance.add(norm.eps).sqrt())
+    act = ActNorm(3).double().train()
+    with torch.no_grad():
+        act.forward_and_score(x, -x)
+    assert not act.started
+
+
+@pytest.mark.parametrize("name", ["coupling, affine", "radial", "compose", "inverse autoregressive"])
+def test_refuses_a_score_of_another_shape(name):
+    layer = make(name, 3)
+    x = latents(layer, 4)
+    with pytest.raises(ValueError, match=r"expected a score of shape \(4, 3\), that of the point; got \(4, 2\)"):
+        layer.forward_and_score(x, x[:, :2])
+    with pytest.raises(TypeError, match=r"expected a score of shape \(4, 3\), that of the point; got float"):
+        layer.forward_and_score(x, 1.0)
+    with pytest.raises(ValueError, match=r"expected a tensor of shape \(\*batch, 3\); got \(4, 2\)"):
+        layer.inverse_and_score(x[:, :2], x)

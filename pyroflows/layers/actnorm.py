@@ -63,6 +63,18 @@ class ActNorm(Bijection):
             self._start(y.detach())
         return (y - self.shift) * (-self.log_scale).exp(), -self._log_det(y)
 
+    def forward_and_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, log_det = self.forward_and_log_det(x)
+        return y, log_det, score * (-self.log_scale.detach()).exp()
+
+    def inverse_and_score(
+        self, y: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x, log_det = self.inverse_and_log_det(y)
+        return x, log_det, score * self.log_scale.detach().exp()
+
     def _log_det(self, x: Tensor) -> Tensor:
         return self.log_scale.sum().expand(x.shape[: x.dim() - len(self.latent_shape)])
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyroflows.arguments import check_names
-from pyroflows.bijection import Bijection
+from pyroflows.bijection import Bijection, vjp
 from pyroflows.conditioners.made import MADE
 from pyroflows.layers.transformers import Transformer, make_transformer
 
@@ -78,6 +78,30 @@ class MaskedAutoregressive(Bijection):
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, log_det = self.transformer.inverse(y, self.conditioner(y, context))
         return x, log_det.sum(-1)
+
+    def inverse_and_score(
+        self, y: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Map, and carry a score along: one pass, and backward passes until the score settles, at most one a feature.
+
+        The Jacobian is triangular, so that the fixed point below is reached in as many steps as there are features,
+        and to rounding mostly in a few.
+        """
+        with torch.enable_grad():
+            given = y if y.requires_grad else y.detach().requires_grad_()
+            moved, seen = given.view_as(given), given.view_as(given)
+            x, log_det = self.transformer.inverse(moved, self.conditioner(seen, context))
+        score = score - vjp(log_det, None, moved, torch.ones_like(score))
+        steepness, number = (-log_det.detach()).exp(), torch.finfo(y.dtype)
+        found = score * steepness
+        for _ in range(x.shape[-1]):
+            previous = found
+            found = (score - vjp(x, log_det, seen, previous)) * steepness
+            # Features not yet found may be wild, and must not overflow into those that are.
+            found = torch.where(found.abs() < number.max**0.5, found, 0)
+            if ((found - previous).abs().amax(-1) <= 8 * number.eps * found.abs().amax(-1)).all():
+                break
+        return x if torch.is_grad_enabled() else x.detach(), log_det.sum(-1), found
 
     def extra_repr(self) -> str:
         return f"{self.latent_shape[0]}, transformer={self.transformer}"

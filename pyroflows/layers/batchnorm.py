@@ -72,6 +72,13 @@ class BatchNorm(Bijection):
         x = (y - mean) * spread.rsqrt() * self.log_scale.exp() + self.shift
         return x, self._log_det(spread, y)
 
+    def forward_and_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # Not read off the inverse, which in training takes other statistics than this direction.
+        y, log_det = self.forward_and_log_det(x)
+        return y, log_det, score * (self.log_scale.exp() * (self.variance + self.eps).rsqrt()).detach()
+
     @torch.no_grad()
     def _follow(self, mean: Tensor, variance: Tensor) -> None:
         # A batch that overflows must not spoil the averages for good.

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from pyroflows.arguments import check_names, check_option, check_sizes
-from pyroflows.bijection import Bijection
+from pyroflows.bijection import Bijection, vjp
 from pyroflows.conditioners.mlp import MLP
-from pyroflows.layers.transformers import Transformer, make_transformer
+from pyroflows.layers.transformers import Transformer, carry, make_transformer
 
 __all__ = ["Coupling"]
 
@@ -111,6 +111,30 @@ class Coupling(Bijection):
         kept, moved = self._split(y)
         moved, log_det = self.transformer.inverse(moved, self._parameters_from(kept, context))
         return self._merge(kept, moved), log_det.sum(-1)
+
+    def forward_and_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self._carry(x, score, context, forward=True)
+
+    def inverse_and_score(
+        self, y: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self._carry(y, score, context, forward=False)
+
+    def _carry(
+        self, x: Tensor, score: Tensor, context: Tensor | None, *, forward: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Map, and take the score back through the graph that the map has just made, conditioner included."""
+        score_kept, score_moved = self._split(score)
+        with torch.enable_grad():
+            kept, moved = self._split(x if x.requires_grad else x.detach().requires_grad_())
+            moved = moved.view_as(moved)  # a node of its own, or the way to it would lead through the conditioner
+            parameters = self._parameters_from(kept, context)
+            result, log_det = (self.transformer.forward if forward else self.transformer.inverse)(moved, parameters)
+        score_moved, to_parameters = carry(self.transformer, moved, parameters, result, log_det, score_moved, forward)
+        score_kept = score_kept - vjp(parameters, None, kept, to_parameters)
+        return self._merge(kept, result), log_det.sum(-1), self._merge(score_kept, score_moved)
 
     def _parameters_from(self, kept: Tensor, context: Tensor | None) -> Tensor:
         return self.conditioner(kept, context).unflatten(-1, (self.num_moved, self.transformer.num_parameters))

@@ -79,6 +79,13 @@ class LULinear(Bijection):
             x = nn.functional.linear(y, self.weight(), self.bias)
         return x, self.log_scale.sum().expand(y.shape[:-1])
 
+    def forward_and_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            score = score @ self.weight()
+        return *self.forward_and_log_det(x), score
+
     def _factors(self) -> tuple[Tensor, Tensor]:
         lower = self.lower.tril(-1) + torch.eye(len(self.lower), dtype=self.lower.dtype, device=self.lower.device)
         return lower, self.upper.triu(1) + torch.diag(self.signs * self.log_scale.exp())

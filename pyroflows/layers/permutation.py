@@ -61,6 +61,16 @@ class Permutation(Bijection):
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return y.index_select(-1, self.inverse_order), y.new_zeros(y.shape[:-1])
 
+    def forward_and_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return *self.forward_and_log_det(x), score.index_select(-1, self.order)
+
+    def inverse_and_score(
+        self, y: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return *self.inverse_and_log_det(y), score.index_select(-1, self.inverse_order)
+
     def extra_repr(self) -> str:
         order = self.order.tolist()
         return f"{len(order)}, order={order}" if len(order) <= 16 else str(len(order))

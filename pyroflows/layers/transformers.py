@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyroflows.arguments import check_number, check_option
+from pyroflows.bijection import vjp
 from pyroflows.layers.spline import Spline
 
 __all__ = ["Additive", "Affine", "Spline", "Transformer", "make_transformer"]
@@ -80,6 +81,13 @@ class Affine:
         shift, log_scale = self._read(parameters)
         return (y - shift) * (-log_scale).exp(), -log_scale
 
+    def carry(self, x: Tensor, log_scale: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
+        """The closed form of :func:`carry`, from latent to data."""
+        inverse_scale = (-log_scale).exp()
+        slope = inverse_scale - 1 if self.scale == "sigmoid" else 1 - (log_scale / self.bound).square()
+        score_y = score * inverse_scale
+        return score_y, torch.stack([score_y, torch.addcmul(slope, score * x, slope)], -1)
+
     def _read(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
         shift, raw = parameters.unbind(-1)
         if self.scale == "sigmoid":
@@ -121,3 +129,20 @@ def make_transformer(transformer: str | Transformer) -> Transformer:
         return transformer
     check_option("transformer", transformer, ("affine", "additive", "spline"))
     return {"affine": Affine, "additive": Additive, "spline": Spline}[transformer]()
+
+
+def carry(
+    transformer: Transformer,
+    x: Tensor,
+    parameters: Tensor,
+    y: Tensor,
+    log_det: Tensor,
+    score: Tensor,
+    forward: bool,
+) -> tuple[Tensor, Tensor]:
+    """Carry a score from ``x`` to ``y``; beside it give the gradient of ``-log q(y)`` by the parameters."""
+    if forward and isinstance(transformer, Affine):
+        return transformer.carry(x.detach(), log_det.detach(), score)
+    bend = vjp(log_det, None, x, torch.ones_like(score))
+    score = (score - bend) * (-log_det.detach()).exp()
+    return score, vjp(y, log_det, parameters, score)
