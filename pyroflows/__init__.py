@@ -22,6 +22,7 @@ from pyroflows.layers import (
     Sigmoid,
     Spline,
     Standardize,
+    TriangularAffine,
 )
 from pyroflows.models import glow, iaf, maf, nice, nsf, planar, radial, realnvp
 from pyroflows.priors import DiagonalNormal, GaussianMixture, LogitNormal, Prior, StandardNormal, StudentT, Uniform
@@ -60,6 +61,7 @@ __all__ = [  # noqa: RUF022
     "Sigmoid",
     "Spline",
     "Standardize",
+    "TriangularAffine",
     # flow, named flows
     "Flow",
     "glow",

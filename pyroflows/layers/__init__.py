@@ -11,6 +11,7 @@ from pyroflows.layers.pointwise import ElementwiseAffine, Logit, Sigmoid, Standa
 from pyroflows.layers.radial import Radial
 from pyroflows.layers.spline import Spline
 from pyroflows.layers.transformers import Additive, Affine, Transformer
+from pyroflows.layers.triangular import TriangularAffine
 
 __all__ = [
     "ActNorm",
@@ -30,4 +31,5 @@ __all__ = [
     "Spline",
     "Standardize",
     "Transformer",
+    "TriangularAffine",
 ]

@@ -1,0 +1,533 @@
+"""The log joint density of a Pyro model over one unconstrained vector, for many points at once."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from pyro.infer.enum import config_enumerate
+from pyro.ops.contract import contract_tensor_tree
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Size, Tensor
+from torch.distributions import biject_to
+
+from pyroflows.arguments import check_option
+
+__all__ = ["LatentSite", "LogJoint", "checked_values", "constrain", "initial_value", "unconstrain"]
+
+_SITE = ("type", "name", "fn", "value", "is_observed", "infer", "cond_indep_stack", "scale", "mask", "args", "kwargs")
+_MODES = ("plate", "vmap", "loop")
+
+
+@dataclass(frozen=True)
+class LatentSite:
+    """One latent of a model: its shapes, and its place in the unconstrained vector.
+
+    Args:
+        name: of the site.
+        batch_ndim: the number of its plate dimensions.
+        shape: of its value.
+        unconstrained_shape: of its value in unconstrained space.
+        start: where in the vector its part begins.
+        support: its support; None where it depends on other sites, so that the model must be run to know it.
+    """
+
+    name: str
+    batch_ndim: int
+    shape: Size
+    unconstrained_shape: Size
+    start: int
+    support: Any
+
+    @property
+    def stop(self) -> int:
+        """Where in the vector its part ends."""
+        return self.start + self.unconstrained_shape.numel()
+
+
+def initial_value(site: Any, like: Tensor | None = None) -> Tensor:
+    """Give a value to start a latent site at: its prior median, or a feasible point of an improper prior.
+
+    An improper prior has no numbers of its own: its value gets dtype and device of ``like``.
+    """
+    fn = site["fn"]
+    while not isinstance(fn, dist.ImproperUniform) and hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    if not isinstance(fn, dist.ImproperUniform):
+        return init_to_median(site)
+    fn, like = site["fn"], torch.empty(()) if like is None else like
+    transform = biject_to(fn.support)
+    value: Tensor = transform(like.new_zeros(transform.inverse_shape(fn.batch_shape + fn.event_shape)))
+    return value
+
+
+def _floating_tensors(arguments: Any) -> Iterator[Tensor]:
+    if isinstance(arguments, Tensor) and arguments.is_floating_point():
+        yield arguments
+    elif isinstance(arguments, Mapping):
+        yield from _floating_tensors(tuple(arguments.values()))
+    elif isinstance(arguments, (tuple, list)):
+        for argument in arguments:
+            yield from _floating_tensors(argument)
+
+
+def constrain(sites: Sequence[LatentSite], u: Tensor) -> dict[str, Tensor]:
+    """Give the sites' values of shape ``(points, *shape)``, where no support depends on other sites."""
+    return {
+        site.name: biject_to(site.support)(u[:, site.start : site.stop].reshape(len(u), *site.unconstrained_shape))
+        for site in sites
+    }
+
+
+def unconstrain(sites: Sequence[LatentSite], values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Give the points of sites' values, and the log-Jacobian of :func:`constrain`, ``(points,)``."""
+    parts, log_det = [], torch.zeros(())
+    for site in sites:
+        transform, value = biject_to(site.support), values[site.name]
+        part = transform.inv(value)
+        log_det = log_det + transform.log_abs_det_jacobian(part, value).reshape(len(value), -1).sum(-1)
+        parts.append(part.reshape(len(value), -1))
+    return torch.cat(parts, -1), log_det
+
+
+def checked_values(sites: Sequence[LatentSite], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Refuse values of sites that are missing, or not of shape ``(points, *shape)`` with one number of points."""
+    names = ", ".join(repr(site.name) for site in sites)
+    for site in sites:
+        if site.name not in values:
+            raise ValueError(f"expected values of the sites {names}; got none of {site.name!r}")
+        value = values[site.name]
+        if not isinstance(value, Tensor) or value.shape[1:] != site.shape or value.dim() == 0:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            expected = ", ".join(map(str, ("points", *site.shape))) + ("" if site.shape else ",")
+            raise ValueError(f"expected values of {site.name!r} of shape ({expected}); got {got}")
+    sizes = {len(values[site.name]) for site in sites}
+    if len(sizes) > 1:
+        raise ValueError(f"expected as many values of each site; got {' and '.join(map(str, sorted(sizes)))}")
+    return {site.name: values[site.name] for site in sites}
+
+
+class _Evaluation(Messenger):
+    """Gives every latent the value its part stands for, and adds up the log-densities, Jacobians included.
+
+    Args:
+        values: parts of the unconstrained vector by site, or values of the sites where ``constrained``.
+        fixed: values of subsample sites, the same in every evaluation.
+        points: the number of points where the model runs under a plate of them, the leftmost; None for one point.
+        constrained: whether the values are those of the sites.
+        densities: whether log-densities are added up, or Jacobians alone.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, Tensor],
+        fixed: Mapping[str, Tensor],
+        points: int | None,
+        *,
+        constrained: bool = False,
+        densities: bool = True,
+    ):
+        super().__init__()
+        self.values, self.fixed, self.points = values, fixed, points
+        self.constrained, self.densities = constrained, densities
+        self.log_prob: Any = 0.0
+        self.parts: dict[str, Tensor] = {}  # latents in unconstrained space
+        self.sites: dict[str, Tensor] = {}  # latents and deterministic sites, in constrained space
+        self.supports: dict[str, Any] = {}
+        self.observed: dict[str, Tensor] = {}  # log-densities of the observations
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if name in self.fixed:
+            msg["value"], msg["done"] = self.fixed[name], True
+        if name not in self.values or msg["is_observed"]:
+            return
+        self.supports[name] = msg["fn"].support
+        transform = biject_to(msg["fn"].support)
+        if self.constrained:
+            value = self.values[name]
+            part = transform.inv(value)
+        else:
+            part = self.values[name]
+            value = transform(part)
+        self._add(transform.log_abs_det_jacobian(part, value))
+        self.parts[name] = part
+        msg["value"], msg["done"] = value, True
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            return
+        name, fn = msg["name"], msg["fn"]
+        deterministic = "_deterministic" in msg["infer"]
+        if name in self.values or deterministic:
+            self.sites[name] = msg["value"]
+        # An improper prior is flat, and its zero lies on the CPU whatever the device of the model.
+        flat = isinstance(fn, dist.ImproperUniform)
+        if deterministic or flat or not self.densities or msg["mask"] is False:
+            return
+        log_prob = fn.log_prob(msg["value"], *msg["args"], **msg["kwargs"])
+        self._add(scale_and_mask(log_prob, msg["scale"], msg["mask"]))
+        if msg["is_observed"] and not isinstance(fn, dist.Unit):
+            self.observed[name] = scale_and_mask(log_prob, mask=msg["mask"])
+
+    def _add(self, terms: Tensor) -> None:
+        if self.points is None:
+            self.log_prob = self.log_prob + terms.sum()
+        elif terms.dim() and terms.shape[0] == self.points:
+            self.log_prob = self.log_prob + terms.reshape(self.points, -1).sum(-1)
+        else:
+            raise ValueError(f"expected a log-density for each of {self.points} points; got {tuple(terms.shape)}")
+
+
+class LogJoint:
+    r"""The log joint density of a model's continuous latents, over one unconstrained vector.
+
+    .. math:: \log p(y, x(u)) + \log|\det dx/du|
+
+    Many points are evaluated at once: in a plate of their own where the model allows it, as in Pyro's vectorised
+    particles, else through ``torch.vmap``, else one by one. Which of them is right is found out at the start, by
+    comparison with single runs, since a model that indexes from the left would be silently wrong in a plate.
+    Discrete latents are summed out; the rows that a subsampled plate drew in the first run are kept.
+
+    Args:
+        model: a Pyro model.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        vectorize: "auto", or one of "plate", "vmap" and "loop".
+
+    Shapes:
+        u: ``(points, dim)``; log joint: ``(points,)``.
+
+    Raises:
+        ValueError: there is no continuous latent, a discrete one cannot be enumerated, a subsampled plate has latents
+            of its own, the model's structure varies from run to run, or no point near the start has a finite density.
+
+    References:
+        Automatic Differentiation Variational Inference, Kucukelbir et al., 2017 (arXiv:1603.00788).
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def model():
+        ...     scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        ...     pyro.sample("y", dist.Normal(0.0, scale), obs=torch.tensor(1.0))
+        >>> log_joint = LogJoint(model)
+        >>> log_joint(torch.zeros(3, 1))  # the scale is 1 at each of three points
+        tensor([-2.1447, -2.1447, -2.1447])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        vectorize: str = "auto",
+    ):
+        if not callable(model):
+            raise TypeError(f"expected a Pyro model, a callable; got {type(model).__name__}")
+        check_option("vectorize", vectorize, ("auto", *_MODES))
+        self.model, self.args, self.kwargs = model, tuple(args), dict(kwargs or {})
+        self._read(self._first_run())
+        self._find_dependent_supports()
+        self.vectorize = self._choose() if vectorize == "auto" else vectorize
+
+    # The structure of the model
+
+    def _first_run(self) -> poutine.Trace:
+        """Run the model, as the user has it, each latent at its initial value."""
+        likes = [*_floating_tensors((self.args, self.kwargs)), torch.empty(()), torch.empty((), dtype=torch.float64)]
+        tried = {(like.dtype, like.device): like for like in likes}
+        for number, like in enumerate(tried.values(), 1):
+            start = InitMessenger(partial(initial_value, like=like))
+            try:
+                with poutine.block(), torch.no_grad(), start:
+                    trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
+                    trace.compute_log_prob()
+                return trace
+            except RuntimeError:  # an improper prior's value of another dtype than the data in a closure
+                if number == len(tried):
+                    raise
+        raise AssertionError
+
+    def _read(self, trace: poutine.Trace) -> None:
+        self.fixed: dict[str, Tensor] = {}
+        self.subsampled: list[str] = []
+        self.enumerated: dict[str, bool] = {}  # whether the model itself asks for it
+        self.parameters = [n for n, node in trace.nodes.items() if node["type"] == "param"]
+        self.max_plate_nesting = 0
+        self._shapes: dict[str, Size] = {}
+        latent = {}
+        for name, site in trace.nodes.items():
+            if site["type"] != "sample":
+                continue
+            frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
+            self.max_plate_nesting = max([self.max_plate_nesting, *(-frame.dim for frame in frames)])
+            if site_is_subsample(site):
+                self.fixed[name] = site["value"]
+                if len(site["value"]) < site["fn"].size:
+                    self.subsampled.append(name)
+            elif site["is_observed"]:
+                self._shapes[name] = site["value" if "_deterministic" in site["infer"] else "log_prob"].shape
+            else:
+                latent[name] = site
+        self.latents: list[LatentSite] = []
+        self.first_run: dict[str, dict[str, Any]] = {}
+        parts = []
+        for name, site in latent.items():
+            if site["fn"].support.is_discrete:
+                self._refuse_what_cannot_be_summed_out(name, site)
+                self.enumerated[name] = "enumerate" in site["infer"]
+                continue
+            for frame in site["cond_indep_stack"]:
+                if frame.name in self.subsampled:
+                    raise ValueError(
+                        f"expected latents outside subsampled plates, since all minibatches would share them; got site "
+                        f"{name!r} in plate {frame.name!r}, which draws {frame.size} of its rows: use AmortizedFlow"
+                    )
+            part = self._unconstrained_start(name, site)
+            start = self.latents[-1].stop if self.latents else 0
+            shapes = (len(site["fn"].batch_shape), site["value"].shape, part.shape)
+            self.latents.append(LatentSite(name, *shapes, start, site["fn"].support))
+            self.first_run[name] = {key: site[key] for key in _SITE}
+            self._shapes[name] = site["value"].shape
+            parts.append(part.reshape(-1))
+        self.dim = self.latents[-1].stop if self.latents else 0
+        if not self.dim:
+            raise ValueError("expected a model with continuous latent sites; got none")
+        terms = [site["log_prob"] for site in trace.nodes.values() if "log_prob" in site]
+        # Priors with plain numbers draw float32 also in a model of float64 data, which must not lose its precision.
+        self.dtype = reduce(torch.promote_types, [tensor.dtype for tensor in (*parts, *terms)])
+        self.device = max((tensor.device for tensor in (*parts, *terms)), key=lambda device: device.type != "cpu")
+        self.initial = torch.cat([part.to(self.device, self.dtype) for part in parts])
+
+    @staticmethod
+    def _refuse_what_cannot_be_summed_out(name: str, site: Any) -> None:
+        if not site["fn"].has_enumerate_support:
+            raise ValueError(
+                f"expected continuous latents, or discrete ones of finite support, which are summed out; got site "
+                f"{name!r} of {type(site['fn']).__name__}"
+            )
+
+    @staticmethod
+    def _unconstrained_start(name: str, site: Any) -> Tensor:
+        try:
+            return biject_to(site["fn"].support).inv(site["value"])
+        except NotImplementedError:
+            raise ValueError(
+                f"expected latents whose support has a bijection from the reals; got site {name!r} with support "
+                f"{site['fn'].support}"
+            ) from None
+
+    def _find_dependent_supports(self) -> None:
+        """Compare the supports of runs at different points: one that depends on other sites differs."""
+        generator = torch.Generator().manual_seed(0)
+        steps = torch.randn(3, self.dim, generator=generator, dtype=torch.float64).to(self.initial)
+        first, second = (self._run(self._parts(self.initial + 0.1 * step, None), None) for step in steps[:2])
+        for run in (first, second):
+            if set(run.supports) != set(self.names):
+                changes = ", ".join(map(repr, sorted(set(run.supports) ^ set(self.names))))
+                raise ValueError(f"expected the same latent sites in every run of the model; got changes in {changes}")
+        for index, site in enumerate(self.latents):
+            part = steps[2, site.start : site.stop].view(site.unconstrained_shape)
+            images = [biject_to(run.supports[site.name])(part) for run in (first, second)]
+            if images[0].shape != site.shape:
+                raise ValueError(
+                    f"expected latents of one shape in every run; got {tuple(site.shape)} and {tuple(images[0].shape)} "
+                    f"at site {site.name!r}"
+                )
+            if not torch.equal(*images):
+                self.latents[index] = replace(site, support=None)
+
+    def _choose(self) -> str:
+        """Find the fastest way of evaluating many points that gives what single runs give."""
+        generator = torch.Generator().manual_seed(1)
+        steps = torch.randn(8, self.dim, generator=generator, dtype=torch.float64).to(self.initial)
+        points = self.initial + 0.1 * steps
+        expected = self._evaluate("loop", points)
+        finite = expected.isfinite()
+        if not finite.any():
+            raise ValueError(
+                f"expected a finite log joint density near the prior median; got {float(expected[0])} there"
+            )
+        points, expected = points[finite][:3], expected[finite][:3]
+        tolerance = 1e-9 if self.dtype == torch.float64 else 1e-4
+        for mode in _MODES[: None if len(points) > 1 else 0]:
+            try:
+                got = self._evaluate(mode, points)
+            except Exception:  # whatever the model does not stand: single runs then show a fault of its own
+                continue
+            if got.shape == expected.shape and torch.allclose(got, expected, tolerance, tolerance):
+                return mode
+        return "loop"
+
+    @torch.no_grad()
+    def _evaluate(self, mode: str, points: Tensor) -> Tensor:
+        return self._map(points, lambda run: run.log_prob, mode)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the latent sites, in the order of the vector."""
+        return [site.name for site in self.latents]
+
+    @property
+    def is_static(self) -> bool:
+        """Whether no support depends on other sites."""
+        return all(site.support is not None for site in self.latents)
+
+    # Evaluation
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """Give the log joint density of each point, in nats."""
+        return self._map(u, lambda run: run.log_prob)
+
+    def value_and_score(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the log joint density and its gradient; -inf and zeros where either is not finite."""
+        with torch.enable_grad():
+            leaf = u.detach().requires_grad_()
+            try:
+                value = self(leaf)
+            except torch.linalg.LinAlgError:
+                # One matrix without a Cholesky factor spoils a whole batch: halve it until the point stands alone.
+                if len(u) == 1:
+                    return u.new_full((1,), -torch.inf), torch.zeros_like(u)
+                halves = [self.value_and_score(half) for half in u.chunk(2)]
+                return torch.cat([v for v, _ in halves]), torch.cat([s for _, s in halves])
+            (score,) = torch.autograd.grad(value.sum(), leaf)
+        finite = value.isfinite() & score.isfinite().all(-1)
+        return torch.where(finite, value.detach(), -torch.inf), torch.where(finite[:, None], score, 0)
+
+    def log_likelihood(self, u: Tensor) -> dict[str, Tensor]:
+        """Give the log-density of every observation, by site, of shape ``(points, *shape)``."""
+        if self.enumerated:
+            raise ValueError(
+                f"expected a model without discrete latents, whose observations have no log-density of their own; got "
+                f"{', '.join(map(repr, self.enumerated))}"
+            )
+        return self._by_point(len(u), self._map(u, lambda run: run.observed))
+
+    def constrain(self, u: Tensor, *, deterministic: bool = False) -> dict[str, Tensor]:
+        """Give the sites' values of shape ``(points, *shape)``, on request with those of deterministic sites."""
+        if not deterministic and self.is_static:
+            return constrain(self.latents, u)
+        values = self._map(u, lambda run: run.sites)
+        return self._by_point(len(u), {name: values[name] for name in (values if deterministic else self.names)})
+
+    def unconstrain(self, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Give the points of sites' values of shape ``(points, *shape)``, and the log-Jacobian of :meth:`constrain`."""
+        values = checked_values(self.latents, values)
+        if self.is_static:
+            return unconstrain(self.latents, values)
+
+        def single(*given: Tensor) -> tuple[Tensor, Tensor]:
+            run = self._run(dict(zip(self.names, given, strict=True)), None, constrained=True, densities=False)
+            return torch.cat([run.parts[name].reshape(-1) for name in self.names]), run.log_prob
+
+        rows = [single(*row) for row in zip(*(values[name].to(self.dtype) for name in self.names), strict=True)]
+        return torch.stack([u for u, _ in rows]), torch.stack([log_det for _, log_det in rows])
+
+    def _map(self, u: Tensor, take: Callable[[_Evaluation], Any], mode: str | None = None) -> Any:
+        """Run the model at every point and take something of each run, stacked."""
+        if u.dim() != 2 or u.shape[-1] != self.dim:
+            raise ValueError(f"expected points of shape (points, {self.dim}); got {tuple(u.shape)}")
+        mode = mode or self.vectorize
+        if mode == "plate":
+            return take(self._run(self._parts(u, len(u)), len(u)))
+
+        def single(point: Tensor) -> Any:
+            return take(self._run(self._parts(point, None), None))
+
+        if mode == "vmap":
+            return torch.func.vmap(single, randomness="same")(u)
+        results = [single(point) for point in u]
+        if isinstance(results[0], dict):
+            return {name: torch.stack([result[name] for result in results]) for name in results[0]}
+        return torch.stack(results)
+
+    def _parts(self, u: Tensor, points: int | None) -> dict[str, Tensor]:
+        parts = {}
+        for site in self.latents:
+            part = u[..., site.start : site.stop]
+            plates = (1,) * (self.max_plate_nesting - site.batch_ndim)
+            parts[site.name] = part.reshape(
+                site.unconstrained_shape if points is None else (points, *plates, *site.unconstrained_shape)
+            )
+        return parts
+
+    def _by_point(self, points: int, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A plate of points leaves dimensions of one, and values that depend on no latent without a point's."""
+        result = {}
+        for name, value in values.items():
+            shape = self._shapes[name]
+            alone = value.numel() != points * shape.numel()
+            result[name] = value.reshape(shape).expand(points, *shape) if alone else value.reshape(points, *shape)
+        return result
+
+    def _run(self, values: Mapping[str, Tensor], points: int | None, **options: bool) -> _Evaluation:
+        """Run the model at one point, or in a plate of points."""
+        evaluation = _Evaluation(values, self.fixed, points, **options)
+        # Validation reads values, which neither vmap nor a GPU likes; the first run had what the user asks for.
+        with pyro.validation_enabled(False), poutine.block():
+            if self.enumerated:
+                self._run_enumerated(evaluation)
+            elif points is None:
+                with evaluation:
+                    self.model(*self.args, **self.kwargs)
+            else:
+                with evaluation, pyro.plate("_points", points, dim=-1 - self.max_plate_nesting):
+                    self.model(*self.args, **self.kwargs)
+        return evaluation
+
+    def _run_enumerated(self, evaluation: _Evaluation) -> None:
+        first = -1 - self.max_plate_nesting - (evaluation.points is not None)
+        model = poutine.enum(config_enumerate(self.model, default="parallel"), first)
+        densities, evaluation.densities = evaluation.densities, False
+        plate = nullcontext() if evaluation.points is None else pyro.plate("_points", evaluation.points, dim=first + 1)
+        with evaluation, plate:
+            trace = poutine.trace(model).get_trace(*self.args, **self.kwargs)
+        if densities:
+            evaluation.log_prob = evaluation.log_prob + _summed_out(trace, evaluation.points)
+
+
+def _summed_out(trace: poutine.Trace, points: int | None) -> Tensor:
+    """Sum the enumerated sites out of a trace's log-density, which stays separate for the points of their plate."""
+    trace.compute_log_prob()
+    trace.pack_tensors()
+    factors: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
+    enumerated = set()
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or site_is_subsample(site):
+            continue
+        if isinstance(site["scale"], Tensor) or site["scale"] != 1:
+            raise ValueError(f"expected sites without a scale beside discrete latents; got {site['scale']} at {name!r}")
+        plates = frozenset(trace.plate_to_symbol[frame.name] for frame in site["cond_indep_stack"] if frame.vectorized)
+        factors.setdefault(plates, []).append(site["packed"]["log_prob"])
+        if "_enumerate_symbol" in site["infer"]:
+            enumerated.add(site["infer"]["_enumerate_symbol"])
+    total: Any = 0.0
+    for terms in contract_tensor_tree(factors, enumerated).values():
+        for term in terms:
+            dims = term._pyro_dims
+            kept = dims.find(trace.plate_to_symbol["_points"]) if points is not None else -1
+            total = total + (term.sum() if kept < 0 else term.movedim(kept, 0).reshape(points, -1).sum(-1))
+    return total
+
+
+def supports_at(
+    model: Callable[..., Any], parts: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Give the support of each latent at a point, by a run of the model in the plates that are open."""
+    evaluation = _Evaluation(parts, {}, None, densities=False)
+    with poutine.block(), evaluation:
+        model(*args, **kwargs)
+    return evaluation.supports

@@ -1,0 +1,285 @@
+"""Gaussians to start a guide at, found from the log joint density and its score alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyroflows.arguments import check_option
+from pyroflows.inference.density import LogJoint
+
+__all__ = ["STARTS", "Start", "find_start"]
+
+STARTS = ("auto", "laplace", "pathfinder", "fullrank", "meanfield", "none")
+_DRAWS = 64  # a Gaussian's draws, by which it is judged or improved
+_CANDIDATES = 128  # points of each width, of which the best are climbed from
+_CLIMBERS = 16
+_PATHS = 4  # climbs whose Gaussians are judged
+_ITERATIONS = 100
+
+
+@dataclass(frozen=True)
+class Start:
+    """A Gaussian over the unconstrained vector.
+
+    Args:
+        method: how it was found.
+        loc: its mean, ``(dim,)``.
+        scale_tril: the Cholesky factor of its covariance, ``(dim, dim)``.
+        elbo: its ELBO in nats, estimated from a few draws, less their standard error: luck does not win.
+    """
+
+    method: str
+    loc: Tensor
+    scale_tril: Tensor
+    elbo: float = -math.inf
+
+
+def find_start(log_joint: LogJoint, method: str = "auto", *, diagonal: bool = False) -> list[Start]:
+    r"""Find Gaussians near the posterior, the best first.
+
+    "laplace" climbs to a mode by BFGS from several points and takes the inverse Hessian there; "pathfinder" takes the
+    Gaussian of the best ELBO among those that the climb passes through, which on a posterior with a neck are better
+    than its mode; "fullrank" and "meanfield" fit a full or a diagonal Gaussian by batch and match, from the prior's
+    scale; "auto" does all of it, polishes the best by batch and match, and takes the best ELBO.
+
+    Args:
+        log_joint: the density.
+        method: one of those, or "none" for a standard normal around the model's initial values.
+        diagonal: whether a diagonal Gaussian is asked for, as where there are many latents; "auto" is then "meanfield".
+
+    Returns:
+        What was found, sorted by ELBO; those after the first are other modes, or other ways to the same.
+
+    References:
+        Pathfinder: Parallel quasi-Newton variational inference, Zhang et al., 2022 (arXiv:2108.03782);
+        Batch and match: black-box variational inference with a score-based divergence, Cai et al., 2024
+        (arXiv:2402.14758).
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model():
+        ...     pyro.sample("x", dist.MultivariateNormal(torch.ones(2), torch.tensor([[4.0, 1.0], [1.0, 1.0]])))
+        >>> best = find_start(LogJoint(model))[0]
+        >>> best.loc.round(decimals=2), (best.scale_tril @ best.scale_tril.T).round(decimals=1)
+        (tensor([1., 1.]), tensor([[4., 1.],
+                [1., 1.]]))
+    """
+    check_option("init", method, STARTS)
+    initial, eye = log_joint.initial, torch.eye(log_joint.dim).to(log_joint.initial)
+    prior = Start("none", initial, eye)
+    if method == "none":
+        return [prior]
+    method = "meanfield" if diagonal and method == "auto" else method
+    found: list[Start] = []
+    generator = torch.Generator().manual_seed(0)
+    if method in ("auto", "laplace", "pathfinder"):
+        paths = sorted(_climb(log_joint, _places(log_joint, generator)), key=lambda path: -float(path[-1][1]))[:_PATHS]
+        if method != "laplace":
+            found += [_best_of_path(log_joint, path, generator) for path in paths]
+        if method != "pathfinder":
+            found += [start for path in paths if (start := _laplace(log_joint, path[-1], generator)) is not None]
+    if method in ("auto", "fullrank", "meanfield"):
+        finite = sorted((start for start in found if math.isfinite(start.elbo)), key=lambda start: -start.elbo)
+        for first in finite[:2] or [prior]:
+            found += _batch_and_match(log_joint, first, generator, diagonal=method == "meanfield")
+    found = sorted((start for start in found if math.isfinite(start.elbo)), key=lambda start: -start.elbo)
+    if not found:
+        raise ValueError(
+            f"expected a Gaussian with a finite ELBO by init={method!r}; found none: give init='none' or another model "
+            f"start"
+        )
+    return found
+
+
+def _places(log_joint: LogJoint, generator: torch.Generator) -> Tensor:
+    """Give points to climb from: the initial values, and the best of many points around them, near and far."""
+    width = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=torch.float64)
+    shape = (len(width), _CANDIDATES, log_joint.dim)
+    noise = width[:, None, None] * torch.randn(shape, dtype=torch.float64, generator=generator)
+    lots = log_joint.initial + noise.to(log_joint.initial)
+    value = torch.stack([log_joint.value_and_score(lot)[0] for lot in lots])
+    best = value.topk(_CLIMBERS // len(width)).indices
+    return torch.cat(
+        [log_joint.initial[None], lots.gather(1, best[..., None].expand(*best.shape, shape[-1])).flatten(0, 1)]
+    )
+
+
+Path = list[tuple[Tensor, Tensor, Tensor]]
+"""The points of a climb, their values, and the inverse Hessians estimated there."""
+
+
+def _climb(log_joint: LogJoint, x: Tensor) -> list[Path]:
+    """Climb by BFGS from several points at once, ``(starts, dim)``; give the path of each that got anywhere."""
+    value, score = log_joint.value_and_score(x)
+    eye = torch.eye(x.shape[-1]).to(x)
+    inverse = eye.expand(len(x), *eye.shape).clone()
+    fresh = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    active = value.isfinite()
+    kept: list[Path] = [[] for _ in x]
+    for _ in range(_ITERATIONS):
+        if not active.any():
+            break
+        direction = (inverse @ score.unsqueeze(-1)).squeeze(-1)
+        length = torch.where(fresh, (1 / direction.norm(dim=-1)).clamp(max=1.0), torch.ones_like(value))
+        new_x, new_value, new_score = _search(log_joint, x, value, score, direction, length, active)
+        moved = active & (new_value > value)
+        step, change = new_x - x, score - new_score
+        curvature = (step * change).sum(-1)
+        good = moved & (curvature > 1e-10 * step.norm(dim=-1) * change.norm(dim=-1))
+        inverse = torch.where(good[:, None, None], _update(inverse, step, change, curvature, fresh & good), inverse)
+        # A direction that led nowhere may be the fault of old curvature: start again from steepest ascent once.
+        stuck = active & ~moved
+        active = (moved & (new_value - value > 1e-9 * (1 + value.abs()))) | (stuck & ~fresh)
+        inverse = torch.where((stuck & ~fresh)[:, None, None], eye, inverse)
+        fresh = torch.where(stuck, True, fresh & ~good)
+        x = torch.where(moved[:, None], new_x, x)
+        score = torch.where(moved[:, None], new_score, score)
+        value = torch.where(moved, new_value, value)
+        for row in good.nonzero()[:, 0].tolist():
+            kept[row].append((x[row], value[row], inverse[row]))
+    return [path for path in kept if path]
+
+
+def _search(
+    log_joint: LogJoint, x: Tensor, value: Tensor, score: Tensor, direction: Tensor, length: Tensor, active: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backtrack until every active start has risen enough."""
+    slope = (score * direction).sum(-1)
+    best = x, value, score
+    waiting = active.clone()
+    for _ in range(20):
+        rows = waiting.nonzero()[:, 0]
+        if not len(rows):
+            break
+        trial = x[rows] + length[rows, None] * direction[rows]
+        trial_value, trial_score = log_joint.value_and_score(trial)
+        enough = trial_value >= value[rows] + 1e-4 * length[rows] * slope[rows]
+        done = rows[enough]
+        best = tuple(
+            old.index_put((done,), new[enough])
+            for old, new in zip(best, (trial, trial_value, trial_score), strict=True)
+        )
+        waiting[done] = False
+        length = torch.where(waiting, length * 0.4, length)
+    return best
+
+
+def _update(inverse: Tensor, step: Tensor, change: Tensor, curvature: Tensor, first: Tensor) -> Tensor:
+    """BFGS's update of the inverse Hessian, of shape ``(starts, dim, dim)``."""
+    scale = torch.where(first, curvature / (change * change).sum(-1).clamp(min=1e-300), torch.ones_like(curvature))
+    inverse = inverse * scale[:, None, None]
+    rho = 1 / curvature[:, None, None]
+    s, y = step.unsqueeze(-1), change.unsqueeze(-1)
+    hy = inverse @ y
+    return inverse - rho * (hy @ s.mT + s @ hy.mT) + (rho**2 * (y.mT @ hy) + rho) * (s @ s.mT)
+
+
+def _judge(
+    log_joint: LogJoint, loc: Tensor, scale_tril: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draw from Gaussians ``(k, dim)``; give draws, scores ``(k, draws, dim)``, ELBOs and shares of finite draws."""
+    draws = loc.unsqueeze(1) + noise @ scale_tril.mT
+    value, score = log_joint.value_and_score(draws.flatten(0, 1))
+    value, score = value.view(draws.shape[:2]), score.view(draws.shape)
+    log_q = -0.5 * (noise**2).sum(-1) - 0.5 * noise.shape[-1] * math.log(2 * math.pi)
+    log_ratio = value - log_q + scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1, keepdim=True)
+    elbo = log_ratio.mean(-1) - log_ratio.std(-1) / log_ratio.shape[-1] ** 0.5
+    return draws, score, elbo.nan_to_num(-torch.inf, -torch.inf, -torch.inf), value.isfinite().double().mean(-1)
+
+
+def _noise(log_joint: LogJoint, generator: torch.Generator, draws: int = _DRAWS) -> Tensor:
+    """Standard normal draws and their mirror images."""
+    half = torch.randn(draws // 2, log_joint.dim, dtype=torch.float64, generator=generator)
+    return torch.cat([half, -half]).to(log_joint.initial)
+
+
+def _cholesky(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    factor, info = torch.linalg.cholesky_ex((covariance + covariance.mT) / 2)
+    fine = (info == 0) & factor.isfinite().all(-1).all(-1)
+    return torch.where(fine[..., None, None], factor, torch.eye(factor.shape[-1]).to(factor)), fine
+
+
+def _best_of_path(log_joint: LogJoint, path: Path, generator: torch.Generator) -> Start:
+    """Give the Gaussian of the best ELBO among those on a path."""
+    path = path[-1 :: -max(1, len(path) // 12)]
+    loc = torch.stack([x for x, _, _ in path])
+    factor, fine = _cholesky(torch.stack([inverse for _, _, inverse in path]))
+    noise = _noise(log_joint, generator, 32)
+    elbo = torch.cat([_judge(log_joint, m, f, noise)[2] for m, f in zip(loc.split(8), factor.split(8), strict=True)])
+    elbo = torch.where(fine & elbo.isfinite(), elbo, -torch.inf)
+    best = int(elbo.argmax())
+    return Start("pathfinder", loc[best], factor[best], float(elbo[best]))
+
+
+def _laplace(log_joint: LogJoint, end: tuple[Tensor, Tensor, Tensor], generator: torch.Generator) -> Start | None:
+    """Give the Gaussian of the Hessian at the end of a path, by central differences in the units of BFGS's estimate."""
+    mode, _, inverse = end
+    factor, fine = _cholesky(inverse)
+    if not fine:
+        factor = torch.eye(len(mode)).to(mode)
+    size = 1e-4 if log_joint.dtype == torch.float64 else 1e-2
+    steps = size * factor.mT
+    _, score = log_joint.value_and_score(torch.cat([mode + steps, mode - steps]))
+    ahead, behind = score.chunk(2)
+    hessian = -(ahead - behind) @ factor / (2 * size)
+    values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
+    if not values.isfinite().all() or values.min() < 1e-6 * values.max() or values.max() <= 0:
+        return None
+    covariance = factor @ (vectors / values) @ vectors.mT @ factor.mT
+    scale, fine = _cholesky(covariance)
+    if not fine:
+        return None
+    elbo = _judge(log_joint, mode[None], scale[None], _noise(log_joint, generator))[2]
+    return Start("laplace", mode, scale, float(elbo))
+
+
+def _batch_and_match(
+    log_joint: LogJoint, first: Start, generator: torch.Generator, *, diagonal: bool, iterations: int = 30
+) -> list[Start]:
+    """Match the scores of a Gaussian to the posterior's at its own draws, again and again; give the best, if any."""
+    loc, factor = first.loc, first.scale_tril
+    method = "meanfield" if diagonal else "fullrank"
+    if diagonal:
+        factor = factor.norm(dim=-1).diag()
+    best = None
+    for iteration in range(iterations):
+        noise = _noise(log_joint, generator)
+        draws, score, elbo, share = _judge(log_joint, loc[None], factor[None], noise)
+        if share < 1:
+            # Where the density ends, the Gaussian is too wide there: draw it in and look again.
+            factor = factor * 0.5
+            continue
+        if best is None or elbo > best.elbo:
+            best = Start(method, loc, factor, float(elbo))
+        loc, factor = _match(loc, factor, draws[0], score[0], _DRAWS * len(loc) / (iteration + 1), diagonal)
+    return [] if best is None else [best]
+
+
+def _match(
+    loc: Tensor, factor: Tensor, draws: Tensor, score: Tensor, rate: float, diagonal: bool
+) -> tuple[Tensor, Tensor]:
+    """One step of batch and match, in closed form, in the coordinates that whiten the present Gaussian."""
+    x = torch.linalg.solve_triangular(factor, (draws - loc).mT, upper=False).mT
+    g = score @ factor
+    mean_x, mean_g = x.mean(0), g.mean(0)
+    x, g, weight = x - mean_x, g - mean_g, rate / (1 + rate)
+    if diagonal:
+        u = rate * g.square().mean(0) + weight * mean_g**2
+        v = 1 + rate * x.square().mean(0) + weight * mean_x**2
+        covariance = (2 * v / (1 + (1 + 4 * u * v).sqrt())).diag()
+    else:
+        u = rate * g.mT @ g / len(g) + weight * mean_g.outer(mean_g)
+        v = torch.eye(len(loc)).to(loc) + rate * x.mT @ x / len(x) + weight * mean_x.outer(mean_x)
+        # Solves S U S + S = V: with V = C C', S = C 2 (I + sqrt(I + 4 C' U C))^-1 C'.
+        c, _ = _cholesky(v)
+        values, vectors = torch.linalg.eigh(c.mT @ u @ c)
+        covariance = c @ (vectors * (2 / (1 + (1 + 4 * values.clamp(min=0)).sqrt()))) @ vectors.mT @ c.mT
+    new, fine = _cholesky(covariance)
+    if not fine:
+        return loc, factor
+    mean = mean_x * weight + covariance @ mean_g * weight
+    return loc + factor @ mean, factor @ new

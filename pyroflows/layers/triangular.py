@@ -1,0 +1,108 @@
+"""A lower-triangular affine map in the units of a Gaussian: what whitens a posterior."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pyroflows.arguments import check_sizes
+from pyroflows.bijection import Bijection
+
+__all__ = ["TriangularAffine"]
+
+
+class TriangularAffine(Bijection):
+    r"""A learned lower-triangular map, which starts as that of a given Gaussian and learns in its units.
+
+    .. math:: y = m + S (A x + b), \qquad \log|\det dy/dx| = \sum_i (\log S_{ii} + \log A_{ii})
+
+    The mean :math:`m` and the lower-triangular scale :math:`S` are fixed. The lower-triangular :math:`A` and the shift
+    :math:`b`, an identity and zeros at the start, are learned, so that steps of one size suit features of any scale.
+
+    Args:
+        features: number of features.
+        diagonal: whether both matrices are diagonal, for many features.
+
+    Shapes:
+        x, y: ``(*batch, features)``.
+
+    Raises:
+        ValueError: features is not a positive integer, or :meth:`start_at` gets a scale of another shape, of numbers
+            that are not finite, or of a diagonal that is not positive.
+
+    References:
+        Automatic Differentiation Variational Inference, Kucukelbir et al., 2017 (arXiv:1603.00788).
+
+    Example:
+        >>> layer = TriangularAffine(2)
+        >>> layer.start_at(torch.tensor([1.0, 2.0]), torch.tensor([[2.0, 0.0], [1.0, 3.0]]))
+        >>> layer(torch.ones(2)).tolist()
+        [3.0, 6.0]
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, features: int, *, diagonal: bool = False):
+        check_sizes(features=features)
+        super().__init__(features)
+        self.diagonal = diagonal
+        self.register_buffer("loc", torch.zeros(features))
+        self.register_buffer("scale", torch.ones(features) if diagonal else torch.eye(features))
+        self.shift = nn.Parameter(torch.zeros(features))
+        self.log_scale = nn.Parameter(torch.zeros(features))
+        self.lower = None if diagonal else nn.Parameter(torch.zeros(features * (features - 1) // 2))
+        self.register_buffer("below", torch.tril_indices(features, features, -1), persistent=False)
+
+    @torch.no_grad()
+    def start_at(self, loc: Tensor, scale: Tensor) -> None:
+        """Become the map of a Gaussian of mean ``loc``, ``(features,)``, and lower-triangular or diagonal ``scale``.
+
+        A scale of shape ``(features, features)`` is a Cholesky factor, of which a diagonal layer takes the standard
+        deviations; one of shape ``(features,)`` holds standard deviations.
+        """
+        features = self.latent_shape[0]
+        if loc.shape != (features,) or scale.shape not in ((features,), (features, features)):
+            raise ValueError(
+                f"expected loc of shape ({features},) and a scale of ({features},) or ({features}, {features}); got "
+                f"{tuple(loc.shape)} and {tuple(scale.shape)}"
+            )
+        deviations = scale if scale.dim() == 1 else scale.diagonal()
+        if not (loc.isfinite().all() and scale.isfinite().all() and (deviations > 0).all()):
+            raise ValueError("expected a finite loc and scale, with a positive diagonal; got other values")
+        if self.diagonal:
+            scale = scale if scale.dim() == 1 else scale.tril().norm(dim=-1)
+        else:
+            scale = scale.diag() if scale.dim() == 1 else scale.tril()
+        self.loc.copy_(loc)
+        self.scale.copy_(scale)
+        for parameter in self.parameters():
+            parameter.zero_()
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        shift, matrix, log_det = self._map()
+        y = x * matrix + shift if self.diagonal else F.linear(x, matrix, shift)
+        return y, log_det.expand(x.shape[:-1])
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        shift, matrix, log_det = self._map()
+        centred = y - shift
+        if self.diagonal:
+            return centred / matrix, -log_det.expand(y.shape[:-1])
+        flat = centred.reshape(-1, y.shape[-1])
+        x = torch.linalg.solve_triangular(matrix.T, flat, upper=True, left=False)
+        return x.reshape(y.shape), -log_det.expand(y.shape[:-1])
+
+    def _map(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Give shift, matrix or deviations, and log-determinant of the whole map."""
+        if self.lower is None:
+            matrix = self.scale * self.log_scale.exp()
+            log_det = self.scale.log().sum() + self.log_scale.sum()
+            return self.loc + self.scale * self.shift, matrix, log_det
+        learned = self.log_scale.exp().diag().index_put((self.below[0], self.below[1]), self.lower)
+        log_det = self.scale.diagonal().log().sum() + self.log_scale.sum()
+        return self.loc + self.scale @ self.shift, self.scale @ learned, log_det
+
+    def extra_repr(self) -> str:
+        return f"{self.latent_shape[0]}{', diagonal=True' if self.diagonal else ''}"
