@@ -28,7 +28,7 @@ Objective = Callable[[Any, Tensor | None, Tensor | None], Tensor]
 """Gives the loss, a scalar, of a flow on a batch of data and context."""
 
 _EVALUATION_ROWS = 8192
-_METHODS = ("log_prob", "rsample_and_log_prob")
+_METHODS = ("log_prob", "rsample_and_log_prob", "rsample_and_score")
 
 
 def negative_log_likelihood(flow: Any, x: Tensor | None, context: Tensor | None) -> Tensor:
@@ -82,6 +82,7 @@ def fit(
     clip_norm: float | None = 5.0,
     patience: int | None = 30,
     max_seconds: float | None = None,
+    average: float = 0.0,
     max_skipped: int = 20,
     steps_per_epoch: int = 100,
     objective: Objective = negative_log_likelihood,
@@ -89,7 +90,7 @@ def fit(
     seed: int | None = None,
     accelerator: str = "auto",
     precision: str | None = None,
-    progress: bool | None = None,
+    progress: bool | str | None = None,
 ) -> FitResult:
     r"""Train a flow, by default by maximum likelihood, and leave it with its best weights, in evaluation mode.
 
@@ -116,6 +117,8 @@ def fit(
         clip_norm: the largest norm of the gradient; None for no clipping.
         patience: epochs without a better validation loss before the fit ends; None to go on.
         max_seconds: a limit of wall time; the schedule then ends with it.
+        average: the decay of an exponential moving average of the weights, such as 0.999, which is then what is
+            evaluated and kept; 0 for none. It looks back at most over a fifth of the steps taken.
         max_skipped: steps in a row that may be left out before the fit ends.
         steps_per_epoch: steps an epoch has where ``x`` is None.
         objective: gives the loss from the flow, a batch and its context.
@@ -124,7 +127,7 @@ def fit(
         seed: seeds split, shuffles and dropout (not the weights the flow comes with).
         accelerator: Lightning Fabric's: "auto", "cpu", "cuda", "mps"; the flow is moved there and back.
         precision: "bf16-mixed" for Fabric's mixed precision in training; by default that of the flow.
-        progress: whether to show a bar; by default on a terminal alone.
+        progress: whether to show a bar, or its label; by default, and with a label, on a terminal alone.
 
     Shapes:
         x: ``(rows, *event_shape)``; context: ``(rows, context_features)``, or ``(rows, ...)``, also of integers, where
@@ -160,6 +163,7 @@ def fit(
             check_number(name, value, "(0, inf)")
     check_number("weight_decay", weight_decay, "[0, inf)")
     check_number("warmup", warmup, "[0, 1)")
+    check_number("average", average, "[0, 1)")
     if patience is not None:
         check_sizes(patience=patience)
     if seed is not None and not isinstance(seed, Integral):
@@ -206,6 +210,7 @@ def fit(
             cosine=schedule == "cosine",
             clip_norm=clip_norm or math.inf,
             max_seconds=max_seconds,
+            average=average,
             max_skipped=max_skipped,
             epochs=epochs,
             patience=patience,
@@ -233,6 +238,7 @@ class _Trainer:
     cosine: bool
     clip_norm: float
     max_seconds: float | None
+    average: float
     max_skipped: int
     epochs: int
     patience: int | None
@@ -242,19 +248,23 @@ class _Trainer:
         self.total = self.epochs * self.train.steps if self.train.steps else None
         # Skipped steps are counted where they happen, so that no step waits for the device.
         self.skipped = torch.zeros(2, device=self.fabric.device)  # in all, in a row
+        self.averaged = [p.detach().clone() for p in self.flow.parameters()] if self.average else []
         self.began = time.perf_counter()
 
-    def run(self, progress: bool | None) -> FitResult:
+    def run(self, progress: bool | str | None) -> FitResult:
         from tqdm.auto import tqdm
 
         result, first, best = self.result, self._weights(), None
-        disable = None if progress is None else not progress
+        label, disable = (
+            (progress, None) if isinstance(progress, str) else (None, None if progress is None else not progress)
+        )
         try:
-            with tqdm(total=self.total, disable=disable, unit="step", leave=False) as bar:
+            with tqdm(total=self.total, desc=label, disable=disable, unit="step", leave=False) as bar:
                 for epoch in range(self.epochs):
                     train, norm = self._epoch(bar)
                     if self.total is None:
                         self.total = self.epochs * result.steps
+                    self._exchange()
                     loss = self._evaluate(train)
                     self._note(train, loss, norm)
                     # Without rows held out the last epoch is the best: a lower training loss before was luck. One that
@@ -265,6 +275,7 @@ class _Trainer:
                     result.stopped = self._why_stop(epoch)
                     if result.stopped:
                         break
+                    self._exchange()
         finally:
             # Also after an interrupt or an error of the objective the flow has its best weights, if it had an epoch.
             if best is None and self._blown():
@@ -277,6 +288,14 @@ class _Trainer:
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in self.flow.state_dict().items()}
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        """Put the averaged weights in the place of those that are trained, or back."""
+        for parameter, average in zip(self.flow.parameters(), self.averaged, strict=False):
+            kept = parameter.clone()
+            parameter.copy_(average)
+            average.copy_(kept)
 
     def _note(self, train: float, loss: float, norm: float) -> None:
         history = self.result.history
@@ -358,6 +377,10 @@ class _Trainer:
         self.optimizer.step()
         self.skipped += bad
         self.skipped[1] *= bad
+        if self.average:
+            # The first steps are soon forgotten: early on, the average looks back over a fifth of them.
+            weight = max(1 - self.average, 5 / (self.result.steps + 5))
+            torch._foreach_lerp_(self.averaged, [p.detach() for p in self.flow.parameters()], weight)
         return loss, norm, bad
 
     @torch.no_grad()

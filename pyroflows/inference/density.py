@@ -27,6 +27,7 @@ from pyroflows.arguments import check_option
 __all__ = ["LatentSite", "LogJoint", "checked_values", "constrain", "initial_value", "unconstrain"]
 
 _SITE = ("type", "name", "fn", "value", "is_observed", "infer", "cond_indep_stack", "scale", "mask", "args", "kwargs")
+_CHUNK = 2048  # points evaluated at once
 _MODES = ("plate", "vmap", "loop")
 
 
@@ -145,6 +146,7 @@ class _Evaluation(Messenger):
         self.parts: dict[str, Tensor] = {}  # latents in unconstrained space
         self.sites: dict[str, Tensor] = {}  # latents and deterministic sites, in constrained space
         self.supports: dict[str, Any] = {}
+        self.drawn: dict[str, Tensor] = {}  # every site's value, of shape (points, *shape) or its own
         self.observed: dict[str, Tensor] = {}  # log-densities of the observations
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -170,6 +172,8 @@ class _Evaluation(Messenger):
             return
         name, fn = msg["name"], msg["fn"]
         deterministic = "_deterministic" in msg["infer"]
+        if not self.densities and not isinstance(fn, dist.Unit):
+            self.drawn[name] = self._drawn(msg)
         if name in self.values or deterministic:
             self.sites[name] = msg["value"]
         # An improper prior is flat, and its zero lies on the CPU whatever the device of the model.
@@ -180,6 +184,14 @@ class _Evaluation(Messenger):
         self._add(scale_and_mask(log_prob, msg["scale"], msg["mask"]))
         if msg["is_observed"] and not isinstance(fn, dist.Unit):
             self.observed[name] = scale_and_mask(log_prob, mask=msg["mask"])
+
+    def _drawn(self, msg: Any) -> Tensor:
+        """Give a value without the dimensions of one that a plate of points leaves beyond the site's own plates."""
+        value: Tensor = msg["value"]
+        if self.points is None:
+            return value
+        plates = max([0, *(-f.dim for f in msg["cond_indep_stack"] if f.vectorized and f.name != "_points")])
+        return value.reshape(self.points, *value.shape[value.dim() - plates - msg["fn"].event_dim :])
 
     def _add(self, terms: Tensor) -> None:
         if self.points is None:
@@ -266,6 +278,7 @@ class LogJoint:
         self.enumerated: dict[str, bool] = {}  # whether the model itself asks for it
         self.parameters = [n for n, node in trace.nodes.items() if node["type"] == "param"]
         self.max_plate_nesting = 0
+        self.observations: dict[str, Tensor] = {}
         self._shapes: dict[str, Size] = {}
         latent = {}
         for name, site in trace.nodes.items():
@@ -278,6 +291,8 @@ class LogJoint:
                 if len(site["value"]) < site["fn"].size:
                     self.subsampled.append(name)
             elif site["is_observed"]:
+                if "_deterministic" not in site["infer"] and not isinstance(site["fn"], dist.Unit):
+                    self.observations[name] = site["value"]
                 self._shapes[name] = site["value" if "_deterministic" in site["infer"] else "log_prob"].shape
             else:
                 latent[name] = site
@@ -391,21 +406,37 @@ class LogJoint:
         """Give the log joint density of each point, in nats."""
         return self._map(u, lambda run: run.log_prob)
 
+    @torch.no_grad()
+    def value(self, u: Tensor) -> Tensor:
+        """Give the log joint density without a graph, of any number of points; -inf where it is not finite."""
+        return torch.cat([self._guarded(part, self._value)[0] for part in u.split(_CHUNK)])
+
     def value_and_score(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Give the log joint density and its gradient; -inf and zeros where either is not finite."""
+        """Give the log joint density and its gradient, without a graph; -inf and zeros where either is not finite."""
+        parts = [self._guarded(part, self._value_and_score) for part in u.detach().split(_CHUNK)]
+        return torch.cat([value for value, _ in parts]), torch.cat([score for _, score in parts])
+
+    def _value(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        value = self(u)
+        return torch.where(value.isfinite(), value, -torch.inf), u
+
+    def _value_and_score(self, u: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
-            leaf = u.detach().requires_grad_()
-            try:
-                value = self(leaf)
-            except torch.linalg.LinAlgError:
-                # One matrix without a Cholesky factor spoils a whole batch: halve it until the point stands alone.
-                if len(u) == 1:
-                    return u.new_full((1,), -torch.inf), torch.zeros_like(u)
-                halves = [self.value_and_score(half) for half in u.chunk(2)]
-                return torch.cat([v for v, _ in halves]), torch.cat([s for _, s in halves])
+            leaf = u.requires_grad_()
+            value = self(leaf)
             (score,) = torch.autograd.grad(value.sum(), leaf)
         finite = value.isfinite() & score.isfinite().all(-1)
         return torch.where(finite, value.detach(), -torch.inf), torch.where(finite[:, None], score, 0)
+
+    def _guarded(self, u: Tensor, evaluate: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Evaluate; one matrix without a Cholesky factor would spoil a whole batch, and is looked for by halves."""
+        try:
+            return evaluate(u)
+        except torch.linalg.LinAlgError:
+            if len(u) == 1:
+                return u.new_full((1,), -torch.inf), torch.zeros_like(u)
+            halves = [self._guarded(half, evaluate) for half in u.detach().chunk(2)]
+            return torch.cat([a for a, _ in halves]), torch.cat([b for _, b in halves])
 
     def log_likelihood(self, u: Tensor) -> dict[str, Tensor]:
         """Give the log-density of every observation, by site, of shape ``(points, *shape)``."""
@@ -415,6 +446,23 @@ class LogJoint:
                 f"{', '.join(map(repr, self.enumerated))}"
             )
         return self._by_point(len(u), self._map(u, lambda run: run.observed))
+
+    @torch.no_grad()
+    def predict(self, u: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Run the model on arguments of one's own at every point; give what it draws in the place of observations."""
+        model = poutine.uncondition(self.model)
+
+        def run(parts: Mapping[str, Tensor], points: int | None) -> dict[str, Tensor]:
+            evaluation = _Evaluation(parts, {}, points, densities=False)
+            plate = nullcontext() if points is None else pyro.plate("_points", points, dim=-1 - self.max_plate_nesting)
+            with pyro.validation_enabled(False), poutine.block(), evaluation, plate:
+                model(*args, **kwargs)
+            return {name: value for name, value in evaluation.drawn.items() if name not in parts}
+
+        if self.vectorize == "plate":
+            return run(self._parts(u, len(u)), len(u))
+        rows = [run(self._parts(point, None), None) for point in u]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
     def constrain(self, u: Tensor, *, deterministic: bool = False) -> dict[str, Tensor]:
         """Give the sites' values of shape ``(points, *shape)``, on request with those of deterministic sites."""

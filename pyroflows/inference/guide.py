@@ -124,8 +124,8 @@ class AutoFlow(AutoContinuous):
         hidden = [name for name, marked in log_joint.enumerated.items() if not marked]
         if hidden:
             raise ValueError(
-                f"expected discrete latents marked for enumeration, as by pyro.infer.config_enumerate, and an ELBO that "
-                f"sums them out; got {', '.join(map(repr, hidden))}"
+                f"expected discrete latents marked for enumeration, as by pyro.infer.config_enumerate, beside an ELBO "
+                f"that sums them out; got {', '.join(map(repr, hidden))}"
             )
         self._adopt(log_joint, find_start(log_joint, self.init, diagonal=log_joint.dim > self.max_triangular))
 
@@ -141,7 +141,7 @@ class AutoFlow(AutoContinuous):
         self._prototype_frames = frames
         self._unconstrained_shapes = {site.name: site.unconstrained_shape for site in self.latents}
         self._cond_indep_stacks = {
-            name: tuple(f for f in site["cond_indep_stack"] if f.vectorized)
+            name: tuple(frame for frame in site["cond_indep_stack"] if frame.vectorized)
             for name, site in log_joint.first_run.items()
         }
         inner = self._inner_flow()

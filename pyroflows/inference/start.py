@@ -159,9 +159,11 @@ def _search(
         trial_value, trial_score = log_joint.value_and_score(trial)
         enough = trial_value >= value[rows] + 1e-4 * length[rows] * slope[rows]
         done = rows[enough]
-        best = tuple(
-            old.index_put((done,), new[enough])
-            for old, new in zip(best, (trial, trial_value, trial_score), strict=True)
+        best_x, best_value, best_score = best
+        best = (
+            best_x.index_put((done,), trial[enough]),
+            best_value.index_put((done,), trial_value[enough]),
+            best_score.index_put((done,), trial_score[enough]),
         )
         waiting[done] = False
         length = torch.where(waiting, length * 0.4, length)
