@@ -433,6 +433,10 @@ def test_batchnorm_in_training_normalises_with_the_batch():
 # The score, carried along
 
 
+def score_tolerance(name):
+    return 1e-6 if "spline" in name or "nsf" in name else 1e-8
+
+
 def score_of_standard_normal(back, y, context):
     """The gradient at ``y`` of the log-density of a standard normal, pushed there by the inverse of ``back``."""
     y = y.detach().requires_grad_()
@@ -450,7 +454,7 @@ def test_layer_carries_the_score(name, features, context_features):
         context = contexts(layer, 4)
         result, log_det, score = carried(points, -points, context)
         assert not score.requires_grad
-        assert_close(score, score_of_standard_normal(back, result, context), tolerance(name))
+        assert_close(score, score_of_standard_normal(back, result, context), score_tolerance(name))
         for found, wanted in zip((result, log_det), there(points, context), strict=True):
             assert torch.equal(found, wanted)
 
@@ -469,8 +473,8 @@ def test_flow_carries_the_score(name, features, context_features):
     assert x.shape == score.shape == (3, 4, features)
     x = x.detach().requires_grad_()
     wanted = flow.log_prob(x, context)
-    assert_close(log_prob, wanted, tolerance(name))
-    assert_close(score, torch.autograd.grad(wanted.sum(), x)[0], tolerance(name))
+    assert_close(log_prob, wanted, score_tolerance(name))
+    assert_close(score, torch.autograd.grad(wanted.sum(), x)[0], score_tolerance(name))
     assert not score.requires_grad
 
 
