@@ -5,6 +5,19 @@ from pyroflows.bijection import Bijection, Compose, Conditioned, Inverse
 from pyroflows.conditioners import MADE, MLP
 from pyroflows.diagnostics import CheckReport, check
 from pyroflows.flow import Flow
+from pyroflows.inference import (
+    AutoFlow,
+    ImportanceWeightedELBO,
+    PathELBO,
+    Posterior,
+    TemperedELBO,
+    fit_posterior,
+    importance_ess,
+    moment_table,
+    neutra,
+    psis,
+    sliced_wasserstein,
+)
 from pyroflows.layers import (
     ActNorm,
     Additive,
@@ -72,6 +85,18 @@ __all__ = [  # noqa: RUF022
     "planar",
     "radial",
     "realnvp",
+    # posteriors
+    "AutoFlow",
+    "ImportanceWeightedELBO",
+    "PathELBO",
+    "Posterior",
+    "TemperedELBO",
+    "fit_posterior",
+    "importance_ess",
+    "moment_table",
+    "neutra",
+    "psis",
+    "sliced_wasserstein",
     # training, diagnostics
     "CheckReport",
     "FitResult",

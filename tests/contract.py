@@ -35,6 +35,7 @@ from pyroflows import (
     Standardize,
     StandardNormal,
     StudentT,
+    TriangularAffine,
     Uniform,
     glow,
     iaf,
@@ -77,6 +78,12 @@ def _batchnorm(features: int, context_features: int) -> Bijection:
     return layer
 
 
+def _triangular(features: int, diagonal: bool) -> Bijection:
+    layer = TriangularAffine(features, diagonal=diagonal)
+    layer.start_at(torch.randn(features), torch.randn(features, features).tril(-1) + torch.diag(1 + torch.rand(features)))
+    return layer
+
+
 LAYERS: dict[str, Callable[[int, int], Bijection]] = {
     "actnorm": lambda d, c: ActNorm(d),
     "batchnorm": _batchnorm,
@@ -89,6 +96,8 @@ LAYERS: dict[str, Callable[[int, int], Bijection]] = {
     "permutation, reverse": lambda d, c: Permutation(d, "reverse"),
     "permutation, random": lambda d, c: Permutation(d, "random", seed=1),
     "permutation, given": lambda d, c: Permutation(d, torch.arange(d).roll(1)),
+    "triangular": lambda d, c: _triangular(d, diagonal=False),
+    "triangular, diagonal": lambda d, c: _triangular(d, diagonal=True),
     "lu": lambda d, c: LULinear(d),
     "lu, identity without bias": lambda d, c: LULinear(d, start="identity", bias=False),
     "dense": lambda d, c: DenseLinear(d),

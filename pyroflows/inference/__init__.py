@@ -1,0 +1,39 @@
+"""Posteriors of Pyro models: guides, ELBOs, fits in one call, and what they are worth."""
+
+from pyroflows.inference.diagnostics import (
+    Calibration,
+    MomentTable,
+    calibration,
+    coverage,
+    importance_ess,
+    moment_table,
+    psis,
+    sbc_p_values,
+    sbc_ranks,
+    sliced_wasserstein,
+)
+from pyroflows.inference.elbo import ImportanceWeightedELBO, PathELBO, TemperedELBO
+from pyroflows.inference.guide import AutoFlow
+from pyroflows.inference.neutra import neutra
+from pyroflows.inference.posterior import Posterior, Weights, fit_posterior
+
+__all__ = [
+    "AutoFlow",
+    "Calibration",
+    "ImportanceWeightedELBO",
+    "MomentTable",
+    "PathELBO",
+    "Posterior",
+    "TemperedELBO",
+    "Weights",
+    "calibration",
+    "coverage",
+    "fit_posterior",
+    "importance_ess",
+    "moment_table",
+    "neutra",
+    "psis",
+    "sbc_p_values",
+    "sbc_ranks",
+    "sliced_wasserstein",
+]

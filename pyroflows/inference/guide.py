@@ -91,7 +91,7 @@ class AutoFlow(AutoContinuous):
         flow: Callable[..., Flow] | Flow = realnvp,
         init: str = "auto",
         *,
-        max_triangular: int = 256,
+        max_triangular: int = 512,
         args: Sequence[Any] | None = None,
         kwargs: Mapping[str, Any] | None = None,
         **options: Any,

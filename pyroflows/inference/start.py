@@ -16,9 +16,10 @@ __all__ = ["STARTS", "Start", "find_start"]
 STARTS = ("auto", "laplace", "pathfinder", "fullrank", "meanfield", "none")
 _DRAWS = 64  # a Gaussian's draws, by which it is judged or improved
 _CANDIDATES = 128  # points of each width, of which the best are climbed from
-_CLIMBERS = 16
-_PATHS = 4  # climbs whose Gaussians are judged
+_CLIMBERS = 16  # climbs at once; four where there are many latents
 _ITERATIONS = 100
+_EVERY = 8  # iterations between the points of a climb that are kept
+_PATHS = 4  # climbs whose Gaussians are judged
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def find_start(log_joint: LogJoint, method: str = "auto", *, diagonal: bool = Fa
     found: list[Start] = []
     generator = torch.Generator().manual_seed(0)
     if method in ("auto", "laplace", "pathfinder"):
-        paths = sorted(_climb(log_joint, _places(log_joint, generator)), key=lambda path: -float(path[-1][1]))[:_PATHS]
+        paths = _distinct(_climb(log_joint, _places(log_joint, generator)))
         if method != "laplace":
             found += [_best_of_path(log_joint, path, generator) for path in paths]
         if method != "pathfinder":
@@ -102,7 +103,7 @@ def _places(log_joint: LogJoint, generator: torch.Generator) -> Tensor:
     noise = width[:, None, None] * torch.randn(shape, dtype=torch.float64, generator=generator)
     lots = log_joint.initial + noise.to(log_joint.initial)
     value = torch.stack([log_joint.value_and_score(lot)[0] for lot in lots])
-    best = value.topk(_CLIMBERS // len(width)).indices
+    best = value.topk(_CLIMBERS // len(width) if shape[-1] <= 100 else 1).indices
     return torch.cat(
         [log_joint.initial[None], lots.gather(1, best[..., None].expand(*best.shape, shape[-1])).flatten(0, 1)]
     )
@@ -120,7 +121,7 @@ def _climb(log_joint: LogJoint, x: Tensor) -> list[Path]:
     fresh = torch.ones(len(x), dtype=torch.bool, device=x.device)
     active = value.isfinite()
     kept: list[Path] = [[] for _ in x]
-    for _ in range(_ITERATIONS):
+    for iteration in range(_ITERATIONS):
         if not active.any():
             break
         direction = (inverse @ score.unsqueeze(-1)).squeeze(-1)
@@ -139,9 +140,32 @@ def _climb(log_joint: LogJoint, x: Tensor) -> list[Path]:
         x = torch.where(moved[:, None], new_x, x)
         score = torch.where(moved[:, None], new_score, score)
         value = torch.where(moved, new_value, value)
-        for row in good.nonzero()[:, 0].tolist():
-            kept[row].append((x[row], value[row], inverse[row]))
+        for row in (good & ((iteration % _EVERY == 0) | ~active)).nonzero()[:, 0].tolist():
+            kept[row].append((x[row], value[row], inverse[row].clone()))
+    for row, path in enumerate(kept):
+        if active[row]:
+            path.append((x[row], value[row], inverse[row]))
     return [path for path in kept if path]
+
+
+def _distinct(paths: list[Path]) -> list[Path]:
+    """Give the highest paths, those to other modes before those to the same."""
+    paths = sorted(paths, key=lambda path: -float(path[-1][1]))
+    first: list[Path] = []
+    for path in paths:
+        end = path[-1][0]
+        if all(_distance(end, *other[-1][::2]) > 5 for other in first):
+            first.append(path)
+    others = [path for path in paths if not any(path is other for other in first)]
+    return (first + others)[:_PATHS]
+
+
+def _distance(x: Tensor, mode: Tensor, covariance: Tensor) -> float:
+    """Give the Mahalanobis distance of a point from a mode."""
+    factor, fine = _cholesky(covariance)
+    if not fine:
+        return math.inf
+    return float(torch.linalg.solve_triangular(factor, (x - mode)[:, None], upper=False).norm())
 
 
 def _search(
@@ -207,7 +231,6 @@ def _cholesky(covariance: Tensor) -> tuple[Tensor, Tensor]:
 
 def _best_of_path(log_joint: LogJoint, path: Path, generator: torch.Generator) -> Start:
     """Give the Gaussian of the best ELBO among those on a path."""
-    path = path[-1 :: -max(1, len(path) // 12)]
     loc = torch.stack([x for x, _, _ in path])
     factor, fine = _cholesky(torch.stack([inverse for _, _, inverse in path]))
     noise = _noise(log_joint, generator, 32)
