@@ -29,6 +29,7 @@ __all__ = ["LatentSite", "LogJoint", "checked_values", "constrain", "initial_val
 _SITE = ("type", "name", "fn", "value", "is_observed", "infer", "cond_indep_stack", "scale", "mask", "args", "kwargs")
 _CHUNK = 2048  # points evaluated at once
 _MODES = ("plate", "vmap", "loop")
+_LOG_JOINT = ""  # among the names of sites
 
 
 @dataclass(frozen=True)
@@ -370,25 +371,26 @@ class LogJoint:
         steps = torch.randn(8, self.dim, generator=generator, dtype=torch.float64).to(self.initial)
         points = self.initial + 0.1 * steps
         expected = self._evaluate("loop", points)
-        finite = expected.isfinite()
+        finite = expected[_LOG_JOINT].isfinite()
         if not finite.any():
             raise ValueError(
-                f"expected a finite log joint density near the prior median; got {float(expected[0])} there"
+                f"expected a finite log joint density near the prior median; got {float(expected[_LOG_JOINT][0])} there"
             )
-        points, expected = points[finite][:3], expected[finite][:3]
-        tolerance = 1e-9 if self.dtype == torch.float64 else 1e-4
+        points, expected = points[finite][:3], {name: value[finite][:3] for name, value in expected.items()}
         for mode in _MODES[: None if len(points) > 1 else 0]:
             try:
                 got = self._evaluate(mode, points)
             except Exception:  # whatever the model does not stand: single runs then show a fault of its own
                 continue
-            if got.shape == expected.shape and torch.allclose(got, expected, tolerance, tolerance):
+            if all(_agree(got[name], value) for name, value in expected.items()):
                 return mode
         return "loop"
 
     @torch.no_grad()
-    def _evaluate(self, mode: str, points: Tensor) -> Tensor:
-        return self._map(points, lambda run: run.log_prob, mode)
+    def _evaluate(self, mode: str, points: Tensor) -> dict[str, Tensor]:
+        """Give all that is ever read off a run: the log joint, values of sites, log-densities of observations."""
+        values = self._map(points, lambda run: {_LOG_JOINT: run.log_prob, **run.sites, **run.observed}, mode)
+        return {_LOG_JOINT: values.pop(_LOG_JOINT), **self._by_point(len(points), values)}
 
     @property
     def names(self) -> list[str]:
@@ -569,6 +571,13 @@ def _summed_out(trace: poutine.Trace, points: int | None) -> Tensor:
             kept = dims.find(trace.plate_to_symbol["_points"]) if points is not None else -1
             total = total + (term.sum() if kept < 0 else term.movedim(kept, 0).reshape(points, -1).sum(-1))
     return total
+
+
+def _agree(found: Tensor, wanted: Tensor) -> bool:
+    if not wanted.is_floating_point():
+        return torch.equal(found, wanted)
+    tolerance = 1e-9 if wanted.dtype == torch.float64 else 1e-4
+    return found.shape == wanted.shape and torch.allclose(found, wanted, tolerance, tolerance, equal_nan=True)
 
 
 def supports_at(
