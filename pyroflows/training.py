@@ -248,7 +248,8 @@ class _Trainer:
         self.total = self.epochs * self.train.steps if self.train.steps else None
         # Skipped steps are counted where they happen, so that no step waits for the device.
         self.skipped = torch.zeros(2, device=self.fabric.device)  # in all, in a row
-        self.averaged = [p.detach().clone() for p in self.flow.parameters()] if self.average else []
+        self.parameters = list(self.flow.parameters())
+        self.averaged = [p.detach().clone() for p in self.parameters] if self.average else []
         self.began = time.perf_counter()
 
     def run(self, progress: bool | str | None) -> FitResult:
@@ -292,7 +293,7 @@ class _Trainer:
     @torch.no_grad()
     def _exchange(self) -> None:
         """Put the averaged weights in the place of those that are trained, or back."""
-        for parameter, average in zip(self.flow.parameters(), self.averaged, strict=False):
+        for parameter, average in zip(self.parameters, self.averaged, strict=False):
             kept = parameter.clone()
             parameter.copy_(average)
             average.copy_(kept)
@@ -369,7 +370,7 @@ class _Trainer:
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(f"expected an objective that gives a scalar tensor with a gradient; got {got}")
         self.fabric.backward(loss)
-        norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), self.clip_norm, foreach=True)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm, foreach=True)
         loss = loss.detach()
         bad = (~(loss.isfinite() & norm.isfinite())).float()
         # The fused optimizer reads this flag on the device and leaves the step out.
@@ -380,7 +381,7 @@ class _Trainer:
         if self.average:
             # The first steps are soon forgotten: early on, the average looks back over a fifth of them.
             weight = max(1 - self.average, 5 / (self.result.steps + 5))
-            torch._foreach_lerp_(self.averaged, [p.detach() for p in self.flow.parameters()], weight)
+            torch._foreach_lerp_(self.averaged, [p.detach() for p in self.parameters], weight)
         return loss, norm, bad
 
     @torch.no_grad()

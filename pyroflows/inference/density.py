@@ -251,6 +251,7 @@ class LogJoint:
             raise TypeError(f"expected a Pyro model, a callable; got {type(model).__name__}")
         check_option("vectorize", vectorize, ("auto", *_MODES))
         self.model, self.args, self.kwargs = model, tuple(args), dict(kwargs or {})
+        self.evaluations = 0  # points evaluated by value and value_and_score
         self._read(self._first_run())
         self._find_dependent_supports()
         self.vectorize = self._choose() if vectorize == "auto" else vectorize
@@ -411,10 +412,12 @@ class LogJoint:
     @torch.no_grad()
     def value(self, u: Tensor) -> Tensor:
         """Give the log joint density without a graph, of any number of points; -inf where it is not finite."""
+        self.evaluations += len(u)
         return torch.cat([self._guarded(part, self._value)[0] for part in u.split(_CHUNK)])
 
     def value_and_score(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Give the log joint density and its gradient, without a graph; -inf and zeros where either is not finite."""
+        self.evaluations += len(u)
         parts = [self._guarded(part, self._value_and_score) for part in u.detach().split(_CHUNK)]
         return torch.cat([value for value, _ in parts]), torch.cat([score for _, score in parts])
 

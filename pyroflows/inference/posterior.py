@@ -50,11 +50,12 @@ def fit_posterior(
 ) -> Posterior:
     r"""Fit a flow to the posterior of a Pyro model by the ELBO, and judge it.
 
-    The guide starts at the best Gaussian found (see :func:`find_start`). Short runs at three learning rates choose one;
-    then stages of 500 steps, 1,000, and so on follow, with the rate falling along a half cosine and the weights averaged, each by the
-    total or the path gradient, whichever is quieter at its start. The fit ends when a stage leaves the spread of the
-    log weights, and the guide's means and standard deviations, where the one before had left them, or when that
-    spread is small. It then draws afresh, and what the importance weights of those draws say is the verdict.
+    The guide starts at the best Gaussian found (see :func:`find_start`). Short runs at three learning rates choose
+    one; then stages of 500 steps, 1,000, and so on follow, with the rate falling along a half cosine and the weights
+    averaged, each by the total or the path gradient, whichever is quieter at its start. The fit ends when a stage
+    leaves the spread of the log weights, and the guide's means and standard deviations, where the one before had left
+    them, or when that spread is small. It then draws afresh, and what the importance weights of those draws say is the
+    verdict.
 
     Args:
         model: a Pyro model; discrete latents are summed out.
@@ -103,7 +104,9 @@ def fit_posterior(
         training = _Training(guide, log_joint, num_draws, max_seconds, progress)
         training.search()
         training.stages(max_steps)
+        evaluations = log_joint.evaluations
         posterior = Posterior(guide, training.results, training.notes)
+        posterior.evaluations = evaluations
         posterior.seconds = time.perf_counter() - began
         return posterior
 
@@ -426,6 +429,7 @@ class Posterior:
         reason: why.
         weights: the evidence, for the guide; None for chains.
         seconds: wall time of the fit.
+        evaluations: of the model's density at one point, in the fit; the judging left out.
     """
 
     def __init__(
@@ -440,6 +444,7 @@ class Posterior:
         self.guide, self.results, self.notes, self.chains = guide, list(results), list(notes), chains
         self._log_joint = _whole(guide)
         self.seconds = math.nan
+        self.evaluations = 0
         self.guide.requires_grad_(False)
         self.weights: Weights | None = None
         if chains is None:

@@ -94,6 +94,16 @@ class TriangularAffine(Bijection):
         x = torch.linalg.solve_triangular(matrix.T, flat, upper=True, left=False)
         return x.reshape(y.shape), -log_det.expand(y.shape[:-1])
 
+    def forward_and_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            _, matrix, _ = self._map()
+            flat = score.reshape(-1, score.shape[-1])
+            solve = torch.linalg.solve_triangular
+            pulled = flat / matrix if self.diagonal else solve(matrix, flat, upper=False, left=False)
+        return *self.forward_and_log_det(x), pulled.reshape(score.shape)
+
     def _map(self) -> tuple[Tensor, Tensor, Tensor]:
         """Give shift, matrix or deviations, and log-determinant of the whole map."""
         if self.lower is None:
