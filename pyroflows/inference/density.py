@@ -129,6 +129,7 @@ class _Evaluation(Messenger):
         points: the number of points where the model runs under a plate of them, the leftmost; None for one point.
         constrained: whether the values are those of the sites.
         densities: whether log-densities are added up, or Jacobians alone.
+        anew: whether observations are drawn instead.
     """
 
     def __init__(
@@ -139,21 +140,24 @@ class _Evaluation(Messenger):
         *,
         constrained: bool = False,
         densities: bool = True,
+        anew: bool = False,
     ):
         super().__init__()
         self.values, self.fixed, self.points = values, fixed, points
-        self.constrained, self.densities = constrained, densities
+        self.constrained, self.densities, self.anew = constrained, densities, anew
         self.log_prob: Any = 0.0
         self.parts: dict[str, Tensor] = {}  # latents in unconstrained space
         self.sites: dict[str, Tensor] = {}  # latents and deterministic sites, in constrained space
         self.supports: dict[str, Any] = {}
-        self.drawn: dict[str, Tensor] = {}  # every site's value, of shape (points, *shape) or its own
+        self.drawn: dict[str, Tensor] = {}  # every site's value
         self.observed: dict[str, Tensor] = {}  # log-densities of the observations
 
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
         if name in self.fixed:
             msg["value"], msg["done"] = self.fixed[name], True
+        if self.anew and msg["is_observed"] and "_deterministic" not in msg["infer"]:
+            msg["value"], msg["is_observed"] = None, False
         if name not in self.values or msg["is_observed"]:
             return
         self.supports[name] = msg["fn"].support
@@ -174,7 +178,7 @@ class _Evaluation(Messenger):
         name, fn = msg["name"], msg["fn"]
         deterministic = "_deterministic" in msg["infer"]
         if not self.densities and not isinstance(fn, dist.Unit):
-            self.drawn[name] = self._drawn(msg)
+            self.drawn[name] = msg["value"]
         if name in self.values or deterministic:
             self.sites[name] = msg["value"]
         # An improper prior is flat, and its zero lies on the CPU whatever the device of the model.
@@ -185,14 +189,6 @@ class _Evaluation(Messenger):
         self._add(scale_and_mask(log_prob, msg["scale"], msg["mask"]))
         if msg["is_observed"] and not isinstance(fn, dist.Unit):
             self.observed[name] = scale_and_mask(log_prob, mask=msg["mask"])
-
-    def _drawn(self, msg: Any) -> Tensor:
-        """Give a value without the dimensions of one that a plate of points leaves beyond the site's own plates."""
-        value: Tensor = msg["value"]
-        if self.points is None:
-            return value
-        plates = max([0, *(-f.dim for f in msg["cond_indep_stack"] if f.vectorized and f.name != "_points")])
-        return value.reshape(self.points, *value.shape[value.dim() - plates - msg["fn"].event_dim :])
 
     def _add(self, terms: Tensor) -> None:
         if self.points is None:
@@ -391,7 +387,7 @@ class LogJoint:
     def _evaluate(self, mode: str, points: Tensor) -> dict[str, Tensor]:
         """Give all that is ever read off a run: the log joint, values of sites, log-densities of observations."""
         values = self._map(points, lambda run: {_LOG_JOINT: run.log_prob, **run.sites, **run.observed}, mode)
-        return {_LOG_JOINT: values.pop(_LOG_JOINT), **self._by_point(len(points), values)}
+        return {_LOG_JOINT: values.pop(_LOG_JOINT), **_by_point(len(points), values, self._shapes)}
 
     @property
     def names(self) -> list[str]:
@@ -450,22 +446,23 @@ class LogJoint:
                 f"expected a model without discrete latents, whose observations have no log-density of their own; got "
                 f"{', '.join(map(repr, self.enumerated))}"
             )
-        return self._by_point(len(u), self._map(u, lambda run: run.observed))
+        return _by_point(len(u), self._map(u, lambda run: run.observed), self._shapes)
 
     @torch.no_grad()
     def predict(self, u: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Run the model on arguments of one's own at every point; give what it draws in the place of observations."""
-        model = poutine.uncondition(self.model)
 
         def run(parts: Mapping[str, Tensor], points: int | None) -> dict[str, Tensor]:
-            evaluation = _Evaluation(parts, {}, points, densities=False)
+            evaluation = _Evaluation(parts, {}, points, densities=False, anew=True)
             plate = nullcontext() if points is None else pyro.plate("_points", points, dim=-1 - self.max_plate_nesting)
             with pyro.validation_enabled(False), poutine.block(), evaluation, plate:
-                model(*args, **kwargs)
+                self.model(*args, **kwargs)
             return {name: value for name, value in evaluation.drawn.items() if name not in parts}
 
         if self.vectorize == "plate":
-            return run(self._parts(u, len(u)), len(u))
+            alone = run(self._parts(u[0], None), None)
+            shapes = {name: value.shape for name, value in alone.items()}
+            return _by_point(len(u), run(self._parts(u, len(u)), len(u)), shapes)
         rows = [run(self._parts(point, None), None) for point in u]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
@@ -474,7 +471,8 @@ class LogJoint:
         if not deterministic and self.is_static:
             return constrain(self.latents, u)
         values = self._map(u, lambda run: run.sites)
-        return self._by_point(len(u), {name: values[name] for name in (values if deterministic else self.names)})
+        chosen = {name: values[name] for name in (values if deterministic else self.names)}
+        return _by_point(len(u), chosen, self._shapes)
 
     def unconstrain(self, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Give the points of sites' values of shape ``(points, *shape)``, and the log-Jacobian of :meth:`constrain`."""
@@ -516,15 +514,6 @@ class LogJoint:
                 site.unconstrained_shape if points is None else (points, *plates, *site.unconstrained_shape)
             )
         return parts
-
-    def _by_point(self, points: int, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A plate of points leaves dimensions of one, and values that depend on no latent without a point's."""
-        result = {}
-        for name, value in values.items():
-            shape = self._shapes[name]
-            alone = value.numel() != points * shape.numel()
-            result[name] = value.reshape(shape).expand(points, *shape) if alone else value.reshape(points, *shape)
-        return result
 
     def _run(self, values: Mapping[str, Tensor], points: int | None, **options: bool) -> _Evaluation:
         """Run the model at one point, or in a plate of points."""
@@ -574,6 +563,16 @@ def _summed_out(trace: poutine.Trace, points: int | None) -> Tensor:
             kept = dims.find(trace.plate_to_symbol["_points"]) if points is not None else -1
             total = total + (term.sum() if kept < 0 else term.movedim(kept, 0).reshape(points, -1).sum(-1))
     return total
+
+
+def _by_point(points: int, values: Mapping[str, Tensor], shapes: Mapping[str, Size]) -> dict[str, Tensor]:
+    """Undo what a plate of points leaves: dimensions of one, and values that depend on no latent without a point's."""
+    result = {}
+    for name, value in values.items():
+        shape = shapes[name]
+        alone = value.numel() != points * shape.numel()
+        result[name] = value.reshape(shape).expand(points, *shape) if alone else value.reshape(points, *shape)
+    return result
 
 
 def _agree(found: Tensor, wanted: Tensor) -> bool:
