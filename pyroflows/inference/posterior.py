@@ -28,7 +28,7 @@ from pyroflows.training import FitResult, fit
 
 __all__ = ["Posterior", "Weights", "fit_posterior"]
 
-_RATES = (1e-2, 3e-3, 1e-3)
+_RATES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 _SETS = 5  # of draws, each with a k-hat of its own
 _CHUNK = 2000  # points evaluated at once
 _SHARE = 0.05  # of the posterior that a missed mode must hold to be named
@@ -50,7 +50,7 @@ def fit_posterior(
 ) -> Posterior:
     r"""Fit a flow to the posterior of a Pyro model by the ELBO, and judge it.
 
-    The guide starts at the best Gaussian found (see :func:`find_start`). Short runs at three learning rates choose
+    The guide starts at the best Gaussian found (see :func:`find_start`). Short runs at several learning rates choose
     one; then stages of 500 steps, 1,000, and so on follow, with the rate falling along a half cosine and the weights
     averaged, each by the total or the path gradient, whichever is quieter at its start. The fit ends when a stage
     leaves the spread of the log weights, and the guide's means and standard deviations, where the one before had left
@@ -172,20 +172,23 @@ class _Training:
 
     def search(self) -> None:
         """Take the learning rate whose short run ends at the best ELBO, and go on from there."""
-        start = {name: value.clone() for name, value in self.flow.state_dict().items()}
-        best: tuple[float, float, dict[str, Tensor]] | None = None
+        start = self._weights()
+        best, floor = (-math.inf, _RATES[-1], start), self._evaluate(1000)[0]
         for number, rate in enumerate(_RATES, 1):
+            if number > 3 and best[0] > floor:
+                break  # the smaller rates are for posteriors on which the usual ones make a start worse
             self.flow.load_state_dict(start)
-            self._fit(100, rate, f"learning rate {number}/{len(_RATES)}")
+            self._fit(100, rate, f"learning rate {number}")
             score = self._evaluate(1000)[0]
-            if math.isfinite(score) and (best is None or score > best[0]):
-                best = score, rate, {name: value.clone() for name, value in self.flow.state_dict().items()}
-        if best is None:
-            self.flow.load_state_dict(start)
+            if score > best[0]:
+                best = score, rate, self._weights()
+        if best[0] == -math.inf:
             self.notes.append("no learning rate gave a finite ELBO")
-            return
         self.rate = best[1]
         self.flow.load_state_dict(best[2])
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in self.flow.state_dict().items()}
 
     def stages(self, max_steps: int) -> None:
         """Train until the guide has settled."""
@@ -193,7 +196,7 @@ class _Training:
         steps, size = 0, 500
         while steps < max_steps and spread > 0.02:
             size = min(size, max_steps - steps)
-            before, settled = {n: v.clone() for n, v in self.flow.state_dict().items()}, (spread, moments)
+            before, settled = self._weights(), (spread, moments)
             self._fit(size, self.rate, f"steps {steps} to {steps + size}")
             steps += size
             _, spread, moments = self._evaluate(4000)
@@ -445,7 +448,6 @@ class Posterior:
         self._log_joint = _whole(guide)
         self.seconds = math.nan
         self.evaluations = 0
-        self.guide.requires_grad_(False)
         self.weights: Weights | None = None
         if chains is None:
             self.weights = weights or _weigh(guide, self._log_joint, _SETS * _CHUNK)
