@@ -274,6 +274,7 @@ class LogJoint:
         self.fixed: dict[str, Tensor] = {}
         self.subsampled: list[str] = []
         self.enumerated: dict[str, bool] = {}  # whether the model itself asks for it
+        self._of_discrete: set[str] = set()  # deterministic sites that have a value for each of theirs
         self.parameters = [n for n, node in trace.nodes.items() if node["type"] == "param"]
         self.max_plate_nesting = 0
         self.observations: dict[str, Tensor] = {}
@@ -351,6 +352,8 @@ class LogJoint:
             if set(run.supports) != set(self.names):
                 changes = ", ".join(map(repr, sorted(set(run.supports) ^ set(self.names))))
                 raise ValueError(f"expected the same latent sites in every run of the model; got changes in {changes}")
+        if self.enumerated:
+            self._of_discrete = {name for name, value in first.sites.items() if value.shape != self._shapes[name]}
         for index, site in enumerate(self.latents):
             part = steps[2, site.start : site.stop].view(site.unconstrained_shape)
             images = [biject_to(run.supports[site.name])(part) for run in (first, second)]
@@ -467,7 +470,10 @@ class LogJoint:
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
     def constrain(self, u: Tensor, *, deterministic: bool = False) -> dict[str, Tensor]:
-        """Give the sites' values of shape ``(points, *shape)``, on request with those of deterministic sites."""
+        """Give the sites' values of shape ``(points, *shape)``, on request with those of deterministic sites.
+
+        Among the latter is none that depends on a discrete latent, over whose values it is not one.
+        """
         if not deterministic and self.is_static:
             return constrain(self.latents, u)
         values = self._map(u, lambda run: run.sites)
@@ -537,6 +543,7 @@ class LogJoint:
         plate = nullcontext() if evaluation.points is None else pyro.plate("_points", evaluation.points, dim=first + 1)
         with evaluation, plate:
             trace = poutine.trace(model).get_trace(*self.args, **self.kwargs)
+        evaluation.sites = {name: site for name, site in evaluation.sites.items() if name not in self._of_discrete}
         if densities:
             evaluation.log_prob = evaluation.log_prob + _summed_out(trace, evaluation.points)
 
