@@ -149,6 +149,7 @@ class _Evaluation(Messenger):
         self.parts: dict[str, Tensor] = {}  # latents in unconstrained space
         self.sites: dict[str, Tensor] = {}  # latents and deterministic sites, in constrained space
         self.supports: dict[str, Any] = {}
+        self.shapes: dict[str, Size] = {}  # latents as their distributions have them
         self.drawn: dict[str, Tensor] = {}  # every site's value
         self.observed: dict[str, Tensor] = {}  # log-densities of the observations
 
@@ -160,7 +161,7 @@ class _Evaluation(Messenger):
             msg["value"], msg["is_observed"] = None, False
         if name not in self.values or msg["is_observed"]:
             return
-        self.supports[name] = msg["fn"].support
+        self.supports[name], self.shapes[name] = msg["fn"].support, msg["fn"].shape()
         transform = biject_to(msg["fn"].support)
         if self.constrained:
             value = self.values[name]
@@ -347,7 +348,9 @@ class LogJoint:
         """Compare the supports of runs at different points: one that depends on other sites differs."""
         generator = torch.Generator().manual_seed(0)
         steps = torch.randn(3, self.dim, generator=generator, dtype=torch.float64).to(self.initial)
-        first, second = (self._run(self._parts(self.initial + 0.1 * step, None), None) for step in steps[:2])
+        first, second = (
+            self._run(self._parts(self.initial + 0.1 * step, None), None, densities=False) for step in steps[:2]
+        )
         for run in (first, second):
             if set(run.supports) != set(self.names):
                 changes = ", ".join(map(repr, sorted(set(run.supports) ^ set(self.names))))
@@ -356,12 +359,15 @@ class LogJoint:
             self._of_discrete = {name for name, value in first.sites.items() if value.shape != self._shapes[name]}
         for index, site in enumerate(self.latents):
             part = steps[2, site.start : site.stop].view(site.unconstrained_shape)
+            for run in (first, second):
+                # Where discrete latents are summed out, there are dimensions more on the left.
+                got = run.shapes[site.name][-len(site.shape) :] if site.shape else site.shape
+                if got != site.shape:
+                    raise ValueError(
+                        f"expected latents of one shape in every run; got {tuple(site.shape)} and {tuple(got)} at site "
+                        f"{site.name!r}"
+                    )
             images = [biject_to(run.supports[site.name])(part) for run in (first, second)]
-            if images[0].shape != site.shape:
-                raise ValueError(
-                    f"expected latents of one shape in every run; got {tuple(site.shape)} and {tuple(images[0].shape)} "
-                    f"at site {site.name!r}"
-                )
             if not torch.equal(*images):
                 self.latents[index] = replace(site, support=None)
 
