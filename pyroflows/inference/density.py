@@ -84,6 +84,14 @@ def _floating_tensors(arguments: Any) -> Iterator[Tensor]:
             yield from _floating_tensors(argument)
 
 
+def _is_deterministic(site: Any) -> bool:
+    """Whether a site is a function of others: one by ``pyro.deterministic``, or what is left of a reparametrised one."""
+    fn = site["fn"]
+    while isinstance(getattr(fn, "base_dist", None), torch.distributions.Distribution):
+        fn = fn.base_dist
+    return "_deterministic" in site["infer"] or (site["is_observed"] and isinstance(fn, dist.Delta))
+
+
 def constrain(sites: Sequence[LatentSite], u: Tensor) -> dict[str, Tensor]:
     """Give the sites' values of shape ``(points, *shape)``, where no support depends on other sites."""
     return {
@@ -157,7 +165,7 @@ class _Evaluation(Messenger):
         name = msg["name"]
         if name in self.fixed:
             msg["value"], msg["done"] = self.fixed[name], True
-        if self.anew and msg["is_observed"] and "_deterministic" not in msg["infer"]:
+        if self.anew and msg["is_observed"] and not _is_deterministic(msg):
             msg["value"], msg["is_observed"] = None, False
         if name not in self.values or msg["is_observed"]:
             return
@@ -177,18 +185,18 @@ class _Evaluation(Messenger):
         if site_is_subsample(msg):
             return
         name, fn = msg["name"], msg["fn"]
-        deterministic = "_deterministic" in msg["infer"]
+        deterministic = _is_deterministic(msg)
         if not self.densities and not isinstance(fn, dist.Unit):
             self.drawn[name] = msg["value"]
         if name in self.values or deterministic:
             self.sites[name] = msg["value"]
         # An improper prior is flat, and its zero lies on the CPU whatever the device of the model.
         flat = isinstance(fn, dist.ImproperUniform)
-        if deterministic or flat or not self.densities or msg["mask"] is False:
+        if "_deterministic" in msg["infer"] or flat or not self.densities or msg["mask"] is False:
             return
         log_prob = fn.log_prob(msg["value"], *msg["args"], **msg["kwargs"])
         self._add(scale_and_mask(log_prob, msg["scale"], msg["mask"]))
-        if msg["is_observed"] and not isinstance(fn, dist.Unit):
+        if msg["is_observed"] and not deterministic and not isinstance(fn, dist.Unit):
             self.observed[name] = scale_and_mask(log_prob, mask=msg["mask"])
 
     def _add(self, terms: Tensor) -> None:
@@ -291,9 +299,9 @@ class LogJoint:
                 if len(site["value"]) < site["fn"].size:
                     self.subsampled.append(name)
             elif site["is_observed"]:
-                if "_deterministic" not in site["infer"] and not isinstance(site["fn"], dist.Unit):
+                if not _is_deterministic(site) and not isinstance(site["fn"], dist.Unit):
                     self.observations[name] = site["value"]
-                self._shapes[name] = site["value" if "_deterministic" in site["infer"] else "log_prob"].shape
+                self._shapes[name] = site["value" if _is_deterministic(site) else "log_prob"].shape
             else:
                 latent[name] = site
         self.latents: list[LatentSite] = []
