@@ -30,6 +30,7 @@ _SITE = ("type", "name", "fn", "value", "is_observed", "infer", "cond_indep_stac
 _CHUNK = 2048  # points evaluated at once
 _MODES = ("plate", "vmap", "loop")
 _LOG_JOINT = ""  # among the names of sites
+_PERIODIC = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,14 @@ def _floating_tensors(arguments: Any) -> Iterator[Tensor]:
 
 def _is_deterministic(site: Any) -> bool:
     """Whether a site is a function of others: one by ``pyro.deterministic``, or what is left of a reparametrised one."""
-    fn = site["fn"]
+    return "_deterministic" in site["infer"] or (site["is_observed"] and isinstance(_innermost(site["fn"]), dist.Delta))
+
+
+def _innermost(fn: Any) -> Any:
+    """Give the distribution inside those that expand, mask or transform it."""
     while isinstance(getattr(fn, "base_dist", None), torch.distributions.Distribution):
         fn = fn.base_dist
-    return "_deterministic" in site["infer"] or (site["is_observed"] and isinstance(fn, dist.Delta))
+    return fn
 
 
 def constrain(sites: Sequence[LatentSite], u: Tensor) -> dict[str, Tensor]:
@@ -344,6 +349,13 @@ class LogJoint:
 
     @staticmethod
     def _unconstrained_start(name: str, site: Any) -> Tensor:
+        for fn in (site["fn"], _innermost(site["fn"])):
+            if isinstance(fn, _PERIODIC):
+                raise ValueError(
+                    f"expected latents with a density over the reals or a part of them; got site {name!r} of "
+                    f"{type(fn).__name__}, whose density repeats for ever: give it an ImproperUniform over one period "
+                    f"and a factor"
+                )
         try:
             return biject_to(site["fn"].support).inv(site["value"])
         except NotImplementedError:
