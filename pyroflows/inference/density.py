@@ -86,7 +86,7 @@ def _floating_tensors(arguments: Any) -> Iterator[Tensor]:
 
 
 def _is_deterministic(site: Any) -> bool:
-    """Whether a site is a function of others: one by ``pyro.deterministic``, or what is left of a reparametrised one."""
+    """Whether a site is a function of others: by ``pyro.deterministic``, or what is left of a reparametrised one."""
     return "_deterministic" in site["infer"] or (site["is_observed"] and isinstance(_innermost(site["fn"]), dist.Delta))
 
 
