@@ -405,10 +405,11 @@ class LogJoint:
         points, expected = points[finite][:3], {name: value[finite][:3] for name, value in expected.items()}
         for mode in _MODES[: None if len(points) > 1 else 0]:
             try:
-                got = self._evaluate(mode, points)
+                # By twos as well: a model may have as many rows as there are points, and take the ones for the others.
+                got = [self._evaluate(mode, points), self._evaluate(mode, points[:2])]
             except Exception:  # whatever the model does not stand: single runs then show a fault of its own
                 continue
-            if all(_agree(got[name], value) for name, value in expected.items()):
+            if all(_agree(few[name], value[: len(few[name])]) for few in got for name, value in expected.items()):
                 return mode
         return "loop"
 
