@@ -314,6 +314,18 @@ def test_a_product_from_the_left_is_not_put_into_a_plate(rows, latents, plates):
     close(log_joint(u), wanted, 1e-4)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 8])
+def test_rows_without_a_plate_are_not_taken_for_points(rows):
+    def model():
+        b = pyro.sample("b", dist.Normal(torch.zeros(rows), 1.0))
+        pyro.sample("y", dist.Normal(b, 1.0), obs=torch.ones(rows))
+
+    log_joint = LogJoint(model)
+    u = points(log_joint, 5)
+    wanted = dist.Normal(0.0, 1.0).log_prob(u) + dist.Normal(u, 1.0).log_prob(torch.ones(rows))
+    close(log_joint(u), wanted.sum(-1), 1e-5)
+
+
 @pytest.mark.parametrize("n", [3, 5])
 def test_a_deterministic_site_that_indexes_from_the_left_is_not_put_into_a_plate(n):
     def model():
