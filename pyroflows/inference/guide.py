@@ -14,7 +14,7 @@ from pyro import poutine
 from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import AutoContinuous, AutoGuide
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import biject_to, register_kl
 
 from pyroflows.arguments import check_number, check_option, check_sizes
 from pyroflows.bijection import Bijection
@@ -191,7 +191,7 @@ class AutoFlow(AutoContinuous):
             if poutine.get_mask() is not False:
                 log_density = -transform.log_abs_det_jacobian(part, value)
                 log_density = sum_rightmost(log_density, log_density.dim() - value.dim() + event_dim)
-            delta = dist.Delta(value, log_density=log_density, event_dim=event_dim)
+            delta = _Value(value, log_density=log_density, event_dim=event_dim)
             for frame in self._cond_indep_stacks[name]:
                 plates[frame.name].__enter__()
             try:
@@ -277,6 +277,16 @@ class AutoFlow(AutoContinuous):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_model": (None,), "master": None, "log_joint": None}
+
+
+class _Value(dist.Delta):
+    """A point with a log-density, which KL divergences count: those of Pyro's own, as in TraceMeanField_ELBO, do not."""
+
+
+@register_kl(_Value, dist.Distribution)
+def _kl_value(p: _Value, q: Any) -> Tensor:
+    divergence: Tensor = p.log_density - q.log_prob(p.v)
+    return divergence
 
 
 def _needs_no_arguments(model: Callable[..., Any]) -> bool:
