@@ -13,6 +13,7 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import AutoContinuous, AutoGuide
+from pyro.params.param_store import param_with_module_name
 from torch import Tensor
 from torch.distributions import biject_to, register_kl
 
@@ -177,6 +178,7 @@ class AutoFlow(AutoContinuous):
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         if self.prototype_trace is None:
             self.setup(*args, **kwargs)
+        self._claim_parameters()
         latent = self.sample_latent(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
         parts = {site["name"]: part for site, part in self._unpack_latent(latent)}
@@ -200,6 +202,17 @@ class AutoFlow(AutoContinuous):
                 for frame in reversed(self._cond_indep_stacks[name]):
                     plates[frame.name].__exit__(None, None, None)
         return result
+
+    def _claim_parameters(self) -> None:
+        """Take out of Pyro's store what another guide left under these names: it would be trained in their place."""
+        if not self._pyro_context.active or pyro.settings.get("module_local_params"):
+            return
+        store, name = pyro.get_param_store(), self._pyro_get_fullname("flow")
+        stored = dict(store.named_parameters())
+        for own, parameter in self._modules["flow"].named_parameters():
+            full = param_with_module_name(name, own)
+            if stored.get(full, parameter) is not parameter:
+                del store[full]
 
     def _supports(self, parts: dict[str, Tensor], args: Any, kwargs: Any) -> dict[str, Any]:
         """Run the model for supports that depend on other sites."""
