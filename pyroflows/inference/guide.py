@@ -274,6 +274,14 @@ class AutoFlow(AutoContinuous):
         self._built()
         return super()._apply(fn, recurse)
 
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        self._built()
+        return super().named_parameters(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._built()
+        return super().state_dict(*args, **kwargs)
+
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         self._built()
         return super().load_state_dict(*args, **kwargs)
