@@ -151,17 +151,22 @@ class AutoFlow(AutoContinuous):
         whitening.start_at(starts[0].loc, starts[0].scale_tril)
 
     def _inner_flow(self) -> Flow:
-        flow, options = self._recipe
-        if isinstance(flow, Flow):
-            if flow.event_shape != (self.latent_dim,) or flow.context_features:
-                raise ValueError(
-                    f"expected a flow over {self.latent_dim} features, as many as the model has latents, without "
-                    f"context; got one of {tuple(flow.event_shape)} and context_features={flow.context_features}"
-                )
-            return copy.deepcopy(flow)
-        # A coupling of a single feature keeps nothing to learn from: only splines bend it.
-        builder = nsf if self.latent_dim == 1 and flow is realnvp else flow
-        return builder(self.latent_dim, **{**_OPTIONS.get(builder, {}), **options})
+        given, options = self._recipe
+        if isinstance(given, Flow):
+            flow = copy.deepcopy(given)
+        else:
+            # A coupling of a single feature keeps nothing to learn from: only splines bend it.
+            splines = given is realnvp and set(options) <= set(inspect.signature(nsf).parameters)
+            builder = nsf if self.latent_dim == 1 and splines else given
+            flow = builder(self.latent_dim, **{**_OPTIONS.get(builder, {}), **options})
+        if not isinstance(flow, Flow):
+            raise TypeError(f"expected a builder that gives a Flow; got one that gives {type(flow).__name__}")
+        if flow.event_shape != (self.latent_dim,) or flow.context_features:
+            raise ValueError(
+                f"expected a flow over {self.latent_dim} features, as many as the model has latents, without "
+                f"context; got one of {tuple(flow.event_shape)} and context_features={flow.context_features}"
+            )
+        return flow
 
     # Pyro's protocol
 
