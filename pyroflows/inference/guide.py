@@ -20,7 +20,7 @@ from torch.distributions import biject_to, register_kl
 from pyroflows.arguments import check_number, check_option, check_sizes
 from pyroflows.bijection import Bijection
 from pyroflows.flow import Flow
-from pyroflows.inference.density import LatentSite, LogJoint, checked_values, constrain, unconstrain
+from pyroflows.inference.density import LatentSite, LogJoint, checked_values, constrain, supports_at, unconstrain
 from pyroflows.inference.start import STARTS, Start, find_start
 from pyroflows.layers import TriangularAffine
 from pyroflows.models import iaf, maf, nsf, realnvp
@@ -221,13 +221,7 @@ class AutoFlow(AutoContinuous):
 
     def _supports(self, parts: dict[str, Tensor], args: Any, kwargs: Any) -> dict[str, Any]:
         """Run the model for supports that depend on other sites."""
-        if self.model is None:
-            raise ValueError(
-                "expected a guide with its model, since a support depends on other sites; got one without, as after "
-                "unpickling: build it from the model and load its state_dict"
-            )
-        from pyroflows.inference.density import supports_at
-
+        self._refuse_dependent_supports()
         return supports_at(self.model, parts, args, kwargs)
 
     # The posterior
@@ -247,6 +241,7 @@ class AutoFlow(AutoContinuous):
         if self.log_joint is not None:
             u, log_det = self.log_joint.unconstrain(values)
         else:
+            self._refuse_dependent_supports()
             u, log_det = unconstrain(self.latents, values)
         return flow.log_prob(u.to(flow.dtype)) - log_det
 
@@ -265,7 +260,17 @@ class AutoFlow(AutoContinuous):
         return self.quantiles(0.5, num_draws=num_draws)
 
     def _constrain(self, u: Tensor) -> dict[str, Tensor]:
-        return constrain(self.latents, u) if self.log_joint is None else self.log_joint.constrain(u)
+        if self.log_joint is not None:
+            return self.log_joint.constrain(u)
+        self._refuse_dependent_supports()
+        return constrain(self.latents, u)
+
+    def _refuse_dependent_supports(self) -> None:
+        if self.model is None and any(site.support is None for site in self.latents):
+            raise ValueError(
+                "expected a guide with its model, since a support depends on other sites; got one without, as after "
+                "unpickling: build it from the model and load its state_dict"
+            )
 
     def _built(self) -> Flow:
         if self.prototype_trace is None:
