@@ -134,10 +134,7 @@ class AutoFlow(AutoContinuous):
         """Take the structure of a model, and start at the first of the Gaussians."""
         self.log_joint, self.latents, self.starts = log_joint, log_joint.latents, list(starts)
         self.latent_dim = log_joint.dim
-        trace = poutine.Trace()
-        for name, site in log_joint.first_run.items():
-            trace.add_node(name, **site)
-        self.prototype_trace = trace
+        self.prototype_trace = _trace_of(log_joint.first_run)
         frames = {f.name: f for site in log_joint.first_run.values() for f in site["cond_indep_stack"] if f.vectorized}
         self._prototype_frames = frames
         self._unconstrained_shapes = {site.name: site.unconstrained_shape for site in self.latents}
@@ -307,11 +304,30 @@ class AutoFlow(AutoContinuous):
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_model": (None,), "master": None, "log_joint": None}
+        state = {**self.__dict__, "_model": (None,), "master": None, "log_joint": None}
+        # What Pyro's store hangs on parameters that it has seen, no pickle takes, and no copy has.
+        state["_modules"] = copy.deepcopy(self._modules)
+        if self.prototype_trace is not None:
+            state["prototype_trace"] = _trace_of(
+                {name: {**site, "fn": _without_numbers(site["fn"])} for name, site in self.prototype_trace.nodes.items()}
+            )
+        return state
+
+
+def _trace_of(sites: Mapping[str, Mapping[str, Any]]) -> poutine.Trace:
+    trace = poutine.Trace()
+    for name, site in sites.items():
+        trace.add_node(name, **site)
+    return trace
+
+
+def _without_numbers(fn: Any) -> dist.ImproperUniform:
+    """Give the shapes and the support of a prior, which may hold data or parameters, and none of its numbers."""
+    return dist.ImproperUniform(fn.support, fn.batch_shape, fn.event_shape)
 
 
 class _Value(dist.Delta):
-    """A point with a log-density, which KL divergences count: those of Pyro's own, as in TraceMeanField_ELBO, do not."""
+    """A point with a log-density, which KL divergences count: Pyro's own of a Delta, as in TraceMeanField_ELBO, not."""
 
 
 @register_kl(_Value, dist.Distribution)
