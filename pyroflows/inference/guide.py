@@ -308,9 +308,9 @@ class AutoFlow(AutoContinuous):
         # What Pyro's store hangs on parameters that it has seen, no pickle takes, and no copy has.
         state["_modules"] = copy.deepcopy(self._modules)
         if self.prototype_trace is not None:
-            state["prototype_trace"] = _trace_of(
-                {name: {**site, "fn": _without_numbers(site["fn"])} for name, site in self.prototype_trace.nodes.items()}
-            )
+            sites = self.prototype_trace.nodes.items()
+            bare = {name: {**site, "fn": _without_numbers(site["fn"])} for name, site in sites}
+            state["prototype_trace"] = _trace_of(bare)
         return state
 
 
