@@ -234,7 +234,8 @@ class LogJoint:
 
     Raises:
         ValueError: there is no continuous latent, a discrete one cannot be enumerated, a subsampled plate has latents
-            of its own, the model's structure varies from run to run, or no point near the start has a finite density.
+            of its own, the model's structure varies from run to run, no point near the start has a finite density, or
+            the density is flat in a latent, as where that is masked out.
 
     References:
         Automatic Differentiation Variational Inference, Kucukelbir et al., 2017 (arXiv:1603.00788).
@@ -265,6 +266,7 @@ class LogJoint:
         self._read(self._first_run())
         self._find_dependent_supports()
         self.vectorize = self._choose() if vectorize == "auto" else vectorize
+        self._refuse_flat_latents()
 
     # The structure of the model
 
@@ -393,9 +395,7 @@ class LogJoint:
 
     def _choose(self) -> str:
         """Find the fastest way of evaluating many points that gives what single runs give."""
-        generator = torch.Generator().manual_seed(1)
-        steps = torch.randn(8, self.dim, generator=generator, dtype=torch.float64).to(self.initial)
-        points = self.initial + 0.1 * steps
+        points = self._points_nearby(8)
         expected = self._evaluate("loop", points)
         finite = expected[_LOG_JOINT].isfinite()
         if not finite.any():
@@ -412,6 +412,26 @@ class LogJoint:
             if all(_agree(few[name], value[: len(few[name])]) for few in got for name, value in expected.items()):
                 return mode
         return "loop"
+
+    def _points_nearby(self, number: int) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        steps = torch.randn(number, self.dim, generator=generator, dtype=torch.float64).to(self.initial)
+        return self.initial + 0.1 * steps
+
+    def _refuse_flat_latents(self) -> None:
+        """A latent that nothing holds has no posterior: a guide would widen for ever."""
+        value, score = self._guarded(self._points_nearby(3), self._value_and_score)
+        flat = (score[value.isfinite()] == 0).all(0)
+        if self.subsampled or not value.isfinite().any():
+            return  # other rows may hold it
+        for site in self.latents:
+            number = int(flat[site.start : site.stop].sum())
+            if number:
+                raise ValueError(
+                    f"expected a density that depends on every latent; got one that is flat in {number} of "
+                    f"{site.stop - site.start} of site {site.name!r}, as where a latent is masked out (by obs_mask, "
+                    f"for one) or has neither a prior nor data"
+                )
 
     @torch.no_grad()
     def _evaluate(self, mode: str, points: Tensor) -> dict[str, Tensor]:
