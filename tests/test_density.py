@@ -136,7 +136,9 @@ def extras():
     with pyro.plate("rows", 4), poutine.scale(scale=0.5), poutine.mask(mask=torch.tensor([True, False, True, True])):
         pyro.sample("y", dist.Normal(total, 1.0), obs=tensor([1.0, 2, 3, 4]))
     with pyro.plate("latent rows", 3), poutine.mask(mask=torch.tensor([True, False, True])):
-        pyro.sample("masked", dist.Normal(tensor(1.0), 2.0))
+        masked = pyro.sample("masked", dist.Normal(tensor(1.0), 2.0))
+    with pyro.plate("more", 3):
+        pyro.factor("held", -(masked**2))
 
 
 def mean_field():
@@ -684,21 +686,29 @@ def test_a_reparametrised_site_is_a_function_of_the_latents():
     close(log_joint(u), wanted, 1e-5)
 
 
-def test_observations_of_some_rows():
-    y, seen = tensor([1.0, 2.0, 3.0]), torch.tensor([True, False, True])
+@pytest.mark.parametrize("observed", [True, False])
+def test_a_masked_latent_is_refused_unless_something_holds_it(observed):
+    def model():
+        with pyro.plate("rows", 3):
+            with poutine.mask(mask=torch.tensor([True, False, False])):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z if observed else 0.0, 1.0), obs=torch.ones(3))
 
+    if observed:
+        assert LogJoint(model).dim == 3
+    else:
+        with pytest.raises(ValueError, match="depends on every latent; got one that is flat in 2 of 3 of site 'z'"):
+            LogJoint(model)
+
+
+def test_the_observed_rows_of_obs_mask_are_flat_latents():
     def model():
         x = pyro.sample("x", dist.Normal(tensor(0.0), 1.0))
         with pyro.plate("rows", 3):
-            pyro.sample("y", dist.Normal(x, 1.0), obs=y, obs_mask=seen)
+            pyro.sample("y", dist.Normal(x, 1.0), obs=torch.ones(3), obs_mask=torch.tensor([True, False, True]))
 
-    log_joint = LogJoint(model)
-    assert log_joint.names == ["x", "y_unobserved"]
-    u = points(log_joint)
-    wanted = dist.Normal(tensor(0.0), 1.0).log_prob(u[:, 0]) + dist.Normal(u[:, :1], 1.0).log_prob(y[seen]).sum(-1)
-    close(log_joint(u), wanted + dist.Normal(u[:, 0], 1.0).log_prob(u[:, 2]))
-    imputed = log_joint.constrain(u, deterministic=True)["y"]
-    close(imputed, torch.where(seen, y, u[:, 1:]))
+    with pytest.raises(ValueError, match="flat in 2 of 3 of site 'y_unobserved', as where .*by obs_mask"):
+        LogJoint(model)
 
 
 def test_plates_in_sequence():
