@@ -34,7 +34,7 @@ def main() -> None:
         for seed in range(options.seeds):
             began = time.perf_counter()
             posterior = fit_posterior(
-                case.model, **case.data, seed=seed, max_steps=20 if options.quick else 5000, progress=False
+                case.model, **case.data, seed=seed, max_steps=20 if options.quick else 3500, progress=False
             )
             seconds = time.perf_counter() - began
             torch.manual_seed(seed)

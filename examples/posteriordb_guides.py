@@ -68,7 +68,7 @@ def main() -> None:
     for name in options.names:
         case = load_posterior(name, options.data)
         ours = fit_posterior(
-            case.model, **case.data, seed=options.seed, max_steps=20 if options.quick else 5000, progress=False
+            case.model, **case.data, seed=options.seed, max_steps=20 if options.quick else 3500, progress=False
         )
         # Every draw of every step, those of the start and of the search for a learning rate included.
         steps = -(-ours.evaluations // PARTICLES)

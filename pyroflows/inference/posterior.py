@@ -32,6 +32,7 @@ _RATES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 _SETS = 5  # of draws, each with a k-hat of its own
 _CHUNK = 2000  # points evaluated at once
 _SHARE = 0.05  # of the posterior that a missed mode must hold to be named
+_APART = 5.0  # from the guide's centre in its latent space, where such a mode must lie
 _UNCOVERED = 20.0  # times the guide's density, where the posterior counts as not covered
 _GRADIENTS = 8  # of each kind, whose spreads are compared
 
@@ -42,7 +43,7 @@ def fit_posterior(
     flow: Callable[..., Flow] | Flow = realnvp,
     init: str = "auto",
     num_draws: int = 128,
-    max_steps: int = 5000,
+    max_steps: int = 3500,
     max_seconds: float | None = None,
     seed: int | None = None,
     progress: bool | None = None,
@@ -52,10 +53,10 @@ def fit_posterior(
 
     The guide starts at the best Gaussian found (see :func:`find_start`). Short runs at several learning rates choose
     one; then stages of 500 steps, 1,000, and so on follow, with the rate falling along a half cosine and the weights
-    averaged, each by the total or the path gradient, whichever is quieter at its start. The fit ends when a stage
-    leaves the spread of the log weights, and the guide's means and standard deviations, where the one before had left
-    them, or when that spread is small. It then draws afresh, and what the importance weights of those draws say is the
-    verdict.
+    averaged, each by the total or the path gradient, whichever is quieter at its start. A stage that led to a worse
+    ELBO is taken back. The fit ends when a stage leaves the spread of the log weights, and the guide's means and
+    standard deviations, where the one before had left them, or when that spread is small. It then draws afresh, and
+    what the importance weights of those draws say is the verdict.
 
     Args:
         model: a Pyro model; discrete latents are summed out.
@@ -173,7 +174,8 @@ class _Training:
     def search(self) -> None:
         """Take the learning rate whose short run ends at the best ELBO, and go on from there."""
         start = self._weights()
-        best, floor = (-math.inf, _RATES[-1], start), self._evaluate(1000)[0]
+        floor = self._evaluate(1000)[0]
+        best = floor, _RATES[-1], start
         for number, rate in enumerate(_RATES, 1):
             if number > 3 and best[0] > floor:
                 break  # the smaller rates are for posteriors on which the usual ones make a start worse
@@ -192,27 +194,26 @@ class _Training:
 
     def stages(self, max_steps: int) -> None:
         """Train until the guide has settled."""
-        _, spread, moments = self._evaluate(4000)
+        elbo, spread, moments = self._evaluate(4000)
         steps, size = 0, 500
         while steps < max_steps and spread > 0.02:
             size = min(size, max_steps - steps)
-            before, settled = self._weights(), (spread, moments)
+            weights, before = self._weights(), (elbo, spread, moments)
             self._fit(size, self.rate, f"steps {steps} to {steps + size}")
             steps += size
-            _, spread, moments = self._evaluate(4000)
-            if not spread < math.inf or spread > 2 * settled[0]:
-                # The stage went astray: back to where it began, with smaller steps.
-                self.flow.load_state_dict(before)
-                (spread, moments), self.rate = settled, self.rate / 3
-                if self.rate < 1e-5:
-                    break
-                continue
+            elbo, spread, moments = self._evaluate(4000)
+            worse = not elbo > before[0] - 0.05
+            if worse:  # the stage led away: back to where it began, and smaller steps
+                self.flow.load_state_dict(weights)
+                (elbo, spread, moments), self.rate = before, self.rate / 3
             if self._out_of_time():
                 self.notes.append(f"the fit ended at max_seconds={self.max_seconds:g}")
                 break
-            drift = max(float((new - old).abs().max()) for new, old in zip(moments, settled[1], strict=True))
+            if worse and self.rate >= 1e-5:
+                continue
+            drift = max(float((new - old).abs().max()) for new, old in zip(moments, before[2], strict=True))
             size *= 2
-            if spread < 0.1 or (spread > 0.8 * settled[0] and drift < 0.05):
+            if worse or spread < 0.1 or (spread > 0.8 * before[1] and drift < 0.05):
                 break
         else:
             if steps >= max_steps and spread > 0.1:
@@ -377,19 +378,20 @@ def _missed_modes(guide: AutoFlow, log_joint: LogJoint, weights: Weights) -> lis
     if not math.isfinite(weights.log_evidence):
         return missed
     for start in guide.starts:
-        if start.elbo < weights.log_evidence + math.log(_SHARE):
+        z = flow.bijection.inverse_and_log_det(start.loc.to(log_joint.dtype))[0]
+        if start.elbo < weights.log_evidence + math.log(_SHARE) or float(z.norm()) < _APART:
             continue
         noise = torch.randn(256, log_joint.dim, dtype=start.loc.dtype, device=start.loc.device)
-        u = start.loc + noise @ start.scale_tril.mT
+        u = (start.loc + noise @ start.scale_tril.mT).to(log_joint.dtype)
         log_p = log_joint.value(u)
         log_g = torch.distributions.MultivariateNormal(
             start.loc, scale_tril=start.scale_tril, validate_args=False
-        ).log_prob(u)
+        ).log_prob(u.to(start.loc))
         uncovered = log_p - weights.log_evidence - flow.log_prob(u) > math.log(_UNCOVERED)
         share = (log_p - log_g)[uncovered].logsumexp(0) - math.log(len(u)) - weights.log_evidence
         apart = all(float(((start.loc - mode) / start.scale_tril.norm(dim=-1)).abs().max()) > 1 for mode in missed)
         if uncovered.any() and float(share) > math.log(_SHARE) and apart:
-            missed.append(start.loc)
+            missed.append(start.loc.to(log_joint.dtype))
     return missed
 
 

@@ -14,10 +14,11 @@ from pyroflows.inference.density import LogJoint
 __all__ = ["STARTS", "Start", "find_start"]
 
 STARTS = ("auto", "laplace", "pathfinder", "fullrank", "meanfield", "none")
-_DRAWS = 64  # a Gaussian's draws, by which it is judged or improved
+_DRAWS = 64  # a Gaussian's draws, by which it is judged or improved; more where there are many latents
 _CANDIDATES = 128  # points of each width, of which the best are climbed from
 _CLIMBERS = 16  # climbs at once; four where there are many latents
 _ITERATIONS = 100
+_PATIENCE = 15  # iterations of batch and match without a better ELBO
 _EVERY = 8  # iterations between the points of a climb that are kept
 _PATHS = 4  # climbs whose Gaussians are judged
 
@@ -70,7 +71,8 @@ def find_start(log_joint: LogJoint, method: str = "auto", *, diagonal: bool = Fa
                 [1., 1.]]))
     """
     check_option("init", method, STARTS)
-    initial, eye = log_joint.initial, torch.eye(log_joint.dim).to(log_joint.initial)
+    initial = log_joint.initial.double()
+    eye = torch.eye(log_joint.dim).to(initial)
     prior = Start("none", initial, eye)
     if method == "none":
         return [prior]
@@ -85,7 +87,7 @@ def find_start(log_joint: LogJoint, method: str = "auto", *, diagonal: bool = Fa
             found += [start for path in paths if (start := _laplace(log_joint, path[-1], generator)) is not None]
     if method in ("auto", "fullrank", "meanfield"):
         finite = sorted((start for start in found if math.isfinite(start.elbo)), key=lambda start: -start.elbo)
-        for first in finite[:2] or [prior]:
+        for first in [*finite[:2], prior]:
             found += _batch_and_match(log_joint, first, generator, diagonal=method == "meanfield")
     found = sorted((start for start in found if math.isfinite(start.elbo)), key=lambda start: -start.elbo)
     if not found:
@@ -101,12 +103,18 @@ def _places(log_joint: LogJoint, generator: torch.Generator) -> Tensor:
     width = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=torch.float64)
     shape = (len(width), _CANDIDATES, log_joint.dim)
     noise = width[:, None, None] * torch.randn(shape, dtype=torch.float64, generator=generator)
-    lots = log_joint.initial + noise.to(log_joint.initial)
-    value = torch.stack([log_joint.value_and_score(lot)[0] for lot in lots])
+    lots = log_joint.initial.double() + noise.to(log_joint.device)
+    value = torch.stack([_density(log_joint, lot)[0] for lot in lots])
     best = value.topk(_CLIMBERS // len(width) if shape[-1] <= 100 else 1).indices
     return torch.cat(
-        [log_joint.initial[None], lots.gather(1, best[..., None].expand(*best.shape, shape[-1])).flatten(0, 1)]
+        [log_joint.initial.double()[None], lots.gather(1, best[..., None].expand(*best.shape, shape[-1])).flatten(0, 1)]
     )
+
+
+def _density(log_joint: LogJoint, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Give value and score in float64, in which the algebra here is done whatever the model's dtype."""
+    value, score = log_joint.value_and_score(u.to(log_joint.dtype))
+    return value.to(u.dtype), score.to(u.dtype)
 
 
 Path = list[tuple[Tensor, Tensor, Tensor]]
@@ -115,7 +123,7 @@ Path = list[tuple[Tensor, Tensor, Tensor]]
 
 def _climb(log_joint: LogJoint, x: Tensor) -> list[Path]:
     """Climb by BFGS from several points at once, ``(starts, dim)``; give the path of each that got anywhere."""
-    value, score = log_joint.value_and_score(x)
+    value, score = _density(log_joint, x)
     eye = torch.eye(x.shape[-1]).to(x)
     inverse = eye.expand(len(x), *eye.shape).clone()
     fresh = torch.ones(len(x), dtype=torch.bool, device=x.device)
@@ -180,7 +188,7 @@ def _search(
         if not len(rows):
             break
         trial = x[rows] + length[rows, None] * direction[rows]
-        trial_value, trial_score = log_joint.value_and_score(trial)
+        trial_value, trial_score = _density(log_joint, trial)
         enough = trial_value >= value[rows] + 1e-4 * length[rows] * slope[rows]
         done = rows[enough]
         best_x, best_value, best_score = best
@@ -209,7 +217,7 @@ def _judge(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draw from Gaussians ``(k, dim)``; give draws, scores ``(k, draws, dim)``, ELBOs and shares of finite draws."""
     draws = loc.unsqueeze(1) + noise @ scale_tril.mT
-    value, score = log_joint.value_and_score(draws.flatten(0, 1))
+    value, score = _density(log_joint, draws.flatten(0, 1))
     value, score = value.view(draws.shape[:2]), score.view(draws.shape)
     log_q = -0.5 * (noise**2).sum(-1) - 0.5 * noise.shape[-1] * math.log(2 * math.pi)
     log_ratio = value - log_q + scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1, keepdim=True)
@@ -217,10 +225,11 @@ def _judge(
     return draws, score, elbo.nan_to_num(-torch.inf, -torch.inf, -torch.inf), value.isfinite().double().mean(-1)
 
 
-def _noise(log_joint: LogJoint, generator: torch.Generator, draws: int = _DRAWS) -> Tensor:
-    """Standard normal draws and their mirror images."""
+def _noise(log_joint: LogJoint, generator: torch.Generator, draws: int = 0) -> Tensor:
+    """Standard normal draws and their mirror images; by default enough to tell a full covariance."""
+    draws = draws or max(_DRAWS, 2 * min(log_joint.dim, 512))
     half = torch.randn(draws // 2, log_joint.dim, dtype=torch.float64, generator=generator)
-    return torch.cat([half, -half]).to(log_joint.initial)
+    return torch.cat([half, -half]).to(log_joint.device)
 
 
 def _cholesky(covariance: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,9 +255,9 @@ def _laplace(log_joint: LogJoint, end: tuple[Tensor, Tensor, Tensor], generator:
     factor, fine = _cholesky(inverse)
     if not fine:
         factor = torch.eye(len(mode)).to(mode)
-    size = 1e-4 if log_joint.dtype == torch.float64 else 1e-2
+    size = 1e-4 if log_joint.dtype == torch.float64 else 0.2  # of the score's own rounding errors
     steps = size * factor.mT
-    _, score = log_joint.value_and_score(torch.cat([mode + steps, mode - steps]))
+    _, score = _density(log_joint, torch.cat([mode + steps, mode - steps]))
     ahead, behind = score.chunk(2)
     hessian = -(ahead - behind) @ factor / (2 * size)
     values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
@@ -262,25 +271,29 @@ def _laplace(log_joint: LogJoint, end: tuple[Tensor, Tensor, Tensor], generator:
     return Start("laplace", mode, scale, float(elbo))
 
 
-def _batch_and_match(
-    log_joint: LogJoint, first: Start, generator: torch.Generator, *, diagonal: bool, iterations: int = 30
-) -> list[Start]:
+def _batch_and_match(log_joint: LogJoint, first: Start, generator: torch.Generator, *, diagonal: bool) -> list[Start]:
     """Match the scores of a Gaussian to the posterior's at its own draws, again and again; give the best, if any."""
     loc, factor = first.loc, first.scale_tril
     method = "meanfield" if diagonal else "fullrank"
     if diagonal:
         factor = factor.norm(dim=-1).diag()
-    best = None
-    for iteration in range(iterations):
+    best, age = None, 0
+    for iteration in range(_ITERATIONS):
         noise = _noise(log_joint, generator)
         draws, score, elbo, share = _judge(log_joint, loc[None], factor[None], noise)
         if share < 1:
             # Where the density ends, the Gaussian is too wide there: draw it in and look again.
             factor = factor * 0.5
             continue
-        if best is None or elbo > best.elbo:
-            best = Start(method, loc, factor, float(elbo))
-        loc, factor = _match(loc, factor, draws[0], score[0], _DRAWS * len(loc) / (iteration + 1), diagonal)
+        age += 1
+        if best is None or float(elbo) > best.elbo + 0.01:
+            best, age = Start(method, loc, factor, float(elbo)), 0
+        if age == _PATIENCE:
+            break
+        try:
+            loc, factor = _match(loc, factor, draws[0], score[0], len(noise) * len(loc) / (iteration + 1), diagonal)
+        except torch.linalg.LinAlgError:  # scores too large to tell anything, as far out in a prior
+            break
     return [] if best is None else [best]
 
 

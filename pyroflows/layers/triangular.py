@@ -110,7 +110,9 @@ class TriangularAffine(Bijection):
             matrix = self.scale * self.log_scale.exp()
             log_det = self.scale.log().sum() + self.log_scale.sum()
             return self.loc + self.scale * self.shift, matrix, log_det
-        learned = self.log_scale.exp().diag().index_put((self.below[0], self.below[1]), self.lower)
+        # A row adds up as many numbers as there are features: each moves by less, so that the sum moves by a step.
+        below = self.lower / self.latent_shape[0] ** 0.5
+        learned = self.log_scale.exp().diag().index_put((self.below[0], self.below[1]), below)
         log_det = self.scale.diagonal().log().sum() + self.log_scale.sum()
         return self.loc + self.scale @ self.shift, self.scale @ learned, log_det
 
