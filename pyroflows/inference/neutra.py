@@ -8,10 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from pyro.distributions.util import scale_and_mask
 from pyro.infer import MCMC, NUTS
 from pyro.infer.reparam import NeuTraReparam
 from torch import Tensor
 
+from pyroflows.bijection import Bijection
 from pyroflows.flow import Flow
 from pyroflows.inference.guide import AutoFlow
 
@@ -36,7 +38,7 @@ def neutra(
         The model over z, for ``MCMC``; and a function from draws of z, ``(draws, latents)``, to values of the sites.
 
     Raises:
-        ValueError: the guide is not built.
+        ValueError: the guide is not built, or its first site is masked out.
 
     References:
         NeuTra-lizing Bad Geometry in Hamiltonian Monte Carlo Using Neural Transport, Hoffman et al., 2019
@@ -60,13 +62,32 @@ def neutra(
     guide._built()
     frozen = copy.deepcopy(guide).requires_grad_(False).eval()
     frozen._create_plates()
+    site = frozen.prototype_trace.nodes[frozen.latents[0].name]
+    times = scale_and_mask(torch.ones(site["fn"].batch_shape), site["scale"], site["mask"]).sum()
+    if not times:
+        raise ValueError(f"expected a first latent that is not masked out; got {frozen.latents[0].name!r}")
     reparam = NeuTraReparam(frozen)
+    frozen.get_transform = lambda: _Once(frozen.flow.bijection, times)
 
     @torch.no_grad()
     def sites(z: Tensor) -> dict[str, Tensor]:
         return guide._constrain(_pushed(frozen.flow, z))
 
     return reparam.reparam(model), sites
+
+
+class _Once:
+    """A transform whose log-determinant Pyro adds to every row of the first site, as often as its scale says."""
+
+    def __init__(self, bijection: Bijection, times: Tensor):
+        self.bijection, self.times = bijection, times
+
+    def __call__(self, z: Tensor) -> Tensor:
+        u: Tensor = self.bijection(z)
+        return u
+
+    def log_abs_det_jacobian(self, z: Tensor, u: Tensor) -> Tensor:
+        return self.bijection.log_abs_det_jacobian(z, u) / self.times
 
 
 @torch.no_grad()
