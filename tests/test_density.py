@@ -701,6 +701,15 @@ def test_a_masked_latent_is_refused_unless_something_holds_it(observed):
             LogJoint(model)
 
 
+def test_an_improper_prior_without_data_is_refused():
+    def model():
+        pyro.sample("x", dist.ImproperUniform(constraints.real, (), ()))
+        pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.tensor(1.0))
+
+    with pytest.raises(ValueError, match="flat in 1 of 1 of site 'x'.*neither a prior nor data"):
+        LogJoint(model)
+
+
 def test_the_observed_rows_of_obs_mask_are_flat_latents():
     def model():
         x = pyro.sample("x", dist.Normal(tensor(0.0), 1.0))
