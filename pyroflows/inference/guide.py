@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import pyro
@@ -196,13 +197,10 @@ class AutoFlow(AutoContinuous):
                 log_density = -transform.log_abs_det_jacobian(part, value)
                 log_density = sum_rightmost(log_density, log_density.dim() - value.dim() + event_dim)
             delta = _Value(value, log_density=log_density, event_dim=event_dim)
-            for frame in self._cond_indep_stacks[name]:
-                plates[frame.name].__enter__()
-            try:
+            with ExitStack() as stack:
+                for frame in self._cond_indep_stacks[name]:
+                    stack.enter_context(plates[frame.name])
                 result[name] = pyro.sample(name, delta)
-            finally:
-                for frame in reversed(self._cond_indep_stacks[name]):
-                    plates[frame.name].__exit__(None, None, None)
         return result
 
     def _claim_parameters(self) -> None:
