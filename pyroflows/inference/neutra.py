@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from pyro.distributions.util import scale_and_mask
 from pyro.infer import MCMC, NUTS
 from pyro.infer.reparam import NeuTraReparam
 from torch import Tensor
@@ -38,7 +37,7 @@ def neutra(
         The model over z, for ``MCMC``; and a function from draws of z, ``(draws, latents)``, to values of the sites.
 
     Raises:
-        ValueError: the guide is not built, or its first site is masked out.
+        ValueError: the guide is not built, or a latent stands under a scale or a mask.
 
     References:
         NeuTra-lizing Bad Geometry in Hamiltonian Monte Carlo Using Neural Transport, Hoffman et al., 2019
@@ -62,12 +61,16 @@ def neutra(
     guide._built()
     frozen = copy.deepcopy(guide).requires_grad_(False).eval()
     frozen._create_plates()
-    site = frozen.prototype_trace.nodes[frozen.latents[0].name]
-    times = scale_and_mask(torch.ones(site["fn"].batch_shape), site["scale"], site["mask"]).sum()
-    if not times:
-        raise ValueError(f"expected a first latent that is not masked out; got {frozen.latents[0].name!r}")
+    latents = frozen.prototype_trace.nodes
+    for name, site in latents.items():
+        if not (torch.as_tensor(site["scale"]) == 1).all() or not _is_whole(site["mask"]):
+            raise ValueError(
+                f"expected latents under neither a scale nor a mask, which Pyro would put on their Jacobians too; got "
+                f"{name!r}"
+            )
+    rows = latents[frozen.latents[0].name]["fn"].batch_shape.numel()
     reparam = NeuTraReparam(frozen)
-    frozen.get_transform = lambda: _Once(frozen.flow.bijection, times)
+    frozen.get_transform = lambda: _Once(frozen.flow.bijection, rows)
 
     @torch.no_grad()
     def sites(z: Tensor) -> dict[str, Tensor]:
@@ -76,18 +79,22 @@ def neutra(
     return reparam.reparam(model), sites
 
 
-class _Once:
-    """A transform whose log-determinant Pyro adds to every row of the first site, as often as its scale says."""
+def _is_whole(mask: Any) -> bool:
+    return mask is None or bool(torch.as_tensor(mask).all())
 
-    def __init__(self, bijection: Bijection, times: Tensor):
-        self.bijection, self.times = bijection, times
+
+class _Once:
+    """A transform whose log-determinant Pyro adds to every row of the first site's plates."""
+
+    def __init__(self, bijection: Bijection, rows: int):
+        self.bijection, self.rows = bijection, rows
 
     def __call__(self, z: Tensor) -> Tensor:
         u: Tensor = self.bijection(z)
         return u
 
     def log_abs_det_jacobian(self, z: Tensor, u: Tensor) -> Tensor:
-        return self.bijection.log_abs_det_jacobian(z, u) / self.times
+        return self.bijection.log_abs_det_jacobian(z, u) / self.rows
 
 
 @torch.no_grad()
