@@ -428,6 +428,8 @@ class Posterior:
         notes: what happened in them that a verdict should name.
         chains: draws of Markov chains in unconstrained space, ``(chains, draws, latents)``, where the posterior is
             theirs and not the guide's.
+        weights: what was found before, where it is known; by default the guide is drawn from and judged now.
+        missed: modes that the guide does not cover, likewise.
 
     Attributes:
         verdict: "trust", "resample" (the draws of :meth:`resampled`, not those of :meth:`draws`) or "do not trust".
@@ -445,18 +447,20 @@ class Posterior:
         *,
         chains: Tensor | None = None,
         weights: Weights | None = None,
+        missed: Sequence[Tensor] | None = None,
     ):
         self.guide, self.results, self.notes, self.chains = guide, list(results), list(notes), chains
         self._log_joint = _whole(guide)
         self.seconds = math.nan
         self.evaluations = 0
         self.weights: Weights | None = None
+        self.missed = list(missed or ())
         if chains is None:
             self.weights = weights or _weigh(guide, self._log_joint, _SETS * _CHUNK)
-            self.missed = _missed_modes(guide, self._log_joint, self.weights)
+            if missed is None:
+                self.missed = _missed_modes(guide, self._log_joint, self.weights)
             self.verdict, self.reason = _judge(self.weights, self.missed, self.notes)
         else:
-            self.missed = []
             self.verdict, self.reason = self._judge_chains()
 
     # What the weights say
@@ -680,6 +684,8 @@ class Posterior:
         else:
             weights = self._weights()
             tensors |= {"u": weights.u, "log_weights": weights.log_weights}
+        if self.missed:
+            tensors["missed"] = torch.stack(self.missed)
         save_file({k: v.contiguous() for k, v in tensors.items()}, str(path), {"posterior": json.dumps(header)})
 
     @staticmethod
@@ -732,7 +738,8 @@ class Posterior:
         weights = None
         if "chains" not in tensors:
             weights = _weights_of(_whole(guide), tensors["u"], tensors["log_weights"])
-        posterior = Posterior(guide, (), header["notes"], chains=tensors.get("chains"), weights=weights)
+        missed = list(tensors.get("missed", ()))
+        posterior = Posterior(guide, (), header["notes"], chains=tensors.get("chains"), weights=weights, missed=missed)
         posterior.seconds = header["seconds"]
         return posterior
 
