@@ -671,7 +671,7 @@ class Posterior:
         header = {
             "format": 1,
             "pyroflows": __version__,
-            "flow": "given" if isinstance(flow, Flow) else flow.__name__,
+            "flow": _name_of(flow),
             "options": options,
             "max_triangular": self.guide.max_triangular,
             "latents": [[site.name, list(site.shape)] for site in self.guide.latents],
@@ -754,12 +754,20 @@ class Posterior:
         )
 
 
+def _name_of(flow: Callable[..., Flow] | Flow) -> str:
+    """Give the name of a builder of this package, or that the flow is the user's own."""
+    from pyroflows import models
+
+    name = getattr(flow, "__name__", "")
+    return name if name in models.__all__ and flow is getattr(models, name) else "given"
+
+
 def _builder(name: str) -> Callable[..., Flow]:
     from pyroflows import models
 
     if name not in models.__all__:
         raise ValueError(
-            f"expected flow=, since the posterior was fitted with a flow of the user's own ({name}); got none"
+            "expected flow=, since the posterior was fitted with a flow or a builder of the user's own; got none"
         )
     builder: Callable[..., Flow] = getattr(models, name)
     return builder
