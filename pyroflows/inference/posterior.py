@@ -684,6 +684,7 @@ class Posterior:
         else:
             weights = self._weights()
             tensors |= {"u": weights.u, "log_weights": weights.log_weights}
+        tensors["log_joint"] = self._log_joint.value(_few_of(tensors))
         if self.missed:
             tensors["missed"] = torch.stack(self.missed)
         save_file({k: v.contiguous() for k, v in tensors.items()}, str(path), {"posterior": json.dumps(header)})
@@ -714,7 +715,7 @@ class Posterior:
             with safe_open(str(path), "pt") as file:
                 header = json.loads((file.metadata() or {}).get("posterior", "null"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
+        except (SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"expected a posterior written by save; got a file that is none: {error}") from None
         if not isinstance(header, dict) or header.get("format") != 1:
             raise ValueError(f"expected a posterior of format 1; got {header and header.get('format')!r} in {path}")
@@ -733,8 +734,15 @@ class Posterior:
         if latents != header["latents"]:
             raise ValueError(f"expected a model with the latents {header['latents']}; got {latents}")
         state = {name.removeprefix("flow."): v for name, v in tensors.items() if name.startswith("flow.")}
-        guide.flow.load_state_dict(state)
-        guide.starts = []
+        try:
+            guide.flow.load_state_dict(state)
+        except RuntimeError:
+            raise ValueError(f"expected the flow that the posterior in {path} was fitted with; got another") from None
+        if not torch.allclose(_whole(guide).value(_few_of(tensors)), tensors["log_joint"], 1e-4, 1e-3):
+            raise ValueError(
+                f"expected the model and the data that the posterior in {path} was fitted to; got others, by their "
+                f"density at its draws"
+            )
         weights = None
         if "chains" not in tensors:
             weights = _weights_of(_whole(guide), tensors["u"], tensors["log_weights"])
@@ -752,6 +760,12 @@ class Posterior:
             f"{self.log_evidence_error:.3f}, k-hat {min(self.khat):.2f} to {max(self.khat):.2f}, "
             f"ESS {self.ess:.0f} of {len(self.weights.u)}, {self.seconds:.1f} s"
         )
+
+
+def _few_of(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Give a few draws of a saved posterior, by whose density a model is known again."""
+    draws = tensors["chains"].flatten(0, 1) if "chains" in tensors else tensors["u"]
+    return draws[:: max(1, len(draws) // 10)]
 
 
 def _name_of(flow: Callable[..., Flow] | Flow) -> str:
