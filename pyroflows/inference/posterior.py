@@ -586,7 +586,8 @@ class Posterior:
         """Give draws, log-likelihoods, observations and sample statistics as ArviZ holds them.
 
         Args:
-            num_draws: of a guide, in four groups in the place of chains; Markov chains are given whole.
+            num_draws: of a guide, in four groups in the place of chains, or in one where there are few; Markov chains
+                are given whole.
             resample: whether the draws are resampled by their weights; by default where the verdict asks for it.
 
         Returns:
@@ -598,7 +599,8 @@ class Posterior:
         if self.chains is not None:
             chains, u = len(self.chains), self.chains.flatten(0, 1)
         else:
-            chains, number = 4, -(-num_draws // 4) * 4
+            chains = 4 if num_draws >= 16 else 1
+            number = -(-num_draws // chains) * chains
             resample = self.verdict == "resample" if resample is None else resample
             u = self._resample(number) if resample else self._draw(number)
         joint = self._log_joint
