@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,8 @@ def fit_posterior(
         >>> round(float(posterior.draws(1000)["mean"].mean()), 1)
         2.0
     """
+    if not callable(model):
+        raise TypeError(f"expected a Pyro model, a callable; got {type(model).__name__}")
     _refuse_names(model)
     check_sizes(num_draws=num_draws, max_steps=max_steps)
     if max_seconds is not None:
@@ -128,6 +131,9 @@ def _refuse_names(model: Callable[..., Any]) -> None:
 
 def _whole(guide: AutoFlow) -> LogJoint:
     """Give the guide's log joint, or say why it is none of the whole posterior."""
+    if not isinstance(guide, AutoFlow):
+        raise TypeError(f"expected an AutoFlow; got {type(guide).__name__}")
+    guide._built()
     log_joint = guide.log_joint
     if log_joint is None:
         raise ValueError("expected a guide with its model; got one without, as after unpickling")
@@ -149,8 +155,10 @@ def _seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
+    if not isinstance(seed, Integral):
+        raise TypeError(f"expected seed to be an integer; got {seed!r}")
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(int(seed))
         yield
 
 
@@ -573,6 +581,7 @@ class Posterior:
             num_draws: the number of draws; resampled ones where the verdict asks for it.
             kwargs: keyword arguments of the model.
         """
+        check_sizes(num_draws=num_draws)
         if not args and not kwargs:
             args, kwargs = self._log_joint.args, self._log_joint.kwargs
         return self._log_joint.predict(self._best(num_draws), args, kwargs)
