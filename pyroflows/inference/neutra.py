@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -68,7 +69,7 @@ def neutra(
                 f"expected latents under neither a scale nor a mask, which Pyro would put on their Jacobians too; got "
                 f"{name!r}"
             )
-    rows = latents[frozen.latents[0].name]["fn"].batch_shape.numel()
+    rows = math.prod(latents[frozen.latents[0].name]["fn"].batch_shape)
     reparam = NeuTraReparam(frozen)
     frozen.get_transform = lambda: _Once(frozen.flow.bijection, rows)
 
