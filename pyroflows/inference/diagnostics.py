@@ -516,11 +516,16 @@ def _columns(name: str, values: Values) -> tuple[NumPyArray, list[str]]:
         if not shape:
             raise ValueError(f"expected {name} of {key!r} of shape (n, *shape); got a single number")
         parts.append(_array(f"{name} of {key!r}", value, len(shape)).reshape(shape[0], -1))
-        names += [key + (f"[{','.join(map(str, at))}]" if at else "") for at in np.ndindex(*shape[1:])]
+        names += labels(key, shape[1:])
     lengths = {len(part) for part in parts}
     if len(lengths) > 1:
         raise ValueError(f"expected as many draws of each name; got {' and '.join(map(str, sorted(lengths)))}")
     return np.concatenate(parts, 1), names
+
+
+def labels(name: str, shape: Sequence[int]) -> list[str]:
+    """Name every number of an array: ``theta`` itself, or ``theta[0,0]``, ``theta[0,1]`` and so on."""
+    return [name + (f"[{','.join(map(str, at))}]" if at else "") for at in np.ndindex(*shape)]
 
 
 def _simulations(draws: Array, truth: Array) -> tuple[NumPyArray, NumPyArray]:
