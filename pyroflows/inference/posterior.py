@@ -801,7 +801,7 @@ def _builder(name: str) -> Callable[..., Flow]:
 def _inference_data(groups: Mapping[str, Any]) -> Any:
     import arviz as az
 
-    if hasattr(az, "InferenceData"):
+    if "InferenceData" in vars(az):  # to ask ArviZ 1.x for it is to be warned
         return az.from_dict(**groups)
     return az.from_dict(dict(groups))
 
