@@ -8,13 +8,16 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro.infer import MCMC, NUTS
 from pyro.infer.reparam import NeuTraReparam
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyroflows.bijection import Bijection
 from pyroflows.flow import Flow
+from pyroflows.inference.density import initial_value
 from pyroflows.inference.guide import AutoFlow
 
 __all__ = ["neutra", "run_chains"]
@@ -77,7 +80,30 @@ def neutra(
     def sites(z: Tensor) -> dict[str, Tensor]:
         return guide._constrain(_pushed(frozen.flow, z))
 
-    return reparam.reparam(model), sites
+    return reparam.reparam(_Feasible(guide.flow.dtype)(model)), sites
+
+
+class _Point(dist.ImproperUniform):
+    """An improper prior that gives a feasible point, by which Pyro's MCMC learns the shapes of a model."""
+
+    dtype = torch.float32
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        return initial_value({"fn": self}, torch.empty((), dtype=self.dtype)).expand((*sample_shape, *self.shape()))
+
+
+class _Feasible(Messenger):
+    """Puts points in the place of improper priors."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        if type(fn) is dist.ImproperUniform and not msg["is_observed"]:
+            msg["fn"] = _Point(fn.support, fn.batch_shape, fn.event_shape)
+            msg["fn"].dtype = self.dtype
 
 
 def _is_whole(mask: Any) -> bool:
