@@ -6,11 +6,14 @@ from pyroflows.conditioners import MADE, MLP
 from pyroflows.diagnostics import CheckReport, check
 from pyroflows.flow import Flow
 from pyroflows.inference import (
+    AmortizedFlow,
+    AmortizedPosterior,
     AutoFlow,
     ImportanceWeightedELBO,
     PathELBO,
     Posterior,
     TemperedELBO,
+    fit_amortized,
     fit_posterior,
     importance_ess,
     moment_table,
@@ -86,11 +89,14 @@ __all__ = [  # noqa: RUF022
     "radial",
     "realnvp",
     # posteriors
+    "AmortizedFlow",
+    "AmortizedPosterior",
     "AutoFlow",
     "ImportanceWeightedELBO",
     "PathELBO",
     "Posterior",
     "TemperedELBO",
+    "fit_amortized",
     "fit_posterior",
     "importance_ess",
     "moment_table",

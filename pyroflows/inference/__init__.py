@@ -1,5 +1,6 @@
 """Posteriors of Pyro models: guides, ELBOs, fits in one call, and what they are worth."""
 
+from pyroflows.inference.amortized import AmortizedFlow, AmortizedPosterior, fit_amortized
 from pyroflows.inference.diagnostics import (
     Calibration,
     MomentTable,
@@ -18,6 +19,8 @@ from pyroflows.inference.neutra import neutra
 from pyroflows.inference.posterior import Posterior, Weights, fit_posterior
 
 __all__ = [
+    "AmortizedFlow",
+    "AmortizedPosterior",
     "AutoFlow",
     "Calibration",
     "ImportanceWeightedELBO",
@@ -28,6 +31,7 @@ __all__ = [
     "Weights",
     "calibration",
     "coverage",
+    "fit_amortized",
     "fit_posterior",
     "importance_ess",
     "moment_table",
