@@ -194,7 +194,7 @@ def test_discrete_latents_that_are_not_enumerated_are_refused():
         AutoFlow(mixture, init="none", args=(Y,))
 
 
-@pytest.mark.parametrize("name", ["trace, vectorized", "path, vectorized", "jit, vectorized"])
+@pytest.mark.parametrize("name", ["path, vectorized", "jit, vectorized"])
 @jitted
 def test_svi_meets_a_conjugate_posterior(name):
     def model():
@@ -252,8 +252,8 @@ def test_parameters_of_the_model_train_beside_the_guide():
 
     y = torch.linspace(-2, 2, 21).double()
     guide = AutoFlow(model, init="laplace", args=(y,), **SMALL)
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), Trace_ELBO(4, vectorize_particles=True))
-    for _ in range(150):
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.03}), Trace_ELBO(4, vectorize_particles=True))
+    for _ in range(100):
         svi.step(y)
     assert pyro.param("scale").item() == pytest.approx(y.square().mean().sqrt().item(), rel=0.1)
 
@@ -415,10 +415,10 @@ def test_predictive(parallel):
 
     x = tensor([1.0, 2.0])
     guide = AutoFlow(model, init="laplace", args=(x, 2 * x))
-    for source in ({"guide": guide}, {"posterior_samples": guide.draws(200)}):
-        samples = Predictive(model, **source, num_samples=200, parallel=parallel)(tensor([3.0, 4.0, 5.0]))
+    for source in ({"guide": guide}, {"posterior_samples": guide.draws(100)}):
+        samples = Predictive(model, **source, num_samples=100, parallel=parallel)(tensor([3.0, 4.0, 5.0]))
         close(samples["y"].mean(0).flatten(), tensor([6.0, 8.0, 10.0]), 0.05)
-        assert samples["y"].shape == (200, 3)
+        assert samples["y"].shape == (100, 3)
 
 
 def test_dependent_supports_train_like_a_model_that_has_none():
@@ -845,12 +845,32 @@ def test_neutra_is_the_posterior_in_the_latent_space(model):
 
 
 def test_neutra_draws():
-    guide = stir(small(exact), 0.05)
+    guide = AutoFlow(exact, Flow(StandardNormal(3), TriangularAffine(3)), "laplace")
     over_z, sites = neutra(exact, guide)
-    mcmc = MCMC(NUTS(over_z), num_samples=80, warmup_steps=40, disable_progbar=True)
+    mcmc = MCMC(NUTS(over_z), num_samples=200, warmup_steps=50, disable_progbar=True)
     mcmc.run()
     (z,) = mcmc.get_samples().values()
-    close(sites(z)["x"].log().mean(0), MEAN, 0.25)
+    close(z.mean(0), torch.zeros(3), 0.3)
+    close(z.std(0), torch.ones(3), 0.2)
+    close(sites(z)["x"].log().mean(0), MEAN, 0.2)
+
+
+def test_neutra_starts_from_improper_priors():
+    def model():
+        x = pyro.sample("x", dist.ImproperUniform(constraints.positive, (), ()))
+        cuts = pyro.sample("cuts", dist.ImproperUniform(constraints.ordered_vector, (), (2,)))
+        with pyro.plate("rows", 3):
+            z = pyro.sample("z", dist.ImproperUniform(constraints.real, (), ()))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=Y)
+        pyro.sample("v", dist.Gamma(tensor(3.0), x), obs=tensor(2.0))
+        pyro.sample("c", dist.Normal(cuts, 1.0).to_event(1), obs=tensor([0.0, 1.0]))
+
+    over_z, sites = neutra(model, small(model))
+    mcmc = MCMC(NUTS(over_z), num_samples=3, warmup_steps=2, disable_progbar=True)
+    mcmc.run()
+    (z,) = mcmc.get_samples().values()
+    assert z.dtype == torch.float64
+    assert (sites(z)["x"] > 0).all()
 
 
 @pytest.mark.parametrize("handler", [poutine.scale(scale=0.5), poutine.mask(mask=torch.tensor(False))])
@@ -952,11 +972,10 @@ def test_a_start_in_a_neck_is_finite():
             pyro.sample("y", dist.Normal(theta, sigma), obs=y)
 
     log_joint = LogJoint(centred)
-    for method in ("auto", "meanfield"):
-        starts = find_start(log_joint, method)
-        assert all(start.loc.isfinite().all() and start.scale_tril.isfinite().all() for start in starts)
-        assert starts[0].elbo > -35  # the log evidence is about -31; the Gaussian at a mode in the neck has none
-        assert 0 < starts[0].loc[1] < 3
+    starts = find_start(log_joint)
+    assert all(start.loc.isfinite().all() and start.scale_tril.isfinite().all() for start in starts)
+    assert starts[0].elbo > -35  # the log evidence is about -31; the Gaussian at a mode in the neck has none
+    assert 0 < starts[0].loc[1] < 3
 
 
 def test_a_start_does_not_touch_the_random_state():
