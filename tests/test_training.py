@@ -9,6 +9,7 @@ import pandas
 import pyro.distributions as dist
 import pytest
 import torch
+import tqdm.auto
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from pyroflows import DiagonalNormal, ElementwiseAffine, FitResult, Flow, LULinear, StandardNormal, fit, maf, realnvp
@@ -680,3 +681,100 @@ def test_an_embedding_of_integers_trains():
 def test_a_context_for_an_embedding_is_checked(context, message):
     with pytest.raises(ValueError, match=message):
         fit(embedded(), sets()[0], context=context, epochs=1)
+
+
+# Averaged weights
+
+
+class Seen:
+    """The likelihood, which keeps the weights it saw."""
+
+    def __init__(self, bad=()):
+        self.weights, self.bad = [], bad
+
+    def __call__(self, flow, x, context):
+        self.weights.append([p.detach().clone() for p in flow.parameters()])
+        loss = -flow.log_prob(x).mean()
+        return loss * math.nan if len(self.weights) - 1 in self.bad else loss
+
+
+def fitted(average, bad=(), **options):
+    torch.manual_seed(0)
+    flow, seen = affine(), Seen(bad)
+    x = gaussian(40)
+    fit(flow, x, objective=seen, epochs=6, batch_size=10, learning_rate=0.05, average=average, seed=0, **options)
+    return flow, seen
+
+
+@pytest.mark.parametrize("average", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize("bad", [(), (3, 7)])
+def test_averaged_weights_are_a_moving_average_by_hand(average, bad):
+    plain, seen = fitted(0.0, bad, validation=None)
+    flow, also_seen = fitted(average, bad, validation=None)
+    # The average is taken beside the training, which it does not change.
+    for a, b in zip(seen.weights, also_seen.weights, strict=True):
+        assert all(map(torch.equal, a, b))
+    after = [*seen.weights[1:], list(plain.parameters())]
+    assert len(after) == 24
+    wanted = after[0]
+    for step, weights in enumerate(after[1:], 1):
+        share = max(1 - average, 5 / (step + 5))
+        wanted = [(1 - share) * mean + share * weight for mean, weight in zip(wanted, weights, strict=True)]
+    for found, by_hand in zip(flow.parameters(), wanted, strict=True):
+        torch.testing.assert_close(found.detach(), by_hand, rtol=1e-5, atol=1e-6)
+    assert not same(flow, plain)
+
+
+def test_averaged_weights_are_what_is_evaluated_and_kept():
+    held = gaussian(100, seed=1)
+    flow = affine()
+    result = fit(flow, gaussian(60), validation=held, epochs=20, learning_rate=5e-2, average=0.9, seed=0)
+    assert -flow.log_prob(held).mean().item() == pytest.approx(result.best_loss, abs=1e-5)
+    assert result.best_loss == min(result.history["validation"])
+
+
+def test_averaged_weights_of_a_noisy_fit_are_nearer():
+    x = gaussian(4000)
+    wanted = dist.MultivariateNormal(x.mean(0), x.T.cov()).log_prob(x).mean().item()
+    gaps = []
+    for average in (0.0, 0.99):
+        torch.manual_seed(0)
+        flow = affine()
+        options = {"batch_size": 10, "schedule": "constant", "validation": None, "seed": 0}
+        fit(flow, x, epochs=2, learning_rate=5e-2, average=average, **options)
+        gaps.append(wanted - flow.log_prob(x).mean().item())
+    assert gaps[1] < gaps[0] / 3
+
+
+def test_averaged_weights_leave_frozen_ones():
+    flow = small()
+    frozen = [p.requires_grad_(False) for p in flow.layers[0].parameters()]
+    before = [p.clone() for p in frozen]
+    moving = [p.clone() for p in flow.parameters() if p.requires_grad]
+    fit(flow, gaussian(), epochs=3, average=0.9, seed=0)
+    assert all(map(torch.equal, frozen, before))
+    assert not all(map(torch.equal, (p for p in flow.parameters() if p.requires_grad), moving))
+
+
+@pytest.mark.parametrize("average, error", [(1.0, ValueError), (-0.1, ValueError), ("most", TypeError)])
+def test_an_average_out_of_range_is_refused(average, error):
+    with pytest.raises(error, match=r"expected average in \[0, 1\); got"):
+        fit(small(), gaussian(), average=average)
+
+
+@pytest.mark.parametrize(
+    "progress, label, disable",
+    [("stage 2", "stage 2", None), (True, None, False), (False, None, True), (None, None, None)],
+)
+def test_the_bar_has_its_label(monkeypatch, progress, label, disable):
+    given = {}
+
+    class Bar(tqdm.auto.tqdm):
+        def __init__(self, *args, **options):
+            given.update(options)
+            super().__init__(*args, **{**options, "disable": True})
+
+    monkeypatch.setattr("tqdm.auto.tqdm", Bar)
+    fit(small(), gaussian(), epochs=1, progress=progress, seed=0)
+    assert given["desc"] == label
+    assert given["disable"] is disable  # None: shown on a terminal alone
