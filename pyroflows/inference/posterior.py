@@ -85,6 +85,7 @@ def fit_posterior(
         Optimization for Variational Inference, Dhaka et al., 2020 (arXiv:2009.00666).
 
     Example:
+        >>> import pyro
         >>> import pyro.distributions as dist
         >>> def model(y):
         ...     mean = pyro.sample("mean", dist.Normal(0.0, 10.0))

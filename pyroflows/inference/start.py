@@ -66,9 +66,8 @@ def find_start(log_joint: LogJoint, method: str = "auto", *, diagonal: bool = Fa
         >>> def model():
         ...     pyro.sample("x", dist.MultivariateNormal(torch.ones(2), torch.tensor([[4.0, 1.0], [1.0, 1.0]])))
         >>> best = find_start(LogJoint(model))[0]
-        >>> best.loc.round(decimals=2), (best.scale_tril @ best.scale_tril.T).round(decimals=1)
-        (tensor([1., 1.]), tensor([[4., 1.],
-                [1., 1.]]))
+        >>> best.loc.round(decimals=2).tolist(), (best.scale_tril @ best.scale_tril.T).round(decimals=1).tolist()
+        ([1.0, 1.0], [[4.0, 1.0], [1.0, 1.0]])
     """
     check_option("init", method, STARTS)
     initial = log_joint.initial.double()
