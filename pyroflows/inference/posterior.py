@@ -767,11 +767,12 @@ class Posterior:
     def __repr__(self) -> str:
         if self.weights is None:
             return f"Posterior by chains ({self.verdict}: {self.reason})"
+        seconds = f", {self.seconds:.1f} s" if math.isfinite(self.seconds) else ""
         return (
             f"Posterior of {self.guide.latent_dim} latents: {self.verdict}, since {self.reason}\n"
             f"ELBO {self.elbo:.3f} +- {self.elbo_error:.3f}, log evidence {self.log_evidence:.3f} +- "
             f"{self.log_evidence_error:.3f}, k-hat {min(self.khat):.2f} to {max(self.khat):.2f}, "
-            f"ESS {self.ess:.0f} of {len(self.weights.u)}, {self.seconds:.1f} s"
+            f"ESS {self.ess:.0f} of {len(self.weights.u)}{seconds}"
         )
 
 
