@@ -80,7 +80,8 @@ def _batchnorm(features: int, context_features: int) -> Bijection:
 
 def _triangular(features: int, diagonal: bool) -> Bijection:
     layer = TriangularAffine(features, diagonal=diagonal)
-    layer.start_at(torch.randn(features), torch.randn(features, features).tril(-1) + torch.diag(1 + torch.rand(features)))
+    scale = torch.randn(features, features).tril(-1) + torch.diag(1 + torch.rand(features))
+    layer.start_at(torch.randn(features), scale)
     return layer
 
 

@@ -42,8 +42,20 @@ def test_the_report_holds_finite_numbers_of_every_part(quick):
     assert report["quick"] is True
     assert set(report["parts"]) == set(demo.PARTS)
     assert all(math.isfinite(number) for number in _numbers(report))
-    for part in report["parts"].values():
+    for name in ("breast_cancer", "moons"):
+        part = report["parts"][name]
         assert {"Gaussian", "Gaussian mixture", "kernel density", "neural spline flow"} < set(part["models"])
+
+
+def test_the_posterior_is_judged_and_beside_mean_field(quick):
+    folder, report = quick
+    part = report["parts"]["schools"]
+    assert part["verdict"] in ("trust", "resample", "do not trust")
+    assert part["reason"]
+    # ELBOs are below the log evidence, and a few steps from a good start are above mean field.
+    assert part["models"]["mean field"]["elbo"] < part["models"]["flow posterior"]["elbo"] < part["log_evidence"] + 0.05
+    assert part["log_evidence"] == pytest.approx(-31.3, abs=0.3)
+    assert (folder / "schools.png").stat().st_size > 1000
 
 
 def test_the_divergences_on_moons_are_sane(quick):
