@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import json
 import math
@@ -121,13 +122,14 @@ def _refuse_names(model: Callable[..., Any]) -> None:
     own = inspect.signature(fit_posterior).parameters
     options = {name for name, parameter in own.items() if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
     try:
-        taken = sorted(options & set(inspect.signature(model).parameters))
+        bound = model.keywords if isinstance(model, functools.partial) else ()
+        taken = sorted(options & set(inspect.signature(model).parameters).difference(bound))
     except (TypeError, ValueError):
         return
     if taken:
         raise ValueError(
             f"expected a model whose arguments have other names than fit_posterior's options; got "
-            f"{', '.join(map(repr, taken))}: bind them by functools.partial in a function of other names"
+            f"{', '.join(map(repr, taken))}: bind them by functools.partial"
         )
 
 
