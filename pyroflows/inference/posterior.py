@@ -36,7 +36,7 @@ _CHUNK = 2000  # points evaluated at once
 _SHARE = 0.05  # of the posterior that a missed mode must hold to be named
 _APART = 5.0  # from the guide's centre in its latent space, where such a mode must lie
 _UNCOVERED = 20.0  # times the guide's density, where the posterior counts as not covered
-_SETTLED = 0.05  # nats; the spread of the log weights at which a fit ends, ESS then being 99.7 %
+_SETTLED = 0.1  # nats; the spread of the log weights at which a fit ends, ESS then being 99 %
 _GRADIENTS = 8  # of each kind, whose spreads are compared
 
 
@@ -55,7 +55,7 @@ def fit_posterior(
     r"""Fit a flow to the posterior of a Pyro model by the ELBO, and judge it.
 
     The guide starts at the best Gaussian found (see :func:`find_start`). Short runs at several learning rates choose
-    one; then stages of 500 steps, 500, 1,000 and so on follow, with the rate falling along a half cosine and the
+    one; then stages of 500 steps, 1,000 and so on follow, with the rate falling along a half cosine and the
     weights averaged, each by the total or the path gradient, whichever is quieter at its start. A stage that led to a
     worse ELBO is taken back. The fit ends when a stage leaves the spread of the log weights, and the guide's means and
     standard deviations, where the one before had left them, or when that spread is small. It then draws afresh, and
@@ -224,11 +224,11 @@ class _Training:
             if worse and self.rate >= 1e-5:
                 continue
             drift = max(float((new - old).abs().max()) for new, old in zip(moments, before[2], strict=True))
-            size = min(2 * size, steps)
+            size *= 2
             if worse or spread < _SETTLED or (spread > 0.8 * before[1] and drift < 0.05):
                 break
         else:
-            if steps >= max_steps and spread > 0.1:
+            if steps >= max_steps and spread > _SETTLED:
                 self.notes.append(f"the fit ended at max_steps={max_steps}, perhaps before it had settled")
 
     def _out_of_time(self) -> bool:
