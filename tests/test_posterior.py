@@ -710,6 +710,12 @@ def test_messages(call, error, message):
         call()
 
 
+@pytest.mark.usefixtures("_one_rate")
+def test_an_argument_named_like_an_option_may_be_bound():
+    posterior = fit_posterior(partial(seeded, seed=3, progress=True), flow=plain, max_steps=1, seed=0)
+    assert posterior.verdict == "trust"
+
+
 def test_supports_that_depend_on_other_sites():
     posterior = Posterior(AutoFlow(garch, plain))
     draws = posterior.draws(500)
