@@ -809,7 +809,8 @@ def test_a_start_in_hundreds_of_latents():
 
     for max_triangular in (512, 100):
         guide = AutoFlow(model, max_triangular=max_triangular, **SMALL)
-        assert guide.median(num_draws=2000)["z"].mean().item() == pytest.approx(2.0, abs=0.3)
+        # With z summed out, 1 + scale**2 is near 4, the mean square of the data.
+        assert guide.median(num_draws=2000)["z"].mean().item() == pytest.approx(0.5, abs=0.1)
 
 
 def test_one_latent_gets_splines_unless_the_options_are_of_couplings():
