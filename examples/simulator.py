@@ -42,7 +42,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # networks this small are slower on more
 
-    settings = {"num_simulations": 1000, "epochs": 2} if options.quick else {"num_simulations": 20_000}
+    settings = {"num_simulations": 1000, "epochs": 2} if options.quick else {"num_simulations": 60_000}
     posterior = fit_amortized(epidemic, "cases", latents=list(NAMES), seed=options.seed, progress=False, **settings)
     print(posterior)
     result = posterior.calibrate(200 if options.quick else 1000, seed=options.seed + 1, progress=False)

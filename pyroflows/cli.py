@@ -52,7 +52,8 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="fit flows to bundled data and write figures and a short report",
         description="Fit flows to a bundled table and to two moons, beside a Gaussian, a Gaussian mixture and a kernel "
-        "density; write figures and a short report. It needs no network, and at most two minutes on two cores.",
+        "density, and to the posterior of a model, beside a mean-field guide; write figures and a short report. It "
+        "needs no network, and at most two minutes on two cores.",
     )
     demo.add_argument(
         "--output",
