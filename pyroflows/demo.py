@@ -293,7 +293,7 @@ def _mean_field(
 
 def _exact_schools(effects: Tensor, errors: Tensor) -> tuple[dict[str, Any], tuple[Tensor, Tensor, Tensor]]:
     """Give the moments, and the density of mu and log tau with its axes: the effects are normal, and integrate out."""
-    mu, log_tau = torch.linspace(-25.0, 35.0, 601).double(), torch.linspace(-12.0, 6.0, 901).double()
+    mu, log_tau = torch.linspace(-25, 35, 601, dtype=torch.float64), torch.linspace(-12, 6, 901, dtype=torch.float64)
     tau = log_tau[:, None].exp()
     scale = (errors.double() ** 2 + tau[..., None] ** 2).sqrt()  # (901, 1, schools)
     log_joint = dist.Normal(mu[:, None], scale).log_prob(effects.double()).sum(-1)
