@@ -52,14 +52,10 @@ def main() -> None:
     location = ElementwiseAffine(1, context_features=32, hidden_features=(64,))
     flow = Flow(StandardNormal(1), [*splines.layers, location], embedding=embedding)
     settings = {"epochs": 2 if options.quick else 10, "learning_rate": 2e-3, "average": 0.999, "seed": 0}
-    print(
-        fit(flow, future[train], context=past[train], validation=(future[held], past[held]), progress=False, **settings)
-    )
+    fit(flow, future[train], context=past[train], validation=(future[held], past[held]), progress=False, **settings)
     gain = flow.log_prob(future[test], past[test]).detach() - linear
     blocks = gain[: len(gain) // 240 * 240].view(-1, 240).mean(1)  # of four hours: neighbouring minutes are alike
-    print(
-        f"linear Gaussian {linear.mean():.3f}, flow {(linear + gain).mean():.3f} nats per minute, {len(gain)} minutes"
-    )
+    print(f"linear Gaussian {linear.mean():.3f}, flow {(linear + gain).mean():.3f} nats a minute, {len(gain)} minutes")
     figure = Figure(figsize=(11, 4), layout="constrained")
     for ax, start in zip(figure.subplots(1, 2, sharey=True), (int(0.85 * rows), int(0.9 * rows)), strict=True):
         series = x[start - M : start].expand(500, M)
