@@ -838,3 +838,21 @@ def test_frozen_flow_trains_what_comes_before():
     log_q = log_q + dist.TransformedDistribution(dist.Normal(a, 1.0).to_event(1), flow.layers).log_prob(b)
     joint = dist.Normal(LOC[:2], 1.0).log_prob(a).sum() + dist.Normal(LOC[:2], 1.0).log_prob(b).sum()
     assert_close(found, list(torch.autograd.grad(log_q - joint, [loc])))
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_a_plate_may_draw_its_rows_in_the_model(vectorize):
+    y = torch.linspace(-1, 1, 12)
+
+    def model():
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 12, subsample_size=4) as rows:
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y[rows])
+
+    def guide():
+        pyro.sample("mean", dist.Normal(pyro.param("loc", torch.tensor(0.5)), 0.1))
+
+    pyro.clear_param_store()
+    options = {"num_particles": 4, "vectorize_particles": vectorize, "max_plate_nesting": 1}
+    assert PathELBO(**options).loss_and_grads(model, guide) > 0
+    assert pyro.param("loc").grad.isfinite()

@@ -96,7 +96,8 @@ def _smoothed(weights: NumPyArray) -> tuple[NumPyArray, float]:
     except ImportError:
         from arviz import psislw
 
-        smoothed, khat = psislw(weights)
+        with np.errstate(over="ignore"):  # of ArviZ, where the weights are nearly equal
+            smoothed, khat = psislw(weights)
     else:
         # From ArviZ 1 on the array interface takes the logs of the inverse weights.
         smoothed, khat = stats.psislw(-weights)

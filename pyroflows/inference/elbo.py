@@ -247,7 +247,7 @@ class _ReparameterizedELBO(ELBO):
         guide_trace = poutine.trace(around(guide)).get_trace(*args, **kwargs)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
         for name, site in model_trace.iter_stochastic_nodes():
-            if name not in guide_trace:
+            if name not in guide_trace and not site_is_subsample(site):
                 raise ValueError(
                     f"expected a guide that draws every latent of the model, none of them enumerated; got none for "
                     f"{name!r} of {type(_innermost(site['fn'])).__name__}"
