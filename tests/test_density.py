@@ -866,3 +866,51 @@ def test_a_fault_of_the_model_is_raised_as_it_is():
 
     with pytest.raises(RuntimeError, match="size"):
         LogJoint(model)
+
+
+@pytest.mark.parametrize("mode", ["plate", "loop"])
+def test_prior_draws_have_the_priors_moments(mode):
+    def model():
+        scale = pyro.sample("scale", dist.LogNormal(tensor(1.0), 0.5))
+        with pyro.plate("rows", 3):
+            x = pyro.sample("x", dist.Normal(10.0, scale))
+        pyro.sample("y", dist.Normal(x.sum(-1), 1.0), obs=tensor(5.0))
+
+    n = 4000 if mode == "plate" else 500
+    draws = LogJoint(model, vectorize=mode).prior_draws(n)
+    assert draws.shape == (n, 4)
+    assert draws.dtype == torch.float64
+    error = 5 / n**0.5
+    close(draws.mean(0), tensor([1.0, 10.0, 10.0, 10.0]), 3 * error)
+    assert float(draws[:, 0].std()) == pytest.approx(0.5, abs=error)
+    assert float((draws[:, 1:] - 10).div(draws[:, :1].exp()).std()) == pytest.approx(1, abs=error)
+
+
+@pytest.mark.parametrize("model", [garch, improper_ordered, simplex, correlation, interval_of_another, mixture])
+def test_prior_draws_of_any_support(model):
+    log_joint = LogJoint(model, (tensor([0.0, 3.0, 4.0]),) if model is mixture else ())
+    state = torch.get_rng_state()
+    draws = log_joint.prior_draws(20, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert draws.shape == (20, log_joint.dim)
+    assert log_joint.value(draws).isfinite().any()
+    assert (draws.std(0) > 0.01).all()
+    assert torch.equal(draws, log_joint.prior_draws(20, seed=1))
+
+
+@pytest.mark.parametrize("limit, few, many", [(10.0, 15, 35), (0.0, 0, 0)])
+def test_prior_draws_that_fail_are_left_out(limit, few, many):
+    limits = [math.inf]
+
+    def model():
+        x = pyro.sample("x", dist.Normal(tensor(0.0), 10.0))
+        if x.abs().max() > limits[0]:
+            raise RuntimeError("too far")
+        pyro.factor("f", -x)
+
+    log_joint = LogJoint(model)
+    limits[0] = limit
+    draws = log_joint.prior_draws(40)
+    assert few <= len(draws) <= many
+    assert draws.shape[1:] == (1,)
+    assert (draws.abs() <= limit).all()

@@ -53,7 +53,7 @@ from pyroflows import (
     realnvp,
 )
 from pyroflows.inference.density import LogJoint
-from pyroflows.inference.start import STARTS, find_start
+from pyroflows.inference.start import STARTS, _climb, find_start
 
 BUILDERS = (realnvp, iaf, nsf, maf, planar, radial, glow, nice)
 SMALL = {"num_layers": 2, "hidden_features": (8,)}
@@ -959,6 +959,29 @@ def test_a_start_finds_both_modes():
     assert (firsts < -3).any()
     assert starts[0].elbo == pytest.approx(-math.log(2), abs=0.05)
     assert [start.elbo for start in starts] == sorted((start.elbo for start in starts), reverse=True)
+
+
+@pytest.mark.parametrize("d", [1, 2, 5])
+@pytest.mark.parametrize("gap", [5.0, 15.0])
+def test_a_start_finds_far_modes_under_a_wide_prior(d, gap):
+    def model():
+        x = pyro.sample("x", dist.Normal(torch.zeros(d), 10.0).to_event(1))
+        modes = torch.stack([x - gap, x + gap], -2)
+        pyro.factor("f", dist.Normal(0.0, 0.5).log_prob(modes).sum(-1).logsumexp(-1))
+
+    for seed in range(4):
+        starts = find_start(LogJoint(model), seed=seed)
+        best = max(start.elbo for start in starts)
+        found = {int(start.loc[0].sign()) for start in starts if start.elbo > best - 1}
+        assert found == {-1, 1}
+
+
+def test_a_climb_ends_at_the_summit():
+    log_joint = LogJoint(gaussian(3)[0])
+    paths = _climb(log_joint, torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).double() * 10)
+    assert len(paths) == 5
+    for path in paths:
+        close(path[-1][0], gaussian(3)[1], 1e-3)
 
 
 def test_a_start_in_a_neck_is_finite():

@@ -242,6 +242,19 @@ def test_a_fit_of_two_modes_is_honest():
     assert posterior.verdict != "trust"
 
 
+@pytest.mark.usefixtures("_one_rate")
+@pytest.mark.parametrize("seed", range(4))
+def test_a_mode_far_off_under_a_wide_prior_is_not_forgotten(seed):
+    def model():
+        x = pyro.sample("x", dist.Normal(torch.zeros(2).double(), 10.0).to_event(1))
+        modes = torch.stack([x - 5, x + 5], -2)
+        pyro.factor("f", dist.Normal(0.0, 0.5).log_prob(modes).sum(-1).logsumexp(-1))
+
+    posterior = fit_posterior(model, flow=plain, seed=seed, max_steps=1)
+    assert posterior.verdict == "do not trust"
+    assert "1 other mode(s)" in posterior.reason
+
+
 def test_a_verdict_where_the_density_ends():
     def model():
         x = pyro.sample("x", dist.Normal(tensor(0.0), 1.0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any
@@ -211,6 +211,17 @@ class _Evaluation(Messenger):
             self.log_prob = self.log_prob + terms.reshape(self.points, -1).sum(-1)
         else:
             raise ValueError(f"expected a log-density for each of {self.points} points; got {tuple(terms.shape)}")
+
+
+class _PriorDraws(_Evaluation):
+    """Draws every latent from its prior; those that cannot be drawn, as of an improper one, get what is given."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        super()._pyro_sample(msg)
+        if msg["name"] in self.parts:
+            with suppress(NotImplementedError):
+                value = msg["fn"].sample()
+                msg["value"], self.parts[msg["name"]] = value, biject_to(msg["fn"].support).inv(value)
 
 
 class LogJoint:
@@ -516,6 +527,33 @@ class LogJoint:
             return _by_point(len(u), run(self._parts(u, len(u)), len(u)), shapes)
         rows = [run(self._parts(point, None), None) for point in u]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    @torch.no_grad()
+    def prior_draws(self, n: int, *, seed: int = 0) -> Tensor:
+        """Draw points from the prior, ``(n, dim)`` or fewer, since those that fail or are not finite are left out.
+
+        Latents of improper priors are drawn around their initial values.
+        """
+
+        def run(u: Tensor, points: int | None) -> Tensor:
+            draws = _PriorDraws(self._parts(u, points), self.fixed, points, densities=False)
+            plate = nullcontext() if points is None else pyro.plate("_points", points, dim=-1 - self.max_plate_nesting)
+            with pyro.validation_enabled(False), poutine.block(), draws, plate:
+                self.model(*self.args, **self.kwargs)
+            return torch.cat([draws.parts[name].reshape(points or 1, -1) for name in self.names], -1)
+
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            u = self.initial + 2 * torch.randn(n, self.dim).to(self.initial)
+            drawn = []
+            if self.vectorize == "plate":
+                with suppress(Exception):  # one bad draw spoils all: then one by one
+                    drawn = [run(u, n)]
+            for point in u if not drawn else ():
+                with suppress(Exception):  # whatever the model does not stand so far out
+                    drawn.append(run(point, None))
+        draws = torch.cat(drawn) if drawn else u[:0]
+        return draws[draws.isfinite().all(-1)].to(self.initial)
 
     def constrain(self, u: Tensor, *, deterministic: bool = False) -> dict[str, Tensor]:
         """Give the sites' values of shape ``(points, *shape)``, on request with those of deterministic sites.

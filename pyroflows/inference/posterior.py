@@ -34,6 +34,7 @@ _RATES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 _SETS = 5  # of draws, each with a k-hat of its own
 _CHUNK = 2000  # points evaluated at once
 _SHARE = 0.05  # of the posterior that a missed mode must hold to be named
+_SKEWED = 5.0  # nats that the Gaussian at such a mode may lack, as where the posterior is not one there
 _APART = 5.0  # from the guide's centre in its latent space, where such a mode must lie
 _UNCOVERED = 20.0  # times the guide's density, where the posterior counts as not covered
 _SETTLED = 0.1  # nats; the spread of the log weights at which a fit ends, ESS then being 99 %
@@ -391,7 +392,7 @@ def _missed_modes(guide: AutoFlow, log_joint: LogJoint, weights: Weights) -> lis
         return missed
     for start in guide.starts:
         z = flow.bijection.inverse_and_log_det(start.loc.to(log_joint.dtype))[0]
-        if start.elbo < weights.log_evidence + math.log(_SHARE) or float(z.norm()) < _APART:
+        if start.elbo < weights.log_evidence + math.log(_SHARE) - _SKEWED or float(z.norm()) < _APART:
             continue
         noise = torch.randn(256, log_joint.dim, dtype=start.loc.dtype, device=start.loc.device)
         u = (start.loc + noise @ start.scale_tril.mT).to(log_joint.dtype)

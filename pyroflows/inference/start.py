@@ -16,7 +16,9 @@ __all__ = ["STARTS", "Start", "find_start"]
 STARTS = ("auto", "laplace", "pathfinder", "fullrank", "meanfield", "none")
 _DRAWS = 64  # a Gaussian's draws, by which it is judged or improved; more where there are many latents
 _CANDIDATES = 128  # points of each width, of which the best are climbed from
-_CLIMBERS = 16  # climbs at once; four where there are many latents
+_CLIMBERS = 16  # climbs at once from points near the start; four where there are many latents
+_PRIOR_DRAWS = 64  # of which the best and others are climbed from
+_PRIOR_CLIMBERS = 16  # climbs at once from the prior; four where there are many latents
 _ITERATIONS = 100
 _PATIENCE = 15  # iterations of batch and match without a better ELBO
 _EVERY = 8  # iterations between the points of a climb that are kept
@@ -31,7 +33,7 @@ class Start:
         method: how it was found.
         loc: its mean, ``(dim,)``.
         scale_tril: the Cholesky factor of its covariance, ``(dim, dim)``.
-        elbo: its ELBO in nats, estimated from a few draws, less their standard error: luck does not win.
+        elbo: its ELBO in nats, estimated from a few draws, less two standard errors: luck does not win.
     """
 
     method: str
@@ -40,7 +42,7 @@ class Start:
     elbo: float = -math.inf
 
 
-def find_start(log_joint: LogJoint, method: str = "auto", *, diagonal: bool = False) -> list[Start]:
+def find_start(log_joint: LogJoint, method: str = "auto", *, diagonal: bool = False, seed: int = 0) -> list[Start]:
     r"""Find Gaussians near the posterior, the best first.
 
     "laplace" climbs to a mode by BFGS from several points and takes the inverse Hessian there; "pathfinder" takes the
@@ -52,6 +54,7 @@ def find_start(log_joint: LogJoint, method: str = "auto", *, diagonal: bool = Fa
         log_joint: the density.
         method: one of those, or "none" for a standard normal around the model's initial values.
         diagonal: whether a diagonal Gaussian is asked for, as where there are many latents; "auto" is then "meanfield".
+        seed: of the points climbed from, and of the draws that Gaussians are judged by.
 
     Returns:
         What was found, sorted by ELBO; those after the first are other modes, or other ways to the same.
@@ -77,7 +80,7 @@ def find_start(log_joint: LogJoint, method: str = "auto", *, diagonal: bool = Fa
         return [prior]
     method = "meanfield" if diagonal and method == "auto" else method
     found: list[Start] = []
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     if method in ("auto", "laplace", "pathfinder"):
         paths = _distinct(_climb(log_joint, _places(log_joint, generator)))
         if method != "laplace":
@@ -98,16 +101,26 @@ def find_start(log_joint: LogJoint, method: str = "auto", *, diagonal: bool = Fa
 
 
 def _places(log_joint: LogJoint, generator: torch.Generator) -> Tensor:
-    """Give points to climb from: the initial values, and the best of many points around them, near and far."""
+    """Give points to climb from: the initial values, the best of many points around them, and draws of the prior.
+
+    Most of the latter are not the best ones: these may all lie on the slopes of one mode.
+    """
+    few = log_joint.dim > 100
     width = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=torch.float64)
     shape = (len(width), _CANDIDATES, log_joint.dim)
     noise = width[:, None, None] * torch.randn(shape, dtype=torch.float64, generator=generator)
     lots = log_joint.initial.double() + noise.to(log_joint.device)
     value = torch.stack([_density(log_joint, lot)[0] for lot in lots])
-    best = value.topk(_CLIMBERS // len(width) if shape[-1] <= 100 else 1).indices
-    return torch.cat(
-        [log_joint.initial.double()[None], lots.gather(1, best[..., None].expand(*best.shape, shape[-1])).flatten(0, 1)]
-    )
+    best = value.topk(1 if few else _CLIMBERS // len(width)).indices
+    near = lots.gather(1, best[..., None].expand(*best.shape, shape[-1])).flatten(0, 1)
+    seed = int(torch.randint(2**31, (), generator=generator))
+    prior = log_joint.prior_draws(_PRIOR_DRAWS, seed=seed).double()
+    value, _ = _density(log_joint, prior)
+    prior, value = prior[value.isfinite()], value[value.isfinite()]
+    number = _PRIOR_CLIMBERS // 4 if few else _PRIOR_CLIMBERS
+    order = value.argsort(descending=True)
+    rows = torch.cat([order[: number // 4], order[number // 4 :].sort().values[: number - number // 4]])
+    return torch.cat([log_joint.initial.double()[None], near, prior[rows]])
 
 
 def _density(log_joint: LogJoint, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,6 +140,7 @@ def _climb(log_joint: LogJoint, x: Tensor) -> list[Path]:
     inverse = eye.expand(len(x), *eye.shape).clone()
     fresh = torch.ones(len(x), dtype=torch.bool, device=x.device)
     active = value.isfinite()
+    learned = inverse  # of these, the last that a step told something
     kept: list[Path] = [[] for _ in x]
     for iteration in range(_ITERATIONS):
         if not active.any():
@@ -139,6 +153,7 @@ def _climb(log_joint: LogJoint, x: Tensor) -> list[Path]:
         curvature = (step * change).sum(-1)
         good = moved & (curvature > 1e-10 * step.norm(dim=-1) * change.norm(dim=-1))
         inverse = torch.where(good[:, None, None], _update(inverse, step, change, curvature, fresh & good), inverse)
+        learned = torch.where(good[:, None, None], inverse, learned)
         # A direction that led nowhere may be the fault of old curvature: start again from steepest ascent once.
         stuck = active & ~moved
         active = (moved & (new_value - value > 1e-9 * (1 + value.abs()))) | (stuck & ~fresh)
@@ -147,11 +162,12 @@ def _climb(log_joint: LogJoint, x: Tensor) -> list[Path]:
         x = torch.where(moved[:, None], new_x, x)
         score = torch.where(moved[:, None], new_score, score)
         value = torch.where(moved, new_value, value)
-        for row in (good & ((iteration % _EVERY == 0) | ~active)).nonzero()[:, 0].tolist():
-            kept[row].append((x[row], value[row], inverse[row].clone()))
+        if iteration % _EVERY == 0:
+            for row in good.nonzero()[:, 0].tolist():
+                kept[row].append((x[row], value[row], inverse[row].clone()))
     for row, path in enumerate(kept):
-        if active[row]:
-            path.append((x[row], value[row], inverse[row]))
+        if not fresh[row] or path:
+            path.append((x[row], value[row], learned[row]))
     return [path for path in kept if path]
 
 
@@ -220,7 +236,7 @@ def _judge(
     value, score = value.view(draws.shape[:2]), score.view(draws.shape)
     log_q = -0.5 * (noise**2).sum(-1) - 0.5 * noise.shape[-1] * math.log(2 * math.pi)
     log_ratio = value - log_q + scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1, keepdim=True)
-    elbo = log_ratio.mean(-1) - log_ratio.std(-1) / log_ratio.shape[-1] ** 0.5
+    elbo = log_ratio.mean(-1) - 2 * log_ratio.std(-1) / log_ratio.shape[-1] ** 0.5
     return draws, score, elbo.nan_to_num(-torch.inf, -torch.inf, -torch.inf), value.isfinite().double().mean(-1)
 
 
@@ -245,6 +261,8 @@ def _best_of_path(log_joint: LogJoint, path: Path, generator: torch.Generator) -
     elbo = torch.cat([_judge(log_joint, m, f, noise)[2] for m, f in zip(loc.split(8), factor.split(8), strict=True)])
     elbo = torch.where(fine & elbo.isfinite(), elbo, -torch.inf)
     best = int(elbo.argmax())
+    if elbo[best].isfinite():  # the best of many is lucky too: fresh draws judge it
+        elbo[best] = _judge(log_joint, loc[best, None], factor[best], _noise(log_joint, generator))[2]
     return Start("pathfinder", loc[best], factor[best], float(elbo[best]))
 
 
