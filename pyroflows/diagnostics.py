@@ -71,7 +71,8 @@ def check(
         tolerance: the largest error allowed; by default 1e-6 in float64, 1e-3 in float32.
 
     Shapes:
-        x: ``(rows, *event_shape)``; context: ``(rows, context_features)`` or ``(context_features,)``.
+        x: ``(rows, *event_shape)``; context: ``(rows, context_features)`` or ``(context_features,)``, or what the
+        flow's embedding maps to that.
 
     Returns:
         A report that prints, and whose ``ok`` says whether all is well.
@@ -94,8 +95,11 @@ def check(
         raise ValueError("expected at least one row; got none")
     if isinstance(flow, Flow):
         flow._check_numbers(data=x, context=context)
-    bijection = copy.deepcopy(bijection).eval()
+    flow = copy.deepcopy(flow).eval()
+    bijection = flow.bijection if isinstance(flow, Flow) else flow
     with torch.no_grad():
+        if isinstance(flow, Flow):
+            context = flow._embed(context)
         z, inverse_log_det = bijection.inverse_and_log_det(x, context)
         back, forward_log_det = bijection.forward_and_log_det(z, context)
         z_back, _ = bijection.inverse_and_log_det(back, context)

@@ -76,6 +76,19 @@ def test_one_context_or_many():
     assert check(flow, x, context=torch.randn(4, 3).double()).ok
 
 
+def test_a_context_passes_through_the_embedding_first():
+    embedding = torch.nn.Sequential(torch.nn.Flatten(-2), torch.nn.Linear(8, 3), torch.nn.Dropout(0.5))
+    flow = Flow(StandardNormal(2), make_flow("maf", 2, 3).layers, embedding=embedding.double())
+    x, images = torch.randn(4, 2).double(), torch.randn(4, 2, 4).double()
+    assert check(flow, x, context=images).ok
+    assert check(flow, x, context=images[0]).ok
+    assert flow.training
+    with pytest.raises(ValueError, match="expected a context for the embedding; got none"):
+        check(flow, x)
+    with pytest.raises(ValueError, match=r"\(\*batch, 3\)"):
+        check(Flow(flow.prior, flow.layers, embedding=torch.nn.Flatten().double()), x, context=images)
+
+
 def test_tolerance():
     flow = Flow(StandardNormal(2), make("coupling, affine", 2)).double()
     x = torch.randn(4, 2).double()
