@@ -2,7 +2,7 @@
 
 from pyroflows._version import __version__
 from pyroflows.bijection import Bijection, Compose, Conditioned, Inverse
-from pyroflows.conditioners import MADE, MLP
+from pyroflows.conditioners import MADE, MLP, ConvNet, OneHot, ResNet, ZeroConv
 from pyroflows.diagnostics import CheckReport, check
 from pyroflows.flow import Flow
 from pyroflows.inference import (
@@ -26,17 +26,21 @@ from pyroflows.layers import (
     Additive,
     Affine,
     BatchNorm,
+    ConvCoupling,
     Coupling,
     DenseLinear,
     ElementwiseAffine,
+    InvertibleConv,
     Logit,
     LULinear,
     MaskedAutoregressive,
+    Multiscale,
     Permutation,
     Planar,
     Radial,
     Sigmoid,
     Spline,
+    Squeeze,
     Standardize,
     TriangularAffine,
 )
@@ -53,6 +57,10 @@ __all__ = [  # noqa: RUF022
     # conditioners, priors
     "MADE",
     "MLP",
+    "ConvNet",
+    "OneHot",
+    "ResNet",
+    "ZeroConv",
     "DiagonalNormal",
     "GaussianMixture",
     "LogitNormal",
@@ -65,17 +73,21 @@ __all__ = [  # noqa: RUF022
     "Additive",
     "Affine",
     "BatchNorm",
+    "ConvCoupling",
     "Coupling",
     "DenseLinear",
     "ElementwiseAffine",
+    "InvertibleConv",
     "LULinear",
     "Logit",
     "MaskedAutoregressive",
+    "Multiscale",
     "Permutation",
     "Planar",
     "Radial",
     "Sigmoid",
     "Spline",
+    "Squeeze",
     "Standardize",
     "TriangularAffine",
     # flow, named flows

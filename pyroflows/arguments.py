@@ -10,7 +10,16 @@ from typing import Any
 
 from torch import Size
 
-__all__ = ["Shape", "as_shape", "as_widths", "check_names", "check_number", "check_option", "check_sizes"]
+__all__ = [
+    "Shape",
+    "as_image_shape",
+    "as_shape",
+    "as_widths",
+    "check_names",
+    "check_number",
+    "check_option",
+    "check_sizes",
+]
 
 Shape = int | Sequence[int]
 
@@ -25,6 +34,14 @@ def as_shape(shape: Shape) -> Size:
     if not sizes or not all(map(_is_size, sizes)):
         raise ValueError(f"expected a positive number of features or a shape of positive sizes; got {shape!r}")
     return Size(map(int, sizes))
+
+
+def as_image_shape(shape: Shape) -> Size:
+    """Give the shape ``(C, H, W)`` of an image."""
+    given = as_shape(shape)
+    if len(given) != 3:
+        raise ValueError(f"expected the shape (C, H, W) of an image; got {tuple(given)}")
+    return given
 
 
 def as_widths(name: str, widths: Iterable[int]) -> tuple[int, ...]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from numbers import Integral
+from typing import Any, overload
 
-from pyroflows.arguments import check_option, check_sizes
+from torch import nn
+
+from pyroflows.arguments import Shape, check_names, check_option, check_sizes
 from pyroflows.bijection import Bijection, Inverse
 from pyroflows.flow import Flow
+from pyroflows.image_models import image_glow, image_realnvp
 from pyroflows.layers.actnorm import ActNorm
 from pyroflows.layers.autoregressive import MaskedAutoregressive
 from pyroflows.layers.batchnorm import BatchNorm
@@ -29,6 +33,15 @@ _NORMS = ("actnorm", "batchnorm", "none")
 
 def _flow(prior: Prior | None, features: int, layers: Sequence[Bijection]) -> Flow:
     return Flow(StandardNormal(features) if prior is None else prior, layers)
+
+
+def _build(
+    features: Shape, options: dict[str, Any], of_vectors: Callable[..., Flow], of_images: Callable[..., Flow]
+) -> Flow:
+    """Build the flow of vectors or that of images, whichever the shape asks for."""
+    build = of_vectors if isinstance(features, Integral) else of_images
+    check_names(options, build, but=("features",))
+    return build(features, **options)
 
 
 def _stack(
@@ -61,6 +74,7 @@ def _couplings(features: int, permutation: str, *, mask: str = "halves", **optio
     return lambda number: Coupling(features, mask=mask, flip=number % 2 == 1 and not exchanged, **options)
 
 
+@overload
 def realnvp(
     features: int,
     *,
@@ -75,28 +89,64 @@ def realnvp(
     permutation: str = "lu",
     norm: str = "actnorm",
     prior: Prior | None = None,
-) -> Flow:
-    r"""RealNVP: affine couplings that take turns, quick in both directions.
+) -> Flow: ...
+@overload
+def realnvp(
+    features: Shape,
+    *,
+    num_levels: int = 2,
+    num_blocks: int = 8,
+    hidden_channels: int = 64,
+    scale: str = "exp",
+    norm: str = "weight",
+    dropout: float = 0.0,
+    num_classes: int = 0,
+    context_features: int = 0,
+    alpha: float | None = 0.05,
+    prior: Prior | None = None,
+    dequantizer: nn.Module | None = None,
+) -> Flow: ...
+def realnvp(features: Shape, **options: Any) -> Flow:
+    r"""RealNVP: affine couplings that take turns, quick in both directions; of vectors, or of images at several scales.
+
+    A number of features gives the flow of vectors; the shape ``(C, H, W)`` of an image gives the paper's: at each
+    scale three checkerboard couplings, a squeeze, three channel couplings, and half of the channels factored out; four
+    checkerboard couplings at the last; residual networks whose width doubles at each scale; a logit transform.
 
     Args:
-        features: number of features.
+        features: number of features, or ``(C, H, W)``.
+        options: those below.
         context_features: length of the context; 0 for none.
-        num_layers: number of couplings.
-        hidden_features: widths of the hidden layers of each network, or of its residual blocks.
-        residual: whether the networks are residual.
-        activation: of the networks.
-        dropout: of the networks, in training only.
         scale: "exp" or "sigmoid", see :class:`Affine`.
+        dropout: of the networks, in training only.
+        prior: of the latent, a vector; by default a standard normal.
+
+    Of vectors:
+        num_layers: number of couplings (8).
+        hidden_features: widths of the hidden layers of each network, or of its residual blocks (128, 128).
+        residual: whether the networks are residual (False).
+        activation: of the networks ("relu").
         mask: "halves" or "checkerboard"; the moved and the kept features take turns.
         permutation: after each coupling, towards the data: "lu", "dense", "reverse", "shuffle" or "none".
         norm: after each permutation: "actnorm", "batchnorm" or "none".
-        prior: of the latent; by default a standard normal.
+
+    Of images:
+        num_levels: number of scales (2).
+        num_blocks: residual blocks of each network (8).
+        hidden_channels: their width at the first scale (64).
+        norm: of the networks' convolutions: "weight", "actnorm", "group" or "none".
+        num_classes: number of classes, if the context is a class label, an integer; 0 for none.
+        alpha: of the logit transform between [0, 1] and the real line (0.05); None for no transform.
+        dequantizer: what makes numbers of the pixels' levels, see :class:`Flow`.
 
     Shapes:
-        x: ``(*batch, features)``; context: ``(*batch, context_features)``.
+        x: ``(*batch, features)`` or ``(*batch, C, H, W)``; context: ``(*batch, context_features)``, or labels
+        ``(*batch,)``.
 
     Raises:
-        ValueError: a size is not positive, or an option is not one of those above.
+        TypeError: an option that is not among those of the kind.
+        ValueError: a size is not positive, an image's sides do not halve that often, or an option is not one of those
+            above.
 
     References:
         Density estimation using Real NVP, Dinh et al., 2017 (arXiv:1605.08803).
@@ -105,7 +155,27 @@ def realnvp(
         >>> import torch
         >>> realnvp(3, num_layers=2, context_features=1).log_prob(torch.zeros(4, 3), torch.zeros(4, 1)).shape
         torch.Size([4])
+        >>> realnvp((1, 8, 8), num_blocks=1, hidden_channels=8).sample((2,)).shape
+        torch.Size([2, 1, 8, 8])
     """
+    return _build(features, options, _vector_realnvp, image_realnvp)
+
+
+def _vector_realnvp(
+    features: int,
+    *,
+    context_features: int = 0,
+    num_layers: int = 8,
+    hidden_features: Sequence[int] = (128, 128),
+    residual: bool = False,
+    activation: str = "relu",
+    dropout: float = 0.0,
+    scale: str = "exp",
+    mask: str = "halves",
+    permutation: str = "lu",
+    norm: str = "actnorm",
+    prior: Prior | None = None,
+) -> Flow:
     layer = _couplings(
         features,
         permutation,
@@ -120,6 +190,7 @@ def realnvp(
     return _flow(prior, features, _stack(layer, features, num_layers, permutation, norm))
 
 
+@overload
 def glow(
     features: int,
     *,
@@ -133,27 +204,68 @@ def glow(
     scale: str = "exp",
     permutation: str = "lu",
     prior: Prior | None = None,
-) -> Flow:
-    r"""Glow for vectors: steps of ActNorm, an invertible linear map, and a coupling, from data to latent.
+) -> Flow: ...
+@overload
+def glow(
+    features: Shape,
+    *,
+    num_levels: int = 3,
+    num_steps: int = 16,
+    hidden_channels: int = 512,
+    permutation: str = "conv",
+    coupling: str = "affine",
+    scale: str = "exp",
+    norm: str = "actnorm",
+    num_classes: int = 0,
+    context_features: int = 0,
+    learn_top: bool = True,
+    alpha: float | None = None,
+    prior: Prior | None = None,
+    dequantizer: nn.Module | None = None,
+) -> Flow: ...
+def glow(features: Shape, **options: Any) -> Flow:
+    r"""Glow: steps of ActNorm, an invertible linear map, and a coupling; of vectors, or of images at several scales.
+
+    A number of features gives the flow of vectors; the shape ``(C, H, W)`` of an image gives the paper's: at each level
+    a squeeze and ``num_steps`` steps, with 1x1 convolutions and convolutional couplings, after which half of the
+    channels leave, under a learned prior given the others.
 
     Args:
-        features: number of features.
+        features: number of features, or ``(C, H, W)``.
+        options: those below.
         context_features: length of the context; 0 for none.
-        num_steps: number of steps.
-        hidden_features: widths of the hidden layers of each network, or of its residual blocks.
-        residual: whether the networks are residual.
-        activation: of the networks.
-        dropout: of the networks, in training only.
         coupling: "affine" or "additive".
         scale: of affine couplings: "exp", or the paper's "sigmoid", see :class:`Affine`.
+        prior: of the latent, a vector; by default a standard normal.
+
+    Of vectors:
+        num_steps: number of steps (10).
+        hidden_features: widths of the hidden layers of each network, or of its residual blocks (128, 128).
+        residual: whether the networks are residual (False).
+        activation: of the networks ("relu").
+        dropout: of the networks, in training only.
         permutation: "lu" (the 1x1 convolution, factored), "dense" (unfactored), "reverse", "shuffle" or "none".
-        prior: of the latent; by default a standard normal.
+
+    Of images:
+        num_levels: number of levels (3); each halves height and width.
+        num_steps: number of steps of each level (16).
+        hidden_channels: channels of the hidden layers of each network (512).
+        permutation: "conv" (1x1 convolutions, factored), "conv-full" (unfactored), "shuffle", "reverse" or "none".
+        norm: of the networks' hidden convolutions: "actnorm", "weight", "group" or "none".
+        num_classes: number of classes, if the context is a class label, an integer; 0 for none. The label reaches
+            every network and learned prior.
+        learn_top: whether mean and scale of the last level's latent are learned, given the context if there is one.
+        alpha: of a logit transform between [0, 1] and the real line; None, as in the paper, for no transform.
+        dequantizer: what makes numbers of the pixels' levels, see :class:`Flow`.
 
     Shapes:
-        x: ``(*batch, features)``; context: ``(*batch, context_features)``.
+        x: ``(*batch, features)`` or ``(*batch, C, H, W)``; context: ``(*batch, context_features)``, or labels
+        ``(*batch,)``.
 
     Raises:
-        ValueError: a size is not positive, or an option is not one of those above.
+        TypeError: an option that is not among those of the kind.
+        ValueError: a size is not positive, an image's sides do not halve that often, or an option is not one of those
+            above.
 
     References:
         Glow: Generative Flow with Invertible 1x1 Convolutions, Kingma and Dhariwal, 2018 (arXiv:1807.03039).
@@ -162,7 +274,27 @@ def glow(
         >>> import torch
         >>> glow(2, num_steps=3).sample((5,)).shape
         torch.Size([5, 2])
+        >>> flow = glow((1, 8, 8), num_levels=2, num_steps=2, hidden_channels=16, num_classes=10)
+        >>> flow.sample((2,), torch.tensor([3, 7, 7])).shape
+        torch.Size([2, 3, 1, 8, 8])
     """
+    return _build(features, options, _vector_glow, image_glow)
+
+
+def _vector_glow(
+    features: int,
+    *,
+    context_features: int = 0,
+    num_steps: int = 10,
+    hidden_features: Sequence[int] = (128, 128),
+    residual: bool = False,
+    activation: str = "relu",
+    dropout: float = 0.0,
+    coupling: str = "affine",
+    scale: str = "exp",
+    permutation: str = "lu",
+    prior: Prior | None = None,
+) -> Flow:
     check_sizes(num_steps=num_steps)
     check_option("coupling", coupling, ("affine", "additive"))
     layer = _couplings(

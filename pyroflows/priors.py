@@ -14,7 +14,7 @@ from pyro.distributions.util import broadcast_shape
 from torch import Size, Tensor, nn
 from torch.distributions.utils import broadcast_all
 
-from pyroflows.arguments import Shape, as_shape
+from pyroflows.arguments import Shape, as_shape, check_number
 
 __all__ = [
     "DiagonalNormal",
@@ -74,13 +74,22 @@ class Prior(nn.Module):
         self._check(z)
         return self().log_prob(z)
 
-    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draw latents of shape ``(*sample_shape, *event_shape)``, without gradients."""
+    def sample(self, sample_shape: Sequence[int] = (), *, temperature: float = 1.0) -> Tensor:
+        """Draw latents of shape ``(*sample_shape, *event_shape)``, without gradients.
+
+        At a temperature other than 1 the deviation from the centre is multiplied by it, where the prior has one.
+        """
         shape = Size(sample_shape)
         if 0 in shape:  # torch's categorical, a mixture's, cannot draw nothing
             return self.sample().new_empty(shape + self.event_shape)
         with torch.no_grad():
-            return self().sample(shape)
+            if temperature == 1.0:
+                return self().sample(shape)
+            check_number("temperature", temperature, "[0, inf)")
+            return self._tempered(shape, float(temperature))
+
+    def _tempered(self, shape: Size, temperature: float) -> Tensor:
+        raise ValueError(f"expected temperature=1 of a {type(self).__name__}, which has no centre; got {temperature}")
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draw latents through which gradients reach the parameters."""
@@ -136,6 +145,9 @@ class StandardNormal(Prior):
     def forward(self) -> TorchDistribution:
         return _Joint(dist.Normal(self.loc, self.scale), len(self.event_shape))
 
+    def _tempered(self, shape: Size, temperature: float) -> Tensor:
+        return temperature * self().sample(shape)
+
     def log_prob(self, z: Tensor) -> Tensor:
         self._check(z)
         return self._sum(-0.5 * (z - self.loc).square() - _HALF_LOG_TWO_PI)
@@ -168,6 +180,9 @@ class DiagonalNormal(Prior):
 
     def forward(self) -> TorchDistribution:
         return _Joint(dist.Normal(self.loc, self.log_scale.exp()), len(self.event_shape))
+
+    def _tempered(self, shape: Size, temperature: float) -> Tensor:
+        return self.loc + temperature * (self().sample(shape) - self.loc)
 
     def log_prob(self, z: Tensor) -> Tensor:
         self._check(z)
@@ -278,6 +293,13 @@ class GaussianMixture(Prior):
         else:
             components = _Joint(dist.Normal(self.loc, self.log_scale.exp()), len(self.event_shape))
         return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), components)
+
+    def _tempered(self, shape: Size, temperature: float) -> Tensor:
+        component = dist.Categorical(logits=self.logits).sample(shape)
+        standard = torch.randn(shape + self.event_shape).to(self.loc) * temperature
+        if self.covariance == "full":
+            return self.loc[component] + (self._factor()[component] @ standard.unsqueeze(-1)).squeeze(-1)
+        return self.loc[component] + self.log_scale[component].exp() * standard
 
     def log_prob(self, z: Tensor) -> Tensor:
         self._check(z)

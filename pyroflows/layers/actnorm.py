@@ -21,13 +21,13 @@ class ActNorm(Bijection):
     The first data seen in training mode sets the mean and standard deviation of each feature; one row sets the
     mean alone, and a constant feature keeps its scale. A training pass from latent to data with gradients
     (an ELBO) brings no data: the layer then starts, and stays, as the identity. A fit starts a layer anew that was
-    only looked at, and never trained.
+    only looked at, and never trained. The pixels of an image share the numbers of their channel.
 
     Args:
-        features: number of features, or an event shape.
+        features: number of features, or an event shape; ``(C, H, W)`` is an image's.
 
     Shapes:
-        x, y: ``(*batch, features)``.
+        x, y: ``(*batch, features)``, or ``(*batch, C, H, W)``.
 
     Raises:
         ValueError: features is not a positive integer.
@@ -46,8 +46,10 @@ class ActNorm(Bijection):
 
     def __init__(self, features: Shape):
         super().__init__(features)
-        self.shift = nn.Parameter(torch.zeros(self.latent_shape))
-        self.log_scale = nn.Parameter(torch.zeros(self.latent_shape))
+        shape = self.latent_shape if len(self.latent_shape) != 3 else (self.latent_shape[0], 1, 1)
+        self.shift = nn.Parameter(torch.zeros(shape))
+        self.log_scale = nn.Parameter(torch.zeros(shape))
+        self.pixels = self.latent_shape.numel() // self.shift.numel()
         self.register_buffer("started", torch.tensor(False))
         # The same flag for Python, so that no pass waits for a device to read it.
         self._started = False
@@ -76,7 +78,7 @@ class ActNorm(Bijection):
         return x, log_det, score * self.log_scale.detach().exp()
 
     def _log_det(self, x: Tensor) -> Tensor:
-        return self.log_scale.sum().expand(x.shape[: x.dim() - len(self.latent_shape)])
+        return (self.pixels * self.log_scale.sum()).expand(x.shape[: x.dim() - len(self.latent_shape)])
 
     @torch.no_grad()
     def _start(self, y: Tensor | None = None) -> None:
@@ -84,7 +86,8 @@ class ActNorm(Bijection):
             return  # under vmap or grad a row is not a batch, and nothing may be written
         if y is not None:
             rows = y.reshape(-1, *self.latent_shape)
-            scale, mean = torch.std_mean(rows, 0, correction=0)
+            shared = [0] if self.pixels == 1 else [0, 2, 3]
+            scale, mean = (t.view_as(self.shift) for t in torch.std_mean(rows, shared, correction=0))
             # Rounding alone gives a constant feature a tiny spread.
             varies = scale > 8 * torch.finfo(y.dtype).eps * mean.abs()
             self.shift.copy_(mean)

@@ -1,14 +1,14 @@
-"""Learned linear mixing of features: the vector form of Glow's 1x1 convolution."""
+"""Learned linear mixing: of features, and of the channels of an image, Glow's 1x1 convolution."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from pyroflows.arguments import check_option, check_sizes
+from pyroflows.arguments import Shape, as_image_shape, check_option, check_sizes
 from pyroflows.bijection import Bijection
 
-__all__ = ["DenseLinear", "LULinear"]
+__all__ = ["DenseLinear", "InvertibleConv", "LULinear"]
 
 
 def _start(features: int, start: str) -> Tensor:
@@ -139,3 +139,55 @@ class DenseLinear(Bijection):
 
     def extra_repr(self) -> str:
         return f"{self.latent_shape[0]}"
+
+
+class InvertibleConv(Bijection):
+    r"""Glow's invertible 1x1 convolution: the same learned linear map of the channels at every pixel.
+
+    .. math:: x_{\cdot hw} = W y_{\cdot hw}, \quad \log|\det dy/dx| = -H W \log|\det W|
+
+    The matrix is that of a :class:`LULinear` or a :class:`DenseLinear` without bias, formed once a call.
+
+    Args:
+        shape: ``(C, H, W)``.
+        factored: whether the matrix is kept as P L U, whose determinant is a sum, or whole.
+        start: "rotation", a random one, or "identity".
+
+    Shapes:
+        x, y: ``(*batch, C, H, W)``.
+
+    Raises:
+        ValueError: the shape is not that of an image, or the start is unknown.
+
+    References:
+        Glow: Generative Flow with Invertible 1x1 Convolutions, Kingma and Dhariwal, 2018 (arXiv:1807.03039).
+
+    Example:
+        >>> layer = InvertibleConv((4, 8, 8))
+        >>> layer.inv(torch.zeros(3, 4, 8, 8)).shape
+        torch.Size([3, 4, 8, 8])
+    """
+
+    eye: Tensor
+
+    def __init__(self, shape: Shape, *, factored: bool = True, start: str = "rotation"):
+        channels, height, width = as_image_shape(shape)
+        super().__init__((channels, height, width))
+        self.pixels = height * width
+        self.mixing = (LULinear if factored else DenseLinear)(channels, start=start, bias=False)
+        self.register_buffer("eye", torch.eye(channels), persistent=False)
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._convolve(x, *self.mixing.forward_and_log_det(self.eye))
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._convolve(y, *self.mixing.inverse_and_log_det(self.eye))
+
+    def _convolve(self, x: Tensor, rows: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
+        batch = x.shape[:-3]
+        with torch.autocast(x.device.type, enabled=False):  # the log-det is that of the very weights in use
+            y = nn.functional.conv2d(x.reshape(-1, *self.latent_shape), rows.T[:, :, None, None])
+        return y.reshape(*batch, *self.latent_shape), (self.pixels * log_det[0]).expand(batch)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.latent_shape)}"

@@ -1,4 +1,4 @@
-"""Fixed permutations of the features."""
+"""Fixed permutations of the features, or of the channels of an image."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyroflows.arguments import Shape, as_shape
 from pyroflows.bijection import Bijection
 
 __all__ = ["Permutation"]
@@ -18,13 +19,13 @@ class Permutation(Bijection):
     .. math:: y_i = x_{\pi(i)}, \qquad \log|\det dy/dx| = 0
 
     Args:
-        features: the number of features.
+        features: the number of features, or the shape ``(C, H, W)`` of an image, whose channels are then reordered.
         order: ``"reverse"``, ``"random"``, or the permutation itself: feature ``i`` of the data is feature
             ``order[i]`` of the latent.
         seed: the seed of a random order; torch's global generator if not given.
 
     Shapes:
-        x, y: ``(*batch, features)``.
+        x, y: ``(*batch, features)``, or ``(*batch, C, H, W)``.
 
     Raises:
         ValueError: the order is not a permutation of ``0, ..., features - 1``.
@@ -37,10 +38,12 @@ class Permutation(Bijection):
     order: Tensor
     inverse_order: Tensor
 
-    def __init__(self, features: int, order: str | Sequence[int] | Tensor = "random", *, seed: int | None = None):
-        super().__init__(features)
-        if not isinstance(features, int):
-            raise TypeError(f"expected a number of features; got {features!r}")
+    def __init__(self, features: Shape, order: str | Sequence[int] | Tensor = "random", *, seed: int | None = None):
+        shape = as_shape(features)
+        if len(shape) not in (1, 3):
+            raise ValueError(f"expected a number of features or the shape (C, H, W) of an image; got {tuple(shape)}")
+        super().__init__(shape)
+        features = shape[0]
         if isinstance(order, str):
             if order == "reverse":
                 order = torch.arange(features).flip(0)
@@ -56,20 +59,26 @@ class Permutation(Bijection):
         self.register_buffer("inverse_order", given.argsort())
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return x.index_select(-1, self.order), x.new_zeros(x.shape[:-1])
+        return self._select(x, self.order), self._zero(x)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return y.index_select(-1, self.inverse_order), y.new_zeros(y.shape[:-1])
+        return self._select(y, self.inverse_order), self._zero(y)
 
     def forward_and_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return *self.forward_and_log_det(x), score.index_select(-1, self.order)
+        return *self.forward_and_log_det(x), self._select(score, self.order)
 
     def inverse_and_score(
         self, y: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return *self.inverse_and_log_det(y), score.index_select(-1, self.inverse_order)
+        return *self.inverse_and_log_det(y), self._select(score, self.inverse_order)
+
+    def _select(self, x: Tensor, order: Tensor) -> Tensor:
+        return x.index_select(-len(self.latent_shape), order)
+
+    def _zero(self, x: Tensor) -> Tensor:
+        return x.new_zeros(x.shape[: x.dim() - len(self.latent_shape)])
 
     def extra_repr(self) -> str:
         order = self.order.tolist()
