@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from numbers import Integral
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Size, Tensor, nn
 from torch.distributions import biject_to, constraints, transform_to
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.checkpoint import checkpoint
 
 from pyroflows.arguments import Shape, as_shape
 
@@ -562,6 +564,9 @@ class Compose(Bijection):
         torch.Size([3, 4])
     """
 
+    recompute: bool = False
+    """Whether to keep of each layer its input alone for the gradient, and evaluate it again when that is taken."""
+
     def __init__(self, layers: Iterable[Bijection]):
         if not isinstance(layers, Iterable):
             raise TypeError(f"expected a sequence of layers; got {type(layers).__name__}")
@@ -608,14 +613,14 @@ class Compose(Bijection):
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total: Tensor | Literal[0] = 0
         for layer in self.layers:
-            x, log_det = layer.forward_and_log_det(x, layer._context_for(context))  # type: ignore[operator]
+            x, log_det = self._run(layer, "forward_and_log_det", x, context)
             total = total + log_det
         return x, total  # type: ignore[return-value]
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total: Tensor | Literal[0] = 0
         for layer in reversed(self.layers):
-            y, log_det = layer.inverse_and_log_det(y, layer._context_for(context))  # type: ignore[operator]
+            y, log_det = self._run(layer, "inverse_and_log_det", y, context)
             total = total + log_det
         return y, total  # type: ignore[return-value]
 
@@ -636,3 +641,30 @@ class Compose(Bijection):
             y, log_det, score = layer.inverse_and_score(y, score, layer._context_for(context))  # type: ignore[operator]
             total = total + log_det
         return y, total, score  # type: ignore[return-value]
+
+    def _run(self, layer: Any, direction: str, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        method, context = getattr(layer, direction), layer._context_for(context)
+        if not self.recompute or not torch.is_grad_enabled() or _recomputes_within(layer):
+            return method(x, context)
+        return checkpoint(method, x, context, use_reentrant=False, context_fn=lambda: (nullcontext(), _unmoved(layer)))
+
+
+def _recomputes_within(layer: Bijection) -> bool:
+    return any(isinstance(part, Compose) and part.recompute for part in layer.modules())
+
+
+@contextmanager
+def _unmoved(layer: Bijection) -> Iterator[None]:
+    """Keep the running averages of batch normalisations, which are to follow a batch once."""
+    averages = [
+        buffer
+        for part in layer.modules()
+        if part.training and hasattr(part, "momentum")
+        for buffer in part.buffers(recurse=False)
+    ]
+    before = [buffer.clone() for buffer in averages]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(averages, before, strict=True):
+            buffer.data.copy_(value)  # past autograd, whose saved tensors have not changed

@@ -4,36 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from numbers import Integral, Real
+from dataclasses import asdict, dataclass, field
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyroflows.arguments import check_number, check_option, check_sizes
+from pyroflows.batches import Batches, Rows, Steps, prepare
+from pyroflows.checkpoint import Checkpoint, fingerprint, random_state, set_random_state
 from pyroflows.flow import Flow
-from pyroflows.layers.actnorm import ActNorm
 from pyroflows.layers.batchnorm import BatchNorm
+from pyroflows.modes import METHODS, compiled, laid_out, mixed, recomputing
 
 Array = Tensor | np.ndarray[Any, Any]
 
 __all__ = ["FitResult", "Objective", "fit", "negative_log_likelihood"]
 
-Batch = tuple[Tensor | None, Tensor | None]
 Objective = Callable[[Any, Tensor | None, Tensor | None], Tensor]
 """Gives the loss, a scalar, of a flow on a batch of data and context."""
 
-_EVALUATION_ROWS = 8192
-_METHODS = ("log_prob", "rsample_and_log_prob", "rsample_and_score")
-
 
 def negative_log_likelihood(flow: Any, x: Tensor | None, context: Tensor | None) -> Tensor:
-    """The mean negative log-likelihood of a batch, in nats."""
-    return -flow.log_prob(x, context).mean()
+    """The mean negative log-likelihood of a batch, in nats; of discrete data a bound on it, by the dequantizer."""
+    method = flow.log_prob if flow.dequantizer is None else flow.dequantized_log_prob
+    return -method(x, context).mean()
 
 
 @dataclass
@@ -48,7 +48,7 @@ class FitResult:
         stopped: why the fit ended.
         steps: the optimizer steps taken.
         skipped_steps: the steps left out because loss or gradient was not finite.
-        seconds: wall time.
+        seconds: wall time, over all the processes of a fit with a checkpoint.
     """
 
     history: dict[str, list[float]] = field(default_factory=dict)
@@ -75,6 +75,8 @@ def fit(
     validation: float | Array | tuple[Array, Array] | None = 0.1,
     epochs: int = 100,
     batch_size: int | None = None,
+    accumulate: int = 1,
+    optimizer: str = "adam",
     learning_rate: float = 1e-3,
     weight_decay: float = 0.0,
     schedule: str = "cosine",
@@ -84,9 +86,14 @@ def fit(
     max_seconds: float | None = None,
     average: float = 0.0,
     max_skipped: int = 20,
-    steps_per_epoch: int = 100,
+    steps_per_epoch: int | None = None,
     objective: Objective = negative_log_likelihood,
+    augment: Callable[[Tensor], Tensor] | None = None,
+    recompute: bool = False,
+    channels_last: bool = False,
     compile: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_seconds: float | None = None,
     seed: int | None = None,
     accelerator: str = "auto",
     precision: str | None = None,
@@ -94,10 +101,17 @@ def fit(
 ) -> FitResult:
     r"""Train a flow, by default by maximum likelihood, and leave it with its best weights, in evaluation mode.
 
-    The data go to the device whole and are shuffled there by index. Adam is fused; its learning rate warms up, then
-    falls along a half cosine (of a stream whose length is not known, from the second epoch on). A step whose loss or
-    gradient is not finite is left out and counted; after ``max_skipped`` in a row the fit ends. The random numbers of
-    torch are as before where a seed is given.
+    The data go to the device whole and are shuffled there by index; those of a flow with a dequantizer may be
+    integers, and lie there as they come. The learning rate warms up, then falls along a half cosine (of a stream whose
+    length is not known, from the second epoch on). A step whose loss or gradient is not finite is left out and
+    counted; after ``max_skipped`` in a row the fit ends. The random numbers of torch are as before where a seed is
+    given.
+
+    With a checkpoint the state of the fit is in a file after each epoch, and a fit that finds the file goes on from
+    there: on a CPU to the very numbers of a fit that was never interrupted, as long as all random numbers are those of
+    torch's default generator. What decides about the steps has to be the same; ``epochs``, ``max_seconds``,
+    ``patience`` and ``max_skipped`` may change, and from then on the schedule is that of the new length. A fit that
+    had ended gives its result at once.
 
     Args:
         flow: the flow; trained in place.
@@ -110,7 +124,10 @@ def fit(
         epochs: passes through the data.
         batch_size: rows a step; by default 256, or all rows where there are fewer. The rows left over by the last
             whole batch of an epoch wait for another epoch's shuffle.
-        learning_rate: Adam's, at its highest.
+        accumulate: parts in which a batch is run, one after another, so that larger ones fit into memory. The step is
+            that of the whole batch, if the objective is a mean over rows; norms that start from data see one part.
+        optimizer: "adam", fused, or "adamax".
+        learning_rate: the optimizer's, at its highest.
         weight_decay: L2 penalty on all parameters.
         schedule: "cosine" (to zero) or "constant".
         warmup: the share of training during which the learning rate rises.
@@ -120,13 +137,23 @@ def fit(
         average: the decay of an exponential moving average of the weights, such as 0.999, which is then what is
             evaluated and kept; 0 for none. It looks back at most over a fifth of the steps taken.
         max_skipped: steps in a row that may be left out before the fit ends.
-        steps_per_epoch: steps an epoch has where ``x`` is None.
-        objective: gives the loss from the flow, a batch and its context.
+        steps_per_epoch: steps an epoch has; by default those of a whole pass, or 100 where ``x`` is None. Beside an
+            array one shuffle then runs on through the epochs until all rows were seen, and another follows.
+        objective: gives the loss from the flow, a batch and its context; by default the mean of
+            ``-flow.log_prob``, or of ``-flow.dequantized_log_prob`` where the flow has a dequantizer.
+        augment: gives from the ``x`` of a training batch, before it is dequantised, another like it, such as images
+            mirrored at random.
+        recompute: keep for the gradient what goes into a layer (of a flow in levels: into a step), and run that again
+            when the gradient is taken: a third more time, and memory that hardly grows with the number of layers.
+        channels_last: lay images and the weights of convolutions out in ``torch.channels_last``.
         compile: run the flow's methods through ``torch.compile`` while it trains: a minute of compiling, then steps
             of half the time or so for splines, two thirds for affine layers (on a CPU; needs a C++ compiler).
+        checkpoint: a file to which the state of the fit is written after each epoch, and from which it goes on.
+        checkpoint_seconds: the least time from one write to the next; the end of the fit is always written.
         seed: seeds split, shuffles and dropout (not the weights the flow comes with).
         accelerator: Lightning Fabric's: "auto", "cpu", "cuda", "mps"; the flow is moved there and back.
-        precision: "bf16-mixed" for Fabric's mixed precision in training; by default that of the flow.
+        precision: "bf16-mixed" to train with the networks (conditioners, embedding) in bfloat16, and the maps and
+            densities in the flow's precision; by default all is in that.
         progress: whether to show a bar, or its label; by default, and with a label, on a terminal alone.
 
     Shapes:
@@ -139,11 +166,12 @@ def fit(
     Raises:
         TypeError: integer data, or something that is no data.
         ValueError: a shape that is not the flow's, a number that is not finite, a constant column, fewer rows than a
-            batch, or an option out of range.
+            batch, an option out of range, or a checkpoint that is cut short, or is that of another fit.
 
     References:
         Adam: A Method for Stochastic Optimization, Kingma and Ba, 2015 (arXiv:1412.6980);
-        SGDR: Stochastic Gradient Descent with Warm Restarts, Loshchilov and Hutter, 2017 (arXiv:1608.03983).
+        SGDR: Stochastic Gradient Descent with Warm Restarts, Loshchilov and Hutter, 2017 (arXiv:1608.03983);
+        Training Deep Nets with Sublinear Memory Cost, Chen et al., 2016 (arXiv:1604.06174).
 
     Example:
         >>> from pyroflows import fit, realnvp
@@ -156,20 +184,37 @@ def fit(
 
     if not isinstance(flow, Flow):
         raise TypeError(f"expected a Flow; got {type(flow).__name__}")
-    check_sizes(epochs=epochs, max_skipped=max_skipped, steps_per_epoch=steps_per_epoch)
+    check_sizes(epochs=epochs, max_skipped=max_skipped, accumulate=accumulate)
+    for name, size in (("patience", patience), ("steps_per_epoch", steps_per_epoch)):
+        if size is not None:
+            check_sizes(**{name: size})
     check_option("schedule", schedule, ("cosine", "constant"))
-    for name, value in (("learning_rate", learning_rate), ("clip_norm", clip_norm), ("max_seconds", max_seconds)):
-        if value is not None or name == "learning_rate":
+    check_option("optimizer", optimizer, ("adam", "adamax"))
+    check_number("learning_rate", learning_rate, "(0, inf)")
+    for name, value in (
+        ("clip_norm", clip_norm),
+        ("max_seconds", max_seconds),
+        ("checkpoint_seconds", checkpoint_seconds),
+    ):
+        if value is not None:
             check_number(name, value, "(0, inf)")
     check_number("weight_decay", weight_decay, "[0, inf)")
     check_number("warmup", warmup, "[0, 1)")
     check_number("average", average, "[0, 1)")
-    if patience is not None:
-        check_sizes(patience=patience)
     if seed is not None and not isinstance(seed, Integral):
         raise TypeError(f"expected seed to be an integer; got {seed!r}")
+    if augment is not None and not callable(augment):
+        raise TypeError(f"expected augment to be a function; got {type(augment).__name__}")
+    if checkpoint is None and checkpoint_seconds is not None:
+        raise ValueError(f"expected checkpoint_seconds beside a checkpoint; got {checkpoint_seconds} alone")
+    if channels_last and len(flow.event_shape) != 3:
+        raise ValueError(f"expected a flow of images (C, H, W) for channels_last; got {tuple(flow.event_shape)}")
     if x is None and objective is negative_log_likelihood:
         raise ValueError("expected data, or an objective that needs none; got neither")
+    if compile and recompute:
+        raise ValueError("expected compile or recompute, since torch.compile cannot see through both; got both")
+    if x is None and augment is not None:
+        raise ValueError("expected data for augment; got none")
 
     dtypes = {t.dtype for t in (*flow.parameters(), *flow.buffers()) if t.is_floating_point()}
     if len(dtypes) > 1:
@@ -183,43 +228,109 @@ def fit(
         )
     home = flow.device
     devices = [home.index] if home.type == "cuda" and accelerator in ("auto", "cuda", "gpu") else 1
-    fabric = Fabric(accelerator=accelerator, devices=devices, precision=precision or own)
-    with _seeded(seed, fabric.device):
-        train, held_out = _prepare(flow, x, context, validation, batch_size, steps_per_epoch, fabric.device)
+    fabric = Fabric(accelerator=accelerator, devices=devices, precision=own)
+    file = None if checkpoint is None else Checkpoint(checkpoint, checkpoint_seconds)
+    state = None if file is None else file.load()
+    with _seeded(seed, fabric.device), contextlib.ExitStack() as stack:
+        if state is not None:
+            set_random_state(state["start"], fabric.device)  # so that the same rows are held out
+        start = random_state(fabric.device)
+        train, held_out = prepare(flow, x, context, validation, batch_size, steps_per_epoch, fabric.device)
+        if isinstance(train, Rows) and train.batch_size < accumulate:
+            raise ValueError(f"expected at least accumulate={accumulate} rows a batch; got {train.batch_size}")
         parameters = [p for p in flow.parameters() if p.requires_grad]
         if not parameters:
             raise ValueError("expected a flow with parameters to train; got none")
-        for layer in flow.modules():
-            if isinstance(layer, ActNorm):
-                layer.restart_if_untrained()
+        options = _Options(
+            learning_rate=float(learning_rate),
+            weight_decay=float(weight_decay),
+            schedule=schedule,
+            warmup=float(warmup),
+            clip_norm=math.inf if clip_norm is None else float(clip_norm),
+            average=float(average),
+            optimizer=optimizer,
+            batch_size=train.batch_size if isinstance(train, Rows) else None,
+            steps_per_epoch=train.steps,
+            accumulate=int(accumulate),
+            channels_last=bool(channels_last),
+            precision=precision or own,
+            seed=None if seed is None else int(seed),
+            objective=_name(objective),
+            augment=_name(augment),
+        )
+        rows = [rows for rows in (train, held_out) if isinstance(rows, Rows)]
+        marks = {
+            **asdict(options),
+            "flow": fingerprint(flow),
+            "data": fingerprint(*(tensor for each in rows for tensor in (each.x, each.context))),
+        }
+        if file is not None and state is not None:
+            file.check(state["marks"], marks)
+        for part in flow.modules():
+            if hasattr(part, "restart_if_untrained"):
+                part.restart_if_untrained()  # type: ignore[operator]
+        stack.callback(flow.to, home)
         fabric.to_device(flow)
-        optimizer = torch.optim.Adam(parameters, learning_rate, weight_decay=weight_decay, fused=True)
-        module, wrapped = fabric.setup(flow, optimizer)
-        for method in _METHODS:
+        for mode, wanted in ((laid_out, channels_last), (mixed, precision == "bf16-mixed"), (recomputing, recompute)):
+            if wanted:
+                stack.enter_context(mode(flow))
+        module, wrapped = fabric.setup(flow, _optimizer(options, parameters))
+        for method in METHODS:
             module.mark_forward_method(method)
+        if compile:
+            stack.enter_context(compiled(flow))
         trainer = _Trainer(
             fabric,
             flow,
             module,
             wrapped,
             objective,
+            augment,
             train,
             held_out,
-            rate=learning_rate,
-            warmup=warmup,
-            cosine=schedule == "cosine",
-            clip_norm=clip_norm or math.inf,
-            max_seconds=max_seconds,
-            average=average,
-            max_skipped=max_skipped,
+            options,
             epochs=epochs,
             patience=patience,
+            max_seconds=None if max_seconds is None else float(max_seconds),
+            max_skipped=max_skipped,
+            file=file,
+            origin={"marks": marks, "start": start},
         )
-        try:
-            with _compiled(flow) if compile else contextlib.nullcontext():
-                return trainer.run(progress)
-        finally:
-            flow.to(home)
+        if state is not None:
+            trainer.resume(state)
+        return trainer.run(progress)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What decides about the steps of a fit."""
+
+    learning_rate: float
+    weight_decay: float
+    schedule: str
+    warmup: float
+    clip_norm: float
+    average: float
+    optimizer: str
+    batch_size: int | None
+    steps_per_epoch: int | None
+    accumulate: int
+    channels_last: bool
+    precision: str
+    seed: int | None
+    objective: str | None
+    augment: str | None
+
+
+def _name(function: object) -> str | None:
+    return None if function is None else getattr(function, "__qualname__", type(function).__name__)
+
+
+def _optimizer(options: _Options, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    rate, weight_decay = options.learning_rate, options.weight_decay
+    if options.optimizer == "adamax":
+        return torch.optim.Adamax(parameters, rate, weight_decay=weight_decay, foreach=True)
+    return torch.optim.Adam(parameters, rate, weight_decay=weight_decay, fused=True)
 
 
 @dataclass
@@ -231,17 +342,16 @@ class _Trainer:
     module: Any  # the flow as Fabric wraps it
     optimizer: Any
     objective: Objective
-    train: _Rows | _Batches | _Steps
-    held_out: _Rows | None
-    rate: float
-    warmup: float
-    cosine: bool
-    clip_norm: float
-    max_seconds: float | None
-    average: float
-    max_skipped: int
+    augment: Callable[[Tensor], Tensor] | None
+    train: Rows | Batches | Steps
+    held_out: Rows | None
+    options: _Options
     epochs: int
     patience: int | None
+    max_seconds: float | None
+    max_skipped: int
+    file: Checkpoint | None
+    origin: dict[str, Any]  # what a checkpoint says of the fit it is of
 
     def __post_init__(self) -> None:
         self.result = FitResult({k: [] for k in ("train", "validation", "gradient_norm", "learning_rate", "seconds")})
@@ -249,43 +359,73 @@ class _Trainer:
         # Skipped steps are counted where they happen, so that no step waits for the device.
         self.skipped = torch.zeros(2, device=self.fabric.device)  # in all, in a row
         self.parameters = list(self.flow.parameters())
-        self.averaged = [p.detach().clone() for p in self.parameters] if self.average else []
+        self.averaged = [p.detach().clone() for p in self.parameters] if self.options.average else []
+        self.first: dict[str, Tensor] | None = self._weights()  # until there are best ones
+        self.best: dict[str, Tensor] | None = None
         self.began = time.perf_counter()
 
     def run(self, progress: bool | str | None) -> FitResult:
         from tqdm.auto import tqdm
 
-        result, first, best = self.result, self._weights(), None
+        result = self.result
         label, disable = (
             (progress, None) if isinstance(progress, str) else (None, None if progress is None else not progress)
         )
         try:
-            with tqdm(total=self.total, desc=label, disable=disable, unit="step", leave=False) as bar:
-                for epoch in range(self.epochs):
+            with tqdm(
+                total=self.total, initial=result.steps, desc=label, disable=disable, unit="step", leave=False
+            ) as bar:
+                while not result.stopped:
                     train, norm = self._epoch(bar)
                     if self.total is None:
                         self.total = self.epochs * result.steps
                     self._exchange()
                     loss = self._evaluate(train)
                     self._note(train, loss, norm)
-                    # Without rows held out the last epoch is the best: a lower training loss before was luck. One that
-                    # ended in steps that were not finite may have left weights that blew up before.
-                    better = loss < result.best_loss or self.held_out is None
-                    if math.isfinite(loss) and better and not self._blown():
-                        result.best_loss, result.best_epoch, best = loss, epoch, self._weights()
-                    result.stopped = self._why_stop(epoch)
-                    if result.stopped:
-                        break
                     self._exchange()
+                    result.stopped = self._why_stop()
+                    if self.file is not None and (result.stopped or self.file.due()):
+                        self.file.save(self._state())
         finally:
             # Also after an interrupt or an error of the objective the flow has its best weights, if it had an epoch.
-            if best is None and self._blown():
-                best = first
-            if best is not None:
-                self.flow.load_state_dict(best)
+            kept = self.first if self.best is None and self._blown() else self.best
+            if kept is not None:
+                self.flow.load_state_dict(kept)
             self.flow.eval()
-        result.skipped_steps, result.seconds = int(self.skipped[0]), self._seconds()
         return result
+
+    def _state(self) -> dict[str, Any]:
+        """All that the next epoch depends on."""
+        return {
+            **self.origin,
+            "result": asdict(self.result),
+            "epoch_steps": self.total // self.epochs if self.total else None,
+            "weights": self.flow.state_dict(),
+            "averaged": self.averaged,
+            "optimizer": self.optimizer.optimizer.state_dict(),
+            "skipped": self.skipped,
+            "first": self.first,
+            "best": self.best,
+            "waiting": self.train.waiting if isinstance(self.train, Rows) else None,
+            "random": random_state(self.fabric.device),
+        }
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on from the state of a checkpoint."""
+        self.result = FitResult(**state["result"])
+        if state["epoch_steps"]:
+            self.total = self.epochs * state["epoch_steps"]
+        self.flow.load_state_dict(state["weights"])
+        for average, value in zip(self.averaged, state["averaged"], strict=True):
+            average.copy_(value)
+        self.optimizer.optimizer.load_state_dict(state["optimizer"])
+        self.skipped.copy_(state["skipped"])
+        self.first, self.best = state["first"], state["best"]
+        if isinstance(self.train, Rows):
+            self.train.waiting = state["waiting"].to(self.fabric.device)
+        self.began = time.perf_counter() - self.result.seconds
+        set_random_state(state["random"], self.fabric.device)
+        self.result.stopped = self._why_stop()
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in self.flow.state_dict().items()}
@@ -299,23 +439,32 @@ class _Trainer:
             average.copy_(kept)
 
     def _note(self, train: float, loss: float, norm: float) -> None:
-        history = self.result.history
+        """Put an epoch down, and keep its weights, which are in place, if they are the best."""
+        result, history = self.result, self.result.history
         history["train"].append(train)
         if self.held_out is not None:
             history["validation"].append(loss)
         history["gradient_norm"].append(norm)
         history["learning_rate"].append(self.optimizer.param_groups[0]["lr"])
         history["seconds"].append(self._seconds())
+        result.skipped_steps, result.seconds = int(self.skipped[0]), history["seconds"][-1]
+        # Without rows held out the last epoch is the best: a lower training loss before was luck. One that ended in
+        # steps that were not finite may have left weights that blew up before.
+        better = loss < result.best_loss or self.held_out is None
+        if math.isfinite(loss) and better and not self._blown():
+            result.best_loss, result.best_epoch = loss, len(history["train"]) - 1
+            self.best, self.first = self._weights(), None
 
-    def _why_stop(self, epoch: int) -> str:
+    def _why_stop(self) -> str:
         if self._blown():
             return f"loss or gradient not finite in {self.max_skipped} steps in a row"
-        if self.max_seconds is not None and self._seconds() >= self.max_seconds:
+        if self.max_seconds is not None and self.result.seconds >= self.max_seconds:
             return f"max_seconds={self.max_seconds:.4g} reached"
+        epoch = len(self.result.history["train"]) - 1
         waited = epoch - (self.result.best_epoch or 0)
         if self.patience is not None and self.held_out is not None and waited >= self.patience:
             return f"no better validation loss in {self.patience} epochs"
-        return f"all {self.epochs} epochs done" if epoch == self.epochs - 1 else ""
+        return f"all {self.epochs} epochs done" if epoch >= self.epochs - 1 else ""
 
     def _blown(self) -> bool:
         return bool(self.skipped[1] >= self.max_skipped)
@@ -352,57 +501,88 @@ class _Trainer:
         return (mean[0], mean[1]) if total[2] else (math.nan, math.nan)
 
     def _set_rate(self, elapsed: float) -> None:
-        steps = self.result.steps
+        steps, warmup = self.result.steps, self.options.warmup
         done = steps / self.total if self.total else 0.0
         if self.max_seconds is not None:
             done = min(max(done, elapsed / self.max_seconds), 1.0)
         # Where the number of steps is not known yet, a hundred warm up.
-        step = 1 / self.total if self.total else self.warmup * (steps + 1) / 100
-        rise = min(1.0, (done + step) / self.warmup) if self.warmup else 1.0
-        fall = (1 + math.cos(math.pi * done)) / 2 if self.cosine else 1.0
+        step = 1 / self.total if self.total else warmup * (steps + 1) / 100
+        rise = min(1.0, (done + step) / warmup) if warmup else 1.0
+        fall = (1 + math.cos(math.pi * done)) / 2 if self.options.schedule == "cosine" else 1.0
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * rise * fall
+            group["lr"] = self.options.learning_rate * rise * fall
 
     def _step(self, x: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.objective(self.module, x, context)
-        if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
-            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise TypeError(f"expected an objective that gives a scalar tensor with a gradient; got {got}")
-        self.fabric.backward(loss)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm, foreach=True)
-        loss = loss.detach()
+        losses = []
+        for part, its_context, share in self._parts(x, context):
+            loss = self.objective(self.module, part, its_context)
+            if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
+                got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                raise TypeError(f"expected an objective that gives a scalar tensor with a gradient; got {got}")
+            loss = loss if share == 1 else loss * share
+            self.fabric.backward(loss)
+            losses.append(loss.detach())
+        loss = torch.stack(losses).sum()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options.clip_norm, foreach=True)
         bad = (~(loss.isfinite() & norm.isfinite())).float()
-        # The fused optimizer reads this flag on the device and leaves the step out.
-        self.optimizer.optimizer.found_inf = bad
-        self.optimizer.step()
+        if self.options.optimizer == "adam":
+            # The fused optimizer reads this flag on the device and leaves the step out.
+            self.optimizer.optimizer.found_inf = bad
+            self.optimizer.step()
+        elif not bad:  # a GPU waits here, which is little beside the steps of a flow of images
+            self.optimizer.step()
         self.skipped += bad
         self.skipped[1] *= bad
-        if self.average:
+        if self.averaged:
             # The first steps are soon forgotten: early on, the average looks back over a fifth of them.
-            weight = max(1 - self.average, 5 / (self.result.steps + 5))
+            weight = max(1 - self.options.average, 5 / (self.result.steps + 5))
             torch._foreach_lerp_(self.averaged, [p.detach() for p in self.parameters], weight)
         return loss, norm, bad
+
+    def _parts(self, x: Tensor | None, context: Tensor | None) -> Iterator[tuple[Tensor | None, Tensor | None, float]]:
+        """Give the parts of a batch that are run one after another, and the share of its rows that each has."""
+        number = self.options.accumulate
+        if x is None:
+            for _ in range(number):
+                yield None, None, 1 / number
+            return
+        if self.augment is not None:
+            shape, dtype = x.shape, x.dtype
+            x = self.augment(x)
+            if not isinstance(x, Tensor) or x.shape != shape or x.dtype != dtype:
+                got = f"{x.dtype} of {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+                raise TypeError(f"expected augment to give {dtype} of {tuple(shape)}, as it gets; got {got}")
+        rows, number = len(x), min(number, len(x))
+        parts = self._laid_out(x).tensor_split(number)
+        contexts = [None] * number if context is None else context.tensor_split(number)
+        for part, its_context in zip(parts, contexts, strict=True):
+            yield part, its_context, len(part) / rows
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last) if self.options.channels_last else x
 
     @torch.no_grad()
     def _evaluate(self, train: float) -> float:
         """Give the loss on the rows held out, in the flow's own precision; without such rows that of training."""
         self.flow.eval()
-        if isinstance(self.train, _Rows):
+        if isinstance(self.train, Rows):
             _set_batch_statistics(self.flow, self.train)
         if self.held_out is None:
             return train
-        total = sum(float(self.objective(self.flow, x, c)) * len(x) for x, c in self.held_out.chunks())
-        return total / len(self.held_out.x)
+        losses = [float(self.objective(self.flow, self._laid_out(x), c)) * len(x) for x, c in self.held_out.chunks()]
+        return sum(losses) / len(self.held_out.x)
 
 
 @torch.no_grad()
-def _set_batch_statistics(flow: Flow, train: _Rows) -> None:
+def _set_batch_statistics(flow: Flow, train: Rows) -> None:
     """Give every BatchNorm of the stack the statistics of the whole train set, in one pass from data to latent."""
     layers = flow.layers
     if not any(isinstance(layer, BatchNorm) for layer in layers):
         return
     x, context = train.x, train.context
+    if flow.dequantizer is not None:
+        x = torch.cat([flow.dequantizer(x[rows])[0] for rows in train.slices()])
     if context is not None:
         context = torch.cat([flow._embed(context[rows]) for rows in train.slices()])  # type: ignore[misc]
     for layer in reversed(layers):
@@ -413,167 +593,6 @@ def _set_batch_statistics(flow: Flow, train: _Rows) -> None:
             layer.inverse_and_log_det(x[rows], None if given is None else given[rows])[0] for rows in train.slices()
         ]
         x = torch.cat(parts)
-
-
-@contextlib.contextmanager
-def _compiled(flow: Flow) -> Iterator[None]:
-    """Put compiled methods in front of the flow's own for the length of a block."""
-    for method in _METHODS:
-        # Train and evaluation batches each have one shape: a graph for each is faster than one for all.
-        object.__setattr__(flow, method, torch.compile(getattr(flow, method), dynamic=False))
-    try:
-        yield
-    finally:
-        for method in _METHODS:
-            object.__delattr__(flow, method)
-
-
-class _Rows:
-    """Data that lie on the device, in batches by index shuffle."""
-
-    def __init__(self, x: Tensor, context: Tensor | None, batch_size: int):
-        self.x, self.context, self.batch_size = x, context, batch_size
-        self.steps = len(x) // batch_size
-
-    def __iter__(self) -> Iterator[Batch]:
-        order = torch.randperm(len(self.x), device=self.x.device)
-        for rows in order[: self.steps * self.batch_size].split(self.batch_size):
-            yield self.x[rows], None if self.context is None else self.context[rows]
-
-    def slices(self) -> list[slice]:
-        return [slice(i, i + _EVALUATION_ROWS) for i in range(0, len(self.x), _EVALUATION_ROWS)]
-
-    def chunks(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        for rows in self.slices():
-            yield self.x[rows], None if self.context is None else self.context[rows]
-
-
-class _Batches:
-    """Batches that come from the user, such as a DataLoader's."""
-
-    def __init__(self, batches: Iterable[Any], flow: Flow, device: torch.device):
-        self.batches, self.flow, self.device = batches, flow, device
-        try:
-            self.steps: int | None = len(batches)  # type: ignore[arg-type]
-        except TypeError:  # a stream, or a DataLoader over one
-            self.steps = None
-
-    def __iter__(self) -> Iterator[Batch]:
-        for number, batch in enumerate(self.batches):
-            x, context = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
-            if isinstance(x, (tuple, list)) and len(x) == 1:
-                x = x[0]
-            if not isinstance(x, Tensor) and not hasattr(x, "__array__"):
-                raise TypeError(
-                    f"expected batches that are tensors or arrays, or pairs of them; got {type(x).__name__}"
-                )
-            yield _data(self.flow, x, context, self.device, name=f"batch {number}")
-
-
-class _Steps:
-    """Steps without data."""
-
-    def __init__(self, steps: int):
-        self.steps = steps
-
-    def __iter__(self) -> Iterator[Batch]:
-        for _ in range(self.steps):
-            yield None, None
-
-
-def _prepare(
-    flow: Flow,
-    x: Any,
-    context: Any,
-    validation: Any,
-    batch_size: int | None,
-    steps_per_epoch: int,
-    device: torch.device,
-) -> tuple[_Rows | _Batches | _Steps, _Rows | None]:
-    if batch_size is not None:
-        check_sizes(batch_size=batch_size)
-    share = 0.0
-    if isinstance(validation, (Real, bool)):
-        check_number("the share of validation rows", validation, "[0, 1)")
-        share, validation = float(validation), None
-    held_out = None
-    if isinstance(validation, tuple) and len(validation) != 2:
-        raise ValueError(f"expected validation as (data, context); got {len(validation)} items")
-    if validation is not None:
-        rows, its_context = validation if isinstance(validation, tuple) else (validation, None)
-        held_out = _Rows(*_data(flow, rows, its_context, device, name="validation data"), _EVALUATION_ROWS)
-        if len(held_out.x) == 0:
-            raise ValueError("expected at least one row of validation data; got none")
-    if not isinstance(x, Tensor) and not hasattr(x, "__array__"):
-        if context is not None or batch_size is not None:
-            name = "context" if context is not None else "batch_size"
-            raise ValueError(f"expected {name} beside a tensor or an array alone; got it beside {type(x).__name__}")
-        if x is None:
-            return _Steps(steps_per_epoch), held_out
-        if not isinstance(x, Iterable) or isinstance(x, str):
-            raise TypeError(f"expected data as a tensor, an array or batches; got {type(x).__name__}")
-        return _Batches(x, flow, device), held_out
-    data, given = _data(flow, x, context, device, name="data")
-    _refuse_constant_columns(data)
-    if share and held_out is None:
-        order = torch.randperm(len(data), device=device)
-        number = max(1, int(share * len(data)))
-        kept, held = order[number:], order[:number]
-        held_out = _Rows(data[held], None if given is None else given[held], _EVALUATION_ROWS)
-        data, given = data[kept], None if given is None else given[kept]
-    if batch_size is None:
-        batch_size = min(256, len(data))
-    if len(data) < batch_size or len(data) == 0:
-        raise ValueError(f"expected at least batch_size={batch_size} training rows; got {len(data)}")
-    return _Rows(data, given, batch_size), held_out
-
-
-def _data(flow: Flow, x: Any, context: Any, device: torch.device, *, name: str) -> tuple[Tensor, Tensor | None]:
-    """Give data and context as tensors of the flow's dtype on the device, or say what is wrong with them."""
-    data = _as_tensor(x, flow, device, name)
-    if data.shape[1:] != flow.event_shape:
-        expected = "(rows, " + ", ".join(map(str, flow.event_shape)) + ")"
-        raise ValueError(f"expected {name} of shape {expected}; got {tuple(data.shape)}")
-    embedded = flow.embedding is not None
-    given = None if context is None else _as_tensor(context, flow, device, f"context of {name}", integers=embedded)
-    if not embedded:
-        flow.bijection._batch_shape(data.shape[:1], given)
-    elif given is None:
-        flow._embed(None)  # says that it is missing
-    if given is not None and given.shape[: 1 if embedded else -1] != data.shape[:1]:
-        raise ValueError(f"expected a context for each of {len(data)} rows; got {tuple(given.shape)}")
-    return data, given
-
-
-def _as_tensor(x: Any, flow: Flow, device: torch.device, name: str, *, integers: bool = False) -> Tensor:
-    try:
-        given = x.detach() if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(np.asarray(x)))
-    except TypeError:
-        raise TypeError(f"expected {name} as a tensor or an array of numbers; got {type(x).__name__}") from None
-    if integers and not given.is_floating_point():
-        return given.to(device)
-    if not given.is_floating_point():
-        raise TypeError(f"expected {name} of floating-point numbers; got {given.dtype}: convert or dequantise them")
-    tensor = given.to(device, flow.dtype)
-    finite = tensor.isfinite()
-    if not finite.all():
-        where = (~finite).nonzero()
-        row, *column = where[0].tolist()
-        number = given[(row, *column)]
-        raise ValueError(
-            f"expected finite numbers in {name}; got {float(number)} in row {row}, column {', '.join(map(str, column))}"
-            f"{f', beyond the range of {flow.dtype}' if number.isfinite() else ''} ({len(where)} such numbers in all)"
-        )
-    return tensor
-
-
-def _refuse_constant_columns(data: Tensor) -> None:
-    if len(data) < 2:
-        raise ValueError(f"expected at least 2 rows of data; got {len(data)}")
-    constant = (data == data[0]).all(0).flatten().nonzero()[:, 0].tolist()
-    if constant:
-        shown = ", ".join(map(str, constant[:10])) + (", ..." if len(constant) > 10 else "")
-        raise ValueError(f"expected columns that vary, since a constant one has no density; got column {shown}")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import pandas
@@ -12,7 +17,23 @@ import torch
 import tqdm.auto
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from pyroflows import DiagonalNormal, ElementwiseAffine, FitResult, Flow, LULinear, StandardNormal, fit, maf, realnvp
+from pyroflows import (
+    ActNorm,
+    Compose,
+    Coupling,
+    DiagonalNormal,
+    ElementwiseAffine,
+    FitResult,
+    Flow,
+    LULinear,
+    Permutation,
+    StandardNormal,
+    fit,
+    maf,
+    realnvp,
+)
+from pyroflows.batches import Rows
+from pyroflows.modes import laid_out, mixed, recomputing
 
 
 def affine(features=2, **options):
@@ -628,7 +649,7 @@ def test_compiled_fit_gives_the_same_result_and_leaves_the_flow_as_it_was(monkey
         flow = small()
         losses.append(fit(flow, gaussian(), epochs=2, batch_size=50, compile=option, seed=0).best_loss)
         assert "log_prob" not in vars(flow)
-    assert compiled == ["log_prob", "rsample_and_log_prob", "rsample_and_score"]
+    assert compiled == ["log_prob", "dequantized_log_prob", "rsample_and_log_prob", "rsample_and_score"]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
@@ -778,3 +799,664 @@ def test_the_bar_has_its_label(monkeypatch, progress, label, disable):
     fit(small(), gaussian(), epochs=1, progress=progress, seed=0)
     assert given["desc"] == label
     assert given["disable"] is disable  # None: shown on a terminal alone
+
+
+# Discrete data
+
+
+class Noise(torch.nn.Module):
+    """Adds uniform noise to levels, and counts the looks at the data."""
+
+    def __init__(self):
+        super().__init__()
+        self.checked = []
+
+    def check(self, x):
+        self.checked.append(len(x))
+        if x.max() > 7:
+            raise ValueError(f"expected levels below 8; got {x.max()}")
+
+    def forward(self, x):
+        assert x.dtype == torch.uint8
+        y = (x + torch.rand(x.shape)) / 8
+        return y, torch.full(x.shape[:-1], math.log(8.0) * x.shape[-1])
+
+
+def levels(rows=200):
+    return torch.randint(0, 8, (rows, 2), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def discrete(flow=None, **options):
+    flow = flow or small(**options)
+    flow.dequantizer = Noise()
+    return flow
+
+
+def test_discrete_data_train_by_the_bound_and_stay_as_they_are():
+    flow = discrete(norm="batchnorm")
+    x = levels()
+    x[:, 1] = 3  # also where a column is constant
+    result = fit(flow, x, epochs=20, batch_size=45, learning_rate=1e-2, seed=0)
+    assert result.best_loss == min(result.history["validation"])
+    assert 1.8 < result.best_loss < 3  # the entropy is log 8 = 2.1; the start was at 4
+    assert flow.dequantizer.checked == [200]
+
+
+def test_discrete_data_in_batches():
+    flow = discrete()
+    assert fit(flow, [levels()[:100].numpy(), levels()[100:]], validation=levels(), epochs=2).steps == 4
+    assert flow.dequantizer.checked == [200, 100, 100, 100, 100]
+    with pytest.raises(ValueError, match="expected levels below 8; got 9"):
+        fit(flow, [levels() + 2], epochs=1)
+
+
+# Optimizers
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamax"])
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_a_step_left_out_leaves_weights_and_optimizer_as_they_were(monkeypatch, optimizer, average):
+    made = []
+    for name in ("Adam", "Adamax"):
+        kind = getattr(torch.optim, name)
+        monkeypatch.setattr(torch.optim, name, lambda *a, kind=kind, **k: made.append(kind(*a, **k)) or made[-1])
+
+    torch.manual_seed(0)
+    flow, seen, states = affine(), [], []
+
+    def objective(flow, x, context):
+        seen.append([p.detach().clone() for p in flow.parameters()])
+        states.append([t.clone() for s in made[0].state.values() for t in s.values()])
+        return -flow.log_prob(x).mean() * (math.nan if len(seen) == 5 else 1)
+
+    fit(
+        flow,
+        gaussian(40),
+        objective=objective,
+        optimizer=optimizer,
+        average=average,
+        batch_size=10,
+        epochs=2,
+        validation=None,
+    )
+    assert type(made[0]).__name__.lower() == optimizer
+    assert states[4]
+    for before, after in ((seen[4], seen[5]), (states[4], states[5])):
+        assert all(map(torch.equal, before, after))
+    assert not all(map(torch.equal, seen[3], seen[4]))
+    assert not all(map(torch.equal, seen[5], seen[6]))
+
+
+def test_adamax_learns():
+    flow, x = affine(), gaussian(2000)
+    fit(flow, x, epochs=60, learning_rate=0.1, optimizer="adamax", validation=None, seed=0)
+    wanted = dist.MultivariateNormal(x.mean(0), x.T.cov()).log_prob(x).mean()
+    assert flow.log_prob(x).mean().item() == pytest.approx(wanted.item(), abs=0.01)
+
+
+# Parts of a batch
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 50])
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_parts_of_a_batch_give_its_step(accumulate, average):
+    flows, results = [], []
+    for number in (1, accumulate):
+        torch.manual_seed(0)
+        flows.append(small(norm="none").double())
+        options = {"batch_size": 50, "epochs": 4, "average": average, "accumulate": number, "seed": 0}
+        results.append(fit(flows[-1], gaussian().double(), **options))
+    assert results[0].history["train"] == pytest.approx(results[1].history["train"], rel=1e-10)
+    assert results[0].history["gradient_norm"] == pytest.approx(results[1].history["gradient_norm"], rel=1e-10)
+    for a, b in zip(*(flow.parameters() for flow in flows), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+def test_parts_have_their_context_and_draws_their_number():
+    seen = []
+
+    def objective(flow, x, context):
+        seen.append(None if x is None else (len(x), len(context)))
+        return flow.rsample_and_log_prob((8,))[1].mean() if x is None else -flow.log_prob(x, context).mean()
+
+    options = {"objective": objective, "accumulate": 3, "validation": None}
+    fit(small(context_features=1), gaussian(8), context=torch.zeros(8, 1), epochs=1, **options)
+    assert seen == [(3, 3), (3, 3), (2, 2)]
+    seen.clear()
+    assert fit(small(), epochs=1, steps_per_epoch=2, **options).steps == 2
+    assert seen == [None] * 6
+
+
+def test_a_part_that_is_not_finite_leaves_the_whole_step_out():
+    count = []
+
+    def objective(flow, x, context):
+        count.append(1)
+        return -flow.log_prob(x).mean() * (math.nan if len(count) == 4 else 1)
+
+    flow = small()
+    result = fit(flow, gaussian(), objective=objective, accumulate=3, batch_size=50, epochs=2, validation=None)
+    assert result.skipped_steps == 1
+    assert all(p.isfinite().all() for p in flow.parameters())
+
+
+# Epochs of so many steps
+
+
+def test_steps_of_a_running_shuffle_see_all_rows_before_one_again():
+    rows = Rows(torch.arange(10.0)[:, None], None, 4, steps=3)
+    seen = [x.flatten().tolist() for _ in range(5) for x, _ in rows]
+    assert len(seen) == 15
+    assert all(len(batch) == 4 for batch in seen)
+    flat = [value for batch in seen for value in batch]
+    for start in range(0, 60, 10):
+        assert sorted(flat[start : start + 10]) == list(range(10))
+    assert flat[:10] != flat[10:20]
+
+
+def test_steps_per_epoch():
+    assert fit(small(), gaussian(), steps_per_epoch=7, batch_size=100, epochs=2, seed=0).steps == 14
+    assert fit(small(), gaussian(), steps_per_epoch=1, batch_size=10, epochs=2, seed=0).steps == 2
+    assert fit(small(), objective=lambda f, x, c: f.rsample_and_log_prob((8,))[1].mean(), epochs=1).steps == 100
+
+
+def test_evaluation_takes_fewer_rows_of_larger_events():
+    sizes = {shape: Rows(torch.zeros(20_000, *shape), None, 1).slices()[0].stop for shape in ((2,), (64,), (3, 16, 16))}
+    assert sizes == {(2,): 8192, (64,): 8192, (3, 16, 16): 682}
+    assert Rows(torch.zeros(2, 2**20), None, 1).slices() == [slice(0, 1), slice(1, 2)]
+    covered = torch.cat([x for x, _ in Rows(torch.arange(20_000.0)[:, None], None, 1).chunks()])
+    assert torch.equal(covered.flatten(), torch.arange(20_000.0))
+
+
+# Augmentation
+
+
+def test_augmentation_sees_training_batches_alone():
+    given = []
+
+    def augment(x):
+        given.append(len(x))
+        return -x
+
+    seen = []
+
+    def objective(flow, x, context):
+        seen.append(bool((x > 0).float().mean() > 0.5))
+        return -flow.log_prob(x).mean()
+
+    fit(small(), gaussian(), augment=augment, objective=objective, accumulate=2, batch_size=90, epochs=1, seed=0)
+    assert given == [90, 90]
+    assert seen == [False] * 4 + [True]
+
+
+# Recomputation
+
+
+class Level(torch.nn.Module):
+    """A conditioner with dropout, or none."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.network = torch.nn.Sequential(
+            torch.nn.Linear(4, 64), torch.nn.ReLU(), torch.nn.Dropout(dropout), torch.nn.Linear(64, 8)
+        )
+
+    def forward(self, x, context=None):
+        return self.network(x)
+
+
+def nested(steps=3, *, dropout=0.0, levels=2):
+    """Levels of steps, a coupling with an unnested one beside them in each level."""
+
+    def step():
+        return Compose([Coupling(8, conditioner=Level(dropout)), LULinear(8), ActNorm(8)])
+
+    stack = [Compose([*(step() for _ in range(steps)), Permutation(8, "reverse")]) for _ in range(levels)]
+    return Flow(StandardNormal(8), [Compose(stack), ElementwiseAffine(8)]).double()
+
+
+def gradients(flow, x, *, recompute, kept=None):
+    def pack(tensor):
+        if kept is not None:
+            kept.append(tensor)
+        return tensor
+
+    flow.zero_grad()
+    torch.manual_seed(3)
+    with recomputing(flow) if recompute else torch.enable_grad():
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            loss = -flow.log_prob(x).mean() + flow.rsample_and_log_prob((5,))[1].mean()
+        loss.backward()
+    return [p.grad.clone() for p in flow.parameters()]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("started", [False, True])
+def test_recomputation_gives_the_same_gradients(dropout, started):
+    torch.manual_seed(0)
+    first = nested(dropout=dropout)
+    x = torch.randn(50, 8, dtype=torch.float64) * 3
+    if started:
+        first.log_prob(x)
+    second = nested(dropout=dropout)
+    second.load_state_dict(first.state_dict())
+    for a, b in zip(gradients(first, x, recompute=False), gradients(second, x, recompute=True), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert not any(getattr(part, "recompute", False) for part in second.modules())
+
+
+def test_recomputation_keeps_the_inputs_of_steps_alone():
+    def numbers(steps, recompute):
+        kept, flow = [], nested(steps)
+        x = torch.randn(500, 8, dtype=torch.float64)
+        flow.log_prob(x)
+        gradients(flow, x, recompute=recompute, kept=kept)
+        own = {p.data_ptr() for p in flow.parameters()}
+        return sum({t.data_ptr(): t.numel() for t in kept if t.data_ptr() not in own}.values())
+
+    inner = 2 * 6 * 500 * 8  # two levels of six steps more, each with an input
+    assert numbers(8, True) - numbers(2, True) < 1.5 * inner
+    assert numbers(8, False) - numbers(2, False) > 10 * inner
+
+
+def test_recomputation_leaves_running_averages_as_they_are():
+    buffers = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        flow = small(norm="batchnorm")
+        fit(flow, [gaussian()], epochs=3, recompute=recompute, seed=0)
+        buffers.append([b.clone() for b in flow.buffers()])
+    assert all(map(torch.equal, *buffers))
+
+
+def test_the_stacks_that_recompute():
+    flow = nested()
+    with recomputing(flow):
+        outer = flow.bijection
+        assert outer.recompute
+        assert outer[0].recompute
+        assert outer[0][0].recompute
+        assert not outer[0][0][0].recompute
+    flat = small()
+    with recomputing(flat):
+        assert flat.bijection.recompute
+    flat.bijection.recompute = True
+    with recomputing(flat):
+        pass
+    assert flat.bijection.recompute  # as its owner had it
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"accumulate": 2}, {"average": 0.9, "optimizer": "adamax"}, {"precision": "bf16-mixed"}],
+)
+def test_recomputation_in_a_fit_is_the_same_fit(options):
+    flows, results = [], []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        flow = nested(dropout=0.2).float()
+        x = torch.randn(200, 8, generator=torch.Generator().manual_seed(1))
+        results.append(fit(flow, x, epochs=3, batch_size=45, recompute=recompute, seed=0, **options))
+        flows.append(flow)
+    assert results[0].history["train"] == pytest.approx(results[1].history["train"], abs=1e-6)
+    for a, b in zip(*(flow.state_dict().values() for flow in flows), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# The layout and the precision of networks
+
+
+class Convolution(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Conv2d(3, 8, 3, padding=1)
+        self.last = torch.nn.Conv2d(8, 3, 3, padding=1)
+        self.seen = []
+
+    def forward(self, x, context=None):
+        h = self.first(x.reshape(-1, 3, 4, 4))
+        self.seen.append((self.training, h.dtype, h.is_contiguous(memory_format=torch.channels_last)))
+        return self.last(h.relu()).reshape(x.shape)
+
+
+class Picture(ElementwiseAffine):
+    """An affine map of images, and a convolution that shifts the second half of their rows by the first."""
+
+    def __init__(self):
+        super().__init__((3, 4, 4))
+        self.conditioner = Convolution()
+
+    def inverse_and_log_det(self, y, context=None):
+        x, log_det = super().inverse_and_log_det(y)
+        upper = torch.cat([x[..., :2, :], torch.zeros_like(x[..., 2:, :])], -2)
+        shift = self.conditioner(upper)
+        return torch.cat([x[..., :2, :], x[..., 2:, :] + shift[..., 2:, :]], -2), log_det
+
+
+def pictures(rows=60):
+    return torch.randn(rows, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+def picture_flow():
+    torch.manual_seed(0)
+    layers = [Compose([Compose([Picture(), Picture()]), Compose([Picture()])])]
+    return Flow(StandardNormal((3, 4, 4)), layers)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_channels_last_is_the_same_fit_in_another_layout(recompute, accumulate):
+    results, flows = [], []
+    for channels_last in (False, True):
+        seen = []
+
+        def objective(flow, x, context):
+            seen.append(x.is_contiguous(memory_format=torch.channels_last))
+            return -flow.log_prob(x).mean()
+
+        flow = picture_flow()
+        options = {"recompute": recompute, "accumulate": accumulate, "channels_last": channels_last}
+        results.append(fit(flow, pictures(), objective=objective, epochs=2, batch_size=9, seed=0, **options))
+        assert set(seen) == {channels_last}
+        conv = flow.layers[0][0][0].conditioner
+        assert conv.first.weight.is_contiguous()
+        assert {layout for _, _, layout in conv.seen} == {channels_last}
+        flows.append(flow)
+    assert results[0].history["train"] == pytest.approx(results[1].history["train"], rel=1e-4)
+    for a, b in zip(*(flow.parameters() for flow in flows), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_channels_last_is_of_images_alone():
+    with pytest.raises(ValueError, match=r"a flow of images \(C, H, W\) for channels_last; got \(2,\)"):
+        fit(small(), gaussian(), channels_last=True)
+    flow = picture_flow()
+    weight = flow.layers[0][0][0].conditioner.first.weight
+    with laid_out(flow):
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert weight.is_contiguous()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_mixed_precision_is_of_networks_in_training(recompute):
+    flow = picture_flow()
+    conv = flow.layers[0][0][0].conditioner
+    result = fit(flow, pictures(), precision="bf16-mixed", epochs=1, batch_size=9, recompute=recompute, seed=0)
+    assert {(training, dtype) for training, dtype, _ in conv.seen} == {(True, torch.bfloat16), (False, torch.float32)}
+    assert "forward" not in vars(conv)
+    assert flow.dtype == torch.float32
+    assert math.isfinite(result.best_loss)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_mixed_precision_takes_the_embedding_and_leaves_the_maps():
+    flow = embedded()
+    x, context = sets(20)
+    fit(flow, x, context=context, epochs=20, learning_rate=1e-2, seed=0)
+    flow.train()
+    with mixed(flow):
+        assert flow.embedding(context).dtype == torch.float32
+        rough = flow.log_prob(x, context)
+        again = flow.embedding.forward
+    assert flow.embedding.forward is not again
+    exact = flow.log_prob(x, context)
+    assert rough.dtype == torch.float32
+    assert 0 < (rough - exact).abs().max() < 0.05
+
+
+# Checkpoints
+
+OPTIONS = {"epochs": 6, "batch_size": 32, "learning_rate": 1e-2, "seed": 0, "accelerator": "cpu"}
+CASES = {
+    "plain": {},
+    "averaged": {"average": 0.9, "optimizer": "adamax", "recompute": True},
+    "parts": {"accumulate": 3, "steps_per_epoch": 4, "average": 0.99},
+    "unseeded": {"seed": None, "validation": 0.2},
+    "mixed": {"precision": "bf16-mixed", "validation": None},
+}
+
+
+def resumable():
+    torch.manual_seed(1)
+    return realnvp(2, num_layers=2, hidden_features=(8,), dropout=0.1, norm="batchnorm")
+
+
+class Interrupted:
+    """The likelihood, until a step of training at which something happens."""
+
+    __qualname__ = "likelihood"
+
+    def __init__(self, at=None, happens=None):
+        self.left, self.happens = at, happens
+
+    def __call__(self, flow, x, context):
+        if torch.is_grad_enabled() and self.left is not None:
+            self.left -= 1
+            if self.left == 0:
+                self.happens()
+        return -flow.log_prob(x, context).mean()
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def same_results(first, second):
+    for name, values in first.history.items():
+        if name != "seconds":
+            assert values == second.history[name], name
+    for name in ("best_epoch", "best_loss", "stopped", "steps", "skipped_steps"):
+        assert getattr(first, name) == getattr(second, name), name
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("at", [2, 13])
+def test_an_interrupted_fit_goes_on_to_the_same_numbers(tmp_path, case, at):
+    options = {**OPTIONS, **CASES[case]}
+    undisturbed = resumable()
+    wanted = fit(undisturbed, gaussian(), objective=Interrupted(), **options)
+    path, flow = tmp_path / "fit.pt", resumable()
+    with pytest.raises(KeyboardInterrupt):
+        fit(flow, gaussian(), objective=Interrupted(at, interrupt), checkpoint=path, **options)
+    fresh = resumable()
+    if case == "unseeded" and at > 2:
+        torch.randn(7)  # as whatever happened since
+    found = fit(fresh, gaussian(), objective=Interrupted(), checkpoint=path, **options)
+    same_results(wanted, found)
+    assert same(undisturbed, fresh)
+    assert [p.name for p in tmp_path.iterdir()] == ["fit.pt"]
+    again = resumable()
+    returned = fit(again, gaussian(), objective=Interrupted(1, interrupt), checkpoint=path, **options)
+    same_results(wanted, returned)
+    assert returned.seconds == found.seconds
+    assert same(undisturbed, again)
+    assert not again.training
+
+
+SCRIPT = """
+import os, signal, sys, torch
+sys.path.insert(0, {folder!r})
+torch.set_num_threads(1)
+from test_training import Interrupted, OPTIONS, fit, gaussian, resumable
+objective = Interrupted({at}, lambda: os.kill(os.getpid(), signal.SIGKILL))
+fit(resumable(), gaussian(), objective=objective, checkpoint={path!r}, **OPTIONS)
+"""
+
+
+def test_a_killed_fit_goes_on_to_the_same_numbers(tmp_path):
+    path = tmp_path / "fit.pt"
+    undisturbed, flow = resumable(), resumable()
+    wanted = fit(undisturbed, gaussian(), objective=Interrupted(), **OPTIONS)
+    script = SCRIPT.format(folder=os.path.dirname(__file__), path=str(path), at=13)
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, timeout=120)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    path.with_name("fit.pt.tmp").write_bytes(b"half a checkpoint")
+    found = fit(flow, gaussian(), objective=Interrupted(), checkpoint=path, **OPTIONS)
+    same_results(wanted, found)
+    assert same(undisturbed, flow)
+    assert len(found.history["seconds"]) == 6
+    assert found.history["seconds"] == sorted(found.history["seconds"])
+
+
+def test_a_finished_fit_goes_on_for_more_epochs(tmp_path):
+    options = {**OPTIONS, "schedule": "constant", "warmup": 0.0}
+    path, flow, whole = tmp_path / "fit.pt", resumable(), resumable()
+    fit(flow, gaussian(), checkpoint=str(path), **{**options, "epochs": 3})
+    result = fit(flow, gaussian(), checkpoint=str(path), **options)
+    same_results(fit(whole, gaussian(), **options), result)
+    assert same(flow, whole)
+    fewer = fit(resumable(), gaussian(), checkpoint=path, **{**options, "epochs": 2})
+    assert len(fewer.history["train"]) == 6
+
+
+def test_seconds_count_over_resumes(tmp_path):
+    path = tmp_path / "fit.pt"
+    options = {**OPTIONS, "epochs": 10_000, "patience": None}
+    first = fit(resumable(), gaussian(), checkpoint=path, max_seconds=0.3, checkpoint_seconds=100.0, **options)
+    assert first.stopped == "max_seconds=0.3 reached"
+    again = fit(resumable(), gaussian(), checkpoint=path, max_seconds=0.3, **options)
+    assert (again.seconds, again.steps) == (first.seconds, first.steps)
+    more = fit(resumable(), gaussian(), checkpoint=path, max_seconds=0.6, **options)
+    assert more.steps > first.steps
+    assert 0.6 <= more.seconds < 3
+    assert more.history["seconds"][: len(first.history["seconds"])] == first.history["seconds"]
+
+
+def test_a_checkpoint_is_written_now_and_then_and_at_the_end(tmp_path, monkeypatch):
+    written = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: written.append(b) or replace(a, b))
+    fit(resumable(), gaussian(), checkpoint=tmp_path / "each", **OPTIONS)
+    assert len(written) == 6
+    fit(resumable(), gaussian(), checkpoint=tmp_path / "end", checkpoint_seconds=100, **OPTIONS)
+    assert written[6:] == [tmp_path / "end"]
+
+
+def test_a_checkpoint_of_draws_and_of_a_stream(tmp_path):
+    def objective(flow, x, context):
+        return flow.rsample_and_log_prob((8,))[1].mean() + flow.prior.log_prob(torch.zeros(2))
+
+    options = {"epochs": 4, "steps_per_epoch": 5, "objective": objective, "seed": 0}
+    path, flow, whole = tmp_path / "draws", resumable(), resumable()
+    wanted = fit(whole, **options)
+    fit(flow, checkpoint=path, **{**options, "epochs": 2, "schedule": "cosine"})
+    assert fit(flow, checkpoint=path, **options).steps == wanted.steps == 20
+
+    def stream(at=None):
+        options = {**OPTIONS, "batch_size": None, "objective": Interrupted(at, interrupt), "checkpoint": tmp_path / "s"}
+        return fit(whole, DataLoader(Stream(), batch_size=None), **options)
+
+    wanted = stream()
+    (tmp_path / "s").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        stream(25)
+    assert stream().history["learning_rate"] == wanted.history["learning_rate"]
+
+
+def test_a_shuffled_data_loader_goes_on_to_the_same_numbers(tmp_path):
+    options = {**OPTIONS, "batch_size": None, "validation": gaussian(30, seed=1)}
+    loader = DataLoader(TensorDataset(gaussian()), batch_size=40, shuffle=True)
+    whole, flow = resumable(), resumable()
+    wanted = fit(whole, loader, objective=Interrupted(), **options)
+    with pytest.raises(KeyboardInterrupt):
+        fit(flow, loader, objective=Interrupted(13, interrupt), checkpoint=tmp_path / "fit.pt", **options)
+    same_results(wanted, fit(flow, loader, objective=Interrupted(), checkpoint=tmp_path / "fit.pt", **options))
+    assert same(whole, flow)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batch_size": 64}, "of a fit with batch_size=64; got 32"),
+        ({"learning_rate": 0.1}, "of a fit with learning_rate=0.1; got 0.01"),
+        ({"optimizer": "adamax"}, "of a fit with optimizer='adamax'; got 'adam'"),
+        ({"average": 0.9}, "of a fit with average=0.9; got 0.0"),
+        ({"accumulate": 2}, "of a fit with accumulate=2; got 1"),
+        ({"schedule": "constant"}, "of a fit with schedule='constant'; got 'cosine'"),
+        ({"seed": 1}, "of a fit with seed=1; got 0"),
+        ({"validation": 0.3}, "of a fit with steps_per_epoch=4; got 5"),
+        ({"augment": abs}, "of a fit with augment='abs'; got None"),
+        ({"clip_norm": None}, "of a fit with clip_norm=inf; got 5.0"),
+    ],
+)
+def test_a_checkpoint_of_another_fit_is_refused(tmp_path, options, message):
+    path = tmp_path / "fit.pt"
+    fit(resumable(), gaussian(), checkpoint=path, **{**OPTIONS, "epochs": 1})
+    flow = resumable()
+    with pytest.raises(ValueError, match=f"expected the checkpoint {message} in .*fit.pt"):
+        fit(flow, gaussian(), checkpoint=path, **{**OPTIONS, **options})
+    assert same(flow, resumable())
+
+
+def test_a_checkpoint_of_another_flow_or_other_data_is_refused(tmp_path):
+    path = tmp_path / "fit.pt"
+    fit(resumable(), gaussian(), checkpoint=path, **{**OPTIONS, "epochs": 1})
+    for flow in (small(), realnvp(2, num_layers=2, hidden_features=(8,), dropout=0.2, norm="batchnorm"), affine()):
+        with pytest.raises(ValueError, match="the checkpoint of a fit of this flow; got that of another in .*fit.pt"):
+            fit(flow, gaussian(), checkpoint=path, **OPTIONS)
+    with pytest.raises(ValueError, match="the checkpoint of a fit of this data; got that of another in .*fit.pt"):
+        fit(resumable(), gaussian(seed=1), checkpoint=path, **OPTIONS)
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
+    path = tmp_path / "fit.pt"
+    fit(resumable(), gaussian(), checkpoint=path, **{**OPTIONS, "epochs": 1})
+    whole = path.read_bytes()
+    contents = [whole[:size] for size in (0, 1, 100, len(whole) // 2, len(whole) - 1)]
+    contents += [b"a text\n" * 100, os.urandom(1000)]
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(
+            ValueError, match="expected the checkpoint of a fit; got .*fit.pt, which is none, or is cut"
+        ):
+            fit(resumable(), gaussian(), checkpoint=path, **OPTIONS)
+    for other in (resumable().state_dict(), [1, 2], {"format": "another"}, torch.zeros(3)):
+        torch.save(other, path)
+        with pytest.raises(
+            ValueError, match="expected the checkpoint of a fit; got .*fit.pt, which is none, or is cut"
+        ):
+            fit(resumable(), gaussian(), checkpoint=path, **OPTIONS)
+
+
+def test_a_fit_that_blew_up_is_resumed_blown_up(tmp_path):
+    path, flow = tmp_path / "fit.pt", resumable()
+    options = {"objective": failing(lambda n: n > 12), "max_skipped": 3, "checkpoint": path, **OPTIONS}
+    result = fit(flow, gaussian(), **options)
+    assert result.stopped == "loss or gradient not finite in 3 steps in a row"
+    again = resumable()
+    same_results(result, fit(again, gaussian(), **options))
+    assert same(flow, again)
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"optimizer": "sgd"}, ValueError, "expected optimizer to be one of 'adam', 'adamax'; got 'sgd'"),
+        ({"accumulate": 0}, ValueError, "expected accumulate to be a positive integer; got 0"),
+        ({"accumulate": 9, "batch_size": 8}, ValueError, "expected at least accumulate=9 rows a batch; got 8"),
+        ({"steps_per_epoch": 0}, ValueError, "expected steps_per_epoch to be a positive integer; got 0"),
+        ({"augment": 3}, TypeError, "expected augment to be a function; got int"),
+        ({"augment": lambda x: x[:5]}, TypeError, r"augment to give torch.float32 of \(180, 2\), as .*got .*\(5, 2\)"),
+        ({"augment": lambda x: x.tolist()}, TypeError, "augment to give torch.float32 of .*got list"),
+        ({"augment": lambda x: x.double()}, TypeError, "augment to give torch.float32 of .*got torch.float64"),
+        ({"checkpoint": 3}, TypeError, "expected checkpoint as the path of a file; got int"),
+        ({"checkpoint": "/no/such/folder/fit.pt"}, ValueError, "in a folder that exists; got /no/such/folder/fit.pt"),
+        ({"checkpoint": "/"}, ValueError, "expected checkpoint as the path of a file in a folder that exists; got /"),
+        ({"checkpoint_seconds": 3}, ValueError, "expected checkpoint_seconds beside a checkpoint; got 3 alone"),
+        ({"compile": True, "recompute": True}, ValueError, "expected compile or recompute, .*; got both"),
+    ],
+)
+def test_messages_of_the_options_for_large_flows(options, error, message):
+    with pytest.raises(error, match=message):
+        fit(small(), gaussian(), **options)
+
+
+def test_messages_of_options_that_need_an_array():
+    with pytest.raises(
+        ValueError, match="expected steps_per_epoch beside a tensor or an array alone; got it beside list"
+    ):
+        fit(small(), [gaussian()], steps_per_epoch=3)
+    with pytest.raises(ValueError, match="expected data for augment; got none"):
+        fit(small(), objective=lambda f, x, c: f.rsample_and_log_prob((8,))[1].mean(), augment=abs)

@@ -1,0 +1,105 @@
+"""The file from which a fit goes on after an interrupt."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Checkpoint", "fingerprint", "random_state", "set_random_state"]
+
+_FORMAT = "pyroflows fit 1"
+
+
+class Checkpoint:
+    """A file that holds the state of a fit, whole at any time.
+
+    Args:
+        path: the file; its folder has to be there.
+        seconds: the least time between two writes; None to write whenever asked.
+
+    Raises:
+        TypeError: the path is no path.
+        ValueError: there is no such folder, or the path is a folder itself.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], seconds: float | None = None):
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"expected checkpoint as the path of a file; got {type(path).__name__}")
+        self.path, self.seconds = Path(path), seconds
+        if not self.path.parent.is_dir() or self.path.is_dir():
+            raise ValueError(f"expected checkpoint as the path of a file in a folder that exists; got {self.path}")
+        self.written = time.perf_counter()
+
+    def load(self) -> dict[str, Any] | None:
+        """Give the state, on the CPU; None where there is no file yet."""
+        if not self.path.exists():
+            return None
+        with self.path.open("rb") as file:
+            try:
+                state = torch.load(file, map_location="cpu", weights_only=True)
+            except Exception:  # what is raised depends on where the file is cut, or what it is
+                state = None
+        if not isinstance(state, dict) or state.get("format") != _FORMAT:
+            raise ValueError(f"expected the checkpoint of a fit; got {self.path}, which is none, or is cut short")
+        return state
+
+    def due(self) -> bool:
+        """Whether the last write is long enough ago."""
+        return self.seconds is None or time.perf_counter() - self.written >= self.seconds
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Put the state in the file's place at once: a process that dies while it writes leaves the last file."""
+        new = self.path.with_name(self.path.name + ".tmp")
+        with new.open("wb") as file:
+            torch.save({"format": _FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, self.path)
+        self.written = time.perf_counter()
+
+    def check(self, found: dict[str, Any], expected: dict[str, Any]) -> None:
+        """Refuse the checkpoint of a fit with other options, of another flow or of other data."""
+        for name, value in expected.items():
+            got = found.get(name)
+            if got != value and name in ("flow", "data"):
+                raise ValueError(f"expected the checkpoint of a fit of this {name}; got that of another in {self.path}")
+            if got != value:
+                raise ValueError(f"expected the checkpoint of a fit with {name}={value!r}; got {got!r} in {self.path}")
+
+
+def fingerprint(*parts: nn.Module | Tensor | None) -> str:
+    """Give a text that tells a module's structure, or data, from others; of data it looks at 64 rows."""
+    mark = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        if isinstance(part, Tensor):
+            rows = part[torch.linspace(0, len(part) - 1, 64, dtype=torch.float64).long().to(part.device)]
+            mark.update(f"{tuple(part.shape)} {part.dtype}".encode())
+            mark.update(rows.cpu().contiguous().numpy().tobytes())
+        elif part is not None:
+            # The text of a function in it has an address, which another process has not.
+            mark.update(re.sub("0x[0-9a-f]+", "", repr(part)).encode())
+            for name, tensor in part.state_dict().items():
+                mark.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+    return mark.hexdigest()
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Give the state of torch's random numbers, on the CPU and on the device."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Go on with the random numbers of a state."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
