@@ -16,6 +16,7 @@ from pyroflows import (
     BatchNorm,
     Bijection,
     Compose,
+    ConvCoupling,
     Coupling,
     DenseLinear,
     DiagonalNormal,
@@ -23,15 +24,19 @@ from pyroflows import (
     Flow,
     GaussianMixture,
     Inverse,
+    InvertibleConv,
     Logit,
     LULinear,
     MaskedAutoregressive,
+    Multiscale,
     Permutation,
     Planar,
     Prior,
     Radial,
+    ResNet,
     Sigmoid,
     Spline,
+    Squeeze,
     Standardize,
     StandardNormal,
     StudentT,
@@ -49,6 +54,8 @@ from pyroflows import (
 
 __all__ = [
     "FLOWS",
+    "IMAGE_FLOWS",
+    "IMAGE_LAYERS",
     "LAYERS",
     "PRIORS",
     "bijection_cases",
@@ -57,6 +64,8 @@ __all__ = [
     "latents",
     "make",
     "make_flow",
+    "make_image_flow",
+    "make_image_layer",
     "perturb",
 ]
 
@@ -174,6 +183,88 @@ FLOWS: dict[str, Callable[[int, int], Flow]] = {
     "radial": lambda d, c: radial(d, context_features=c, **SMALL),
 }
 
+Shape = tuple[int, int, int]
+
+
+def _conv(shape: Shape, context_features: int, **options) -> Bijection:
+    return ConvCoupling(shape, context_features=context_features, **{"hidden_channels": 6, **options})
+
+
+def _resnet(shape: Shape, context_features: int, **options) -> Bijection:
+    kept = shape[0] // 2
+    network = ResNet(
+        kept,
+        2 * (shape[0] - kept),
+        hidden_channels=8,
+        num_blocks=2,
+        context_features=context_features,
+        **{"activation": "silu", **options},
+    )
+    return ConvCoupling(shape, context_features=context_features, conditioner=network)
+
+
+def _multiscale(shape: Shape, context_features: int) -> Bijection:
+    squeeze = Squeeze(shape)
+    channels, height, width = squeeze.latent_shape
+    below = Compose(
+        [_conv((channels // 2, height, width), context_features), InvertibleConv((channels // 2, height, width))]
+    )
+    return Multiscale([below, Compose([_conv(squeeze.latent_shape, context_features), squeeze])])
+
+
+IMAGE_LAYERS: dict[str, Callable[[Shape, int], Bijection]] = {
+    "squeeze": lambda s, c: Squeeze(s),
+    "unsqueeze": lambda s, c: Squeeze((s[0], 2 * s[1], 2 * s[2])).inv,
+    "actnorm": lambda s, c: ActNorm(s),
+    "permutation, reverse": lambda s, c: Permutation(s, "reverse"),
+    "permutation, random": lambda s, c: Permutation(s, "random", seed=1),
+    "convolution": lambda s, c: InvertibleConv(s),
+    "convolution, identity": lambda s, c: InvertibleConv(s, start="identity"),
+    "convolution, full": lambda s, c: InvertibleConv(s, factored=False),
+    "elementwise affine": lambda s, c: ElementwiseAffine(s, context_features=c),
+    "sigmoid": lambda s, c: Sigmoid(s, alpha=0.05),
+    "coupling": _conv,
+    "coupling, flipped": lambda s, c: _conv(s, c, flip=True),
+    "coupling, additive": lambda s, c: _conv(s, c, transformer="additive"),
+    "coupling, sigmoid scale": lambda s, c: _conv(s, c, transformer=Affine(scale="sigmoid")),
+    "coupling, spline": lambda s, c: _conv(s, c, transformer="spline"),
+    "coupling, checkerboard": lambda s, c: _conv(s, c, mask="checkerboard"),
+    "coupling, checkerboard flipped": lambda s, c: _conv(s, c, mask="checkerboard", flip=True),
+    "coupling, checkerboard spline": lambda s, c: _conv(s, c, mask="checkerboard", transformer="spline"),
+    "coupling, weight norm": lambda s, c: _conv(s, c, norm="weight", activation="silu"),
+    "coupling, no norm": lambda s, c: _conv(s, c, norm="none", activation="tanh"),
+    "coupling, residual": _resnet,
+    "coupling, residual with group norm": lambda s, c: _resnet(s, c, norm="group"),
+    "multiscale": _multiscale,
+    "inverse of a multiscale": lambda s, c: Inverse(_multiscale(s, c)),
+}
+
+_GLOW = {"num_levels": 2, "num_steps": 2, "hidden_channels": 6}
+_REALNVP = {"num_levels": 2, "num_blocks": 1, "hidden_channels": 4}
+
+IMAGE_FLOWS: dict[str, Callable[[Shape, int], Flow]] = {
+    "glow": lambda s, c: glow(s, context_features=c, **_GLOW),
+    "glow, classes": lambda s, c: glow(s, num_classes=c, **_GLOW),
+    "glow, additive and shuffled": lambda s, c: glow(
+        s, context_features=c, coupling="additive", permutation="shuffle", learn_top=False, **_GLOW
+    ),
+    "glow, full convolutions, logit, mixture": lambda s, c: glow(
+        s,
+        context_features=c,
+        permutation="conv-full",
+        scale="sigmoid",
+        norm="weight",
+        alpha=0.05,
+        prior=GaussianMixture(torch.Size(s).numel(), 3, seed=0),
+        **_GLOW,
+    ),
+    "glow, one level": lambda s, c: glow(s, context_features=c, permutation="reverse", **{**_GLOW, "num_levels": 1}),
+    "realnvp": lambda s, c: realnvp(s, context_features=c, **_REALNVP),
+    "realnvp, no logit, one level": lambda s, c: realnvp(
+        s, num_classes=c, alpha=None, norm="actnorm", **{**_REALNVP, "num_levels": 1}
+    ),
+}
+
 PRIORS: dict[str, Callable[[int], Prior]] = {
     "standard normal": StandardNormal,
     "diagonal normal": DiagonalNormal,
@@ -198,11 +289,25 @@ def make_flow(name: str, features: int, context_features: int = 0, *, scale: flo
     return perturb(FLOWS[name](features, context_features).double(), scale)
 
 
+def make_image_layer(name: str, shape: Shape, context_features: int = 0, *, scale: float = 0.1) -> Bijection:
+    """A layer of images in float64 and evaluation mode, away from the identity."""
+    torch.manual_seed(0)
+    return perturb(IMAGE_LAYERS[name](shape, context_features).double(), scale)
+
+
+def make_image_flow(name: str, shape: Shape, context_features: int = 0, *, scale: float = 0.04) -> Flow:
+    """The same for a flow of images."""
+    torch.manual_seed(0)
+    return perturb(IMAGE_FLOWS[name](shape, context_features).double(), scale)
+
+
 def perturb(module: Module, scale: float) -> Module:
-    """Move every parameter; an ActNorm counts as started."""
+    """Move every parameter; an ActNorm, and the norm of a network, counts as started."""
     for part in module.modules():
         if isinstance(part, ActNorm):
-            part.train().forward_and_log_det(part.shift.detach())
+            part.train().forward_and_log_det(part.shift.detach().expand(part.latent_shape))
+        elif hasattr(part, "started"):
+            part.load_state_dict({**part.state_dict(), "started": torch.tensor(True)})
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(scale * torch.randn_like(parameter))

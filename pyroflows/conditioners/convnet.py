@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Size, Tensor, nn
@@ -54,10 +54,10 @@ class _Conv(nn.Conv2d):
     def _start(self, x: Tensor) -> None:
         if inside_functorch():
             return  # under vmap a row is not a batch, and nothing may be written
-        h = self._conv_forward(x, self.weight, None).float().to(self.weight.dtype)
+        h = self._conv_forward(x, self.weight, None).to(self.weight.dtype)
         scale, mean = torch.std_mean(h, (0, 2, 3), correction=0)
         scale = torch.where(scale > 1e-6 * (1 + mean.abs()), scale, 1)  # a dead input's channel keeps its gain
-        self.log_gain.copy_(-scale.log() + (self._length().log() if self.norm == "weight" else 0))
+        self.log_gain.copy_(-scale.log() + (self._length().log() if self.norm == "weight" else 0))  # type: ignore[union-attr]
         self.bias.copy_(-mean / scale)  # type: ignore[union-attr]
         self.started.fill_(True)
         self._started = True
@@ -151,7 +151,7 @@ class _Context(nn.Module):
     def beside(self, images: Tensor, batch: Size, context: Tensor | None) -> Tensor:
         if self.shape is None or context is None:
             return images
-        pictures = context.expand(*batch, context.shape[-1]).reshape(-1, *self.shape)
+        pictures = context.expand(*batch, context.shape[-1]).reshape(batch.numel(), *self.shape)
         return torch.cat([images, pictures], 1)
 
     def bias(self, h: Tensor, batch: Size, context: Tensor | None) -> Tensor:
@@ -282,8 +282,8 @@ class ResNet(nn.Module):
         h = self.first(self.context.beside(images, batch, context))
         h = self.context.bias(h, batch, context)
         for block in self.blocks:
-            a, b = block  # type: ignore[misc]
-            h = h + b(self.dropout(self.activation(a(self.activation(h)))))
+            first, second = cast(nn.ModuleList, block)
+            h = h + second(self.dropout(self.activation(first(self.activation(h)))))
         h = self.last(self.activation(h))
         return h.reshape(*batch, *h.shape[1:])
 
@@ -295,4 +295,4 @@ def _flat(x: Tensor) -> tuple[Size, Tensor]:
 
 def _spread(bias: Tensor, batch: Size) -> Tensor:
     """Give a bias of ``(*batch, channels)`` for each of the flattened images, over all their pixels."""
-    return bias.expand(*batch, bias.shape[-1]).reshape(batch.numel(), -1, 1, 1)
+    return bias.expand(*batch, bias.shape[-1]).reshape(batch.numel(), bias.shape[-1], 1, 1)
