@@ -1,6 +1,17 @@
-"""Data to fit flows to: toy densities whose true log density is known, tables, and two benchmark sets."""
+"""Data to fit flows to: toy densities whose true log density is known, tables, images, and what dequantises them."""
 
 from pyroflows.data.bsds300 import load_bsds300
+from pyroflows.data.dequantize import ColumnDequantizer, Dequantizer, UniformDequantizer, VariationalDequantizer
+from pyroflows.data.images import (
+    IMAGES,
+    ImageData,
+    load_image_folder,
+    load_images,
+    make_images,
+    pad_images,
+    random_flips,
+    random_shifts,
+)
 from pyroflows.data.power import load_power
 from pyroflows.data.tables import TABLES, Table, load_table, make_table
 from pyroflows.data.toy import (
@@ -31,6 +42,20 @@ __all__ = [  # noqa: RUF022 - grouped by file
     "Table",
     "load_table",
     "make_table",
+    # dequantize
+    "ColumnDequantizer",
+    "Dequantizer",
+    "UniformDequantizer",
+    "VariationalDequantizer",
+    # images
+    "IMAGES",
+    "ImageData",
+    "load_image_folder",
+    "load_images",
+    "make_images",
+    "pad_images",
+    "random_flips",
+    "random_shifts",
     # power, bsds300
     "load_bsds300",
     "load_power",
