@@ -139,9 +139,10 @@ def make_images(
         raise ValueError(f"expected num_levels from 2 to 256; got {num_levels}")
     x = _levels(images, num_levels, channels_last)
     classes = None if labels is None else _labels(labels, len(x), class_names)
-    for option, fraction in (("test", test), ("validation", validation)):
-        if isinstance(fraction, bool) or not 0 <= fraction < 1:
-            raise ValueError(f"expected {option} to be a fraction in [0, 1); got {fraction!r}")
+    if not (test >= 0 and validation >= 0 and test + validation < 1):
+        raise ValueError(
+            f"expected fractions test and validation of at least 0, together below 1; got {test!r} and {validation!r}"
+        )
     test_rows, validation_rows = round(test * len(x)), round(validation * len(x))
     train_rows = len(x) - test_rows - validation_rows
     if train_rows < 1:
