@@ -258,12 +258,7 @@ def fit(
             objective=_name(objective),
             augment=_name(augment),
         )
-        rows = [rows for rows in (train, held_out) if isinstance(rows, Rows)]
-        marks = {
-            **asdict(options),
-            "flow": fingerprint(flow),
-            "data": fingerprint(*(tensor for each in rows for tensor in (each.x, each.context))),
-        }
+        marks = {} if file is None else _marks(options, flow, train, held_out)
         if file is not None and state is not None:
             file.check(state["marks"], marks)
         for part in flow.modules():
@@ -320,6 +315,13 @@ class _Options:
     seed: int | None
     objective: str | None
     augment: str | None
+
+
+def _marks(options: _Options, flow: Flow, train: Any, held_out: Rows | None) -> dict[str, Any]:
+    """What has to be the same where a fit goes on from a checkpoint."""
+    rows = [rows for rows in (train, held_out) if isinstance(rows, Rows)]
+    data = fingerprint(*(tensor for each in rows for tensor in (each.x, each.context)))
+    return {**asdict(options), "flow": fingerprint(flow), "data": data}
 
 
 def _name(function: object) -> str | None:
@@ -428,7 +430,8 @@ class _Trainer:
         self.result.stopped = self._why_stop()
 
     def _weights(self) -> dict[str, Tensor]:
-        return {name: value.clone() for name, value in self.flow.state_dict().items()}
+        # Kept in the memory of the CPU: a GPU's is short with a large flow.
+        return {name: value.to("cpu", copy=True) for name, value in self.flow.state_dict().items()}
 
     @torch.no_grad()
     def _exchange(self) -> None:
