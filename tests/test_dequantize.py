@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pyroflows.bits import bits_per_dim
 from pyroflows.data import (
     ColumnDequantizer,
     Dequantizer,
@@ -19,7 +20,9 @@ from pyroflows.data import (
 )
 from pyroflows.flow import Flow
 from pyroflows.layers import ElementwiseAffine, Sigmoid
+from pyroflows.models import nsf
 from pyroflows.priors import StandardNormal
+from pyroflows.training import fit
 
 shapes = st.sampled_from([(1,), (5,), (1, 2, 4), (3, 4, 2)])
 batches = st.sampled_from([(), (4,), (2, 3), (0,)])
@@ -336,3 +339,20 @@ def test_bad_rows_for_from_data_are_refused() -> None:
         ColumnDequantizer.from_data(torch.zeros(4, 2), mean=torch.zeros(3))
     with pytest.raises(ValueError, match=r"^expected a positive scale for each column; got \[1.0, 0.0\]$"):
         ColumnDequantizer.from_data(torch.zeros(4, 2), scale=[1.0, 0.0])
+
+
+def test_a_table_with_counts_is_fitted_by_the_bits_of_its_counts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    count = torch.multinomial(torch.tensor([0.1, 0.4, 0.3, 0.2]), 2000, replacement=True, generator=generator)
+    x = torch.stack([count.float(), count + torch.randn(2000, generator=generator)], -1)
+    flow = nsf(2, num_layers=2, hidden_features=(32,))
+    flow.dequantizer = ColumnDequantizer.from_data(x)
+    result = fit(flow, x, epochs=15, seed=0, progress=False)
+    assert result.skipped_steps == 0
+    entropy = 1.280 + 0.5 * math.log(2 * math.pi * math.e)  # of the counts, and of the noise around them
+    nats = 2 * math.log(2) * float(bits_per_dim(flow, x, seed=0))
+    assert entropy - 0.1 < nats < entropy + 0.35
+    torch.manual_seed(0)
+    counts = flow.dequantizer.quantize(flow.sample((2000,)))[:, 0]
+    assert torch.equal(counts, counts.round())
+    assert (counts == 1).float().mean().item() == pytest.approx(0.4, abs=0.08)

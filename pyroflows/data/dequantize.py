@@ -88,7 +88,7 @@ class Dequantizer(nn.Module):
 class _Levels(Dequantizer):
     """Levels 0 to ``num_levels - 1``, whose cells divide [0, 1) evenly."""
 
-    one: Tensor
+    divisor: Tensor
 
     def __init__(self, shape: Shape, num_levels: int):
         super().__init__(shape)
@@ -96,22 +96,23 @@ class _Levels(Dequantizer):
         if num_levels < 2:
             raise ValueError(f"expected num_levels of at least 2; got {num_levels}")
         self.num_levels = num_levels
-        self.register_buffer("one", torch.ones(()), persistent=False)  # has the dtype and the device of the result
+        # A tensor, since a GPU would multiply by the reciprocal of a number, and so have other cells than a CPU.
+        self.register_buffer("divisor", torch.tensor(float(num_levels)), persistent=False)
 
     def quantize(self, y: Tensor) -> Tensor:
-        level = (y * self.num_levels).floor()
+        level = (y * self.divisor).floor()
         # The product rounds: a number at the edge of a cell is put by the very edges between which it was drawn.
-        level = level + ((level + 1) / self.num_levels <= y).to(y) - (level / self.num_levels > y).to(y)
+        level = level + ((level + 1) / self.divisor <= y).to(y) - (level / self.divisor > y).to(y)
         return level.clamp(0, self.num_levels - 1).to(torch.uint8 if self.num_levels <= 256 else torch.int64)
 
-    def _levels(self, x: Tensor) -> Tensor:
+    def _numbers(self, x: Tensor) -> Tensor:
         self._check_call(x)
-        return x.to(self.one)
+        return x.to(self.divisor)
 
     def _place(self, level: Tensor, u: Tensor) -> Tensor:
         """Give the number that is a share ``u`` along the cell of its level, and inside it also after rounding."""
-        low, high = level / self.num_levels, (level + 1) / self.num_levels
-        return torch.minimum((level + u) / self.num_levels, torch.nextafter(high, low))
+        low, high = level / self.divisor, (level + 1) / self.divisor
+        return torch.minimum((level + u) / self.divisor, torch.nextafter(high, low))
 
     @property
     def _log_cells(self) -> float:
@@ -168,7 +169,7 @@ class UniformDequantizer(_Levels):
         super().__init__(shape, num_levels)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        level = self._levels(x)
+        level = self._numbers(x)
         y = self._place(level, torch.rand_like(level))
         return y, y.new_full(y.shape[: y.dim() - len(self.event_shape)], self._log_cells)
 
@@ -225,7 +226,7 @@ class VariationalDequantizer(_Levels):
         self.noise = Flow(Uniform(image, _MARGIN, 1 - _MARGIN), [Logit(image), *couplings, Sigmoid(image)])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        level = self._levels(x)
+        level = self._numbers(x)
         seen = (2 * level + 1) / self.num_levels - 1  # centred, within [-1, 1]
         u, log_q = self.noise.rsample_and_log_prob((), seen.flatten(-3))
         return self._place(level, u), log_q + self._log_cells
