@@ -319,7 +319,8 @@ class Weights:
         khat: Pareto shapes of the weights, one for each of several sets of the draws.
         ess: Kish's effective number of draws.
         infinite: the share of draws whose log joint density is not finite.
-        mean_error: the largest error of a mean, in standard deviations, as reweighting the draws shows it.
+        mean_error: the largest error of a mean, in standard deviations, as reweighting the draws shows it; NaN where
+            values of sites are beyond the range of their dtype.
         sd_error: the largest relative error of a standard deviation, likewise.
     """
 
@@ -358,10 +359,10 @@ def _weights_of(log_joint: LogJoint, u: Tensor, log_w: Tensor) -> Weights:
         inf = math.inf
         return Weights(u, log_w, -inf, inf, -inf, inf, (inf,) * _SETS, 0.0, 1 - len(finite) / draws, inf, inf)
     log_mean = float(finite.logsumexp(0)) - math.log(draws)
-    smoothed = psis(log_w)[0].exp()[:, None].to(u)
+    smoothed = psis(log_w)[0].exp()[:, None]
     # Means of the values as users read them; deviations of the unconstrained ones, which always exist.
-    values = log_joint.constrain(u).values()
-    columns = torch.cat([u, *(value.reshape(draws, -1).to(u) for value in values)], -1)
+    values = [value.reshape(draws, -1) for value in log_joint.constrain(u).values()]
+    columns = torch.cat([u, *(value[:, (value != value[0]).any(0)] for value in values)], -1).to(smoothed)
     mean, sd, right = columns.mean(0), columns.std(0), (smoothed * columns).sum(0)
     right_sd = (smoothed * (columns - right) ** 2).sum(0).sqrt()
     return Weights(
@@ -427,6 +428,9 @@ def _judge(weights: Weights, missed: Sequence[Tensor], notes: Sequence[str]) -> 
             "do not trust",
             f"the weights are too uneven (median k-hat {khat:.2f}, ESS {weights.ess_ratio:.0%}){noted}",
         )
+    if not math.isfinite(weights.mean_error):
+        dtype = str(weights.u.dtype).removeprefix("torch.")
+        return "do not trust", f"some values of the draws are beyond the range of {dtype}, and have no mean{noted}"
     if weights.ess_ratio >= 0.5 and weights.mean_error <= 0.1 and weights.sd_error <= 0.1:
         return "trust", f"{shown}{noted}"
     return "resample", f"{shown}, which resampling mends{noted}"
