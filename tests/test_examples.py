@@ -15,7 +15,6 @@ from test_data import write_power
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = {path.stem: path.read_text() for path in sorted(EXAMPLES.glob("*.py")) if not path.stem.endswith("_models")}
-RUN = [name for name, text in SCRIPTS.items() if '"--quick"' in text and '"--data"' not in text]
 # What a quick run writes into its --output folder, and the bounds of its last number; without an entry, any number.
 QUICK = {
     "affine": ([], 0.0, 0.05),
@@ -28,8 +27,12 @@ QUICK = {
     "gaussian_mixture": (["gaussian_mixture.png"], -0.1, 3.0),
     "linear_mixing": (["linear_mixing.png", "linear_mixing.json"], -20.0, 20.0),
     "logistic_regression": ([], 5.0, 60.0),
+    "simulator": (["simulator.png"], 0.0, 1.0),
+    "time_series": (["time_series.png"], -2.0, 1.0),
     "two_moons": (["two_moons.png"], -0.05, 3.0),
+    "vae": ([], -1.0, 1.0),
 }
+RUN = [name for name, text in SCRIPTS.items() if name in QUICK or ('"--quick"' in text and '"--data"' not in text)]
 
 
 @pytest.mark.parametrize("name", RUN)
