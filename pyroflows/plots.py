@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
@@ -14,7 +15,15 @@ from torch import Tensor
 if TYPE_CHECKING:
     from pyroflows.training import FitResult
 
-__all__ = ["COLORS", "density_2d", "log_likelihoods", "samples_2d", "training_curves"]
+__all__ = [
+    "COLORS",
+    "density_2d",
+    "image_grid",
+    "log_likelihoods",
+    "samples_2d",
+    "save_image_grid",
+    "training_curves",
+]
 
 COLORS: tuple[str, ...] = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's colours, which colour-blind readers tell apart."""
@@ -194,6 +203,72 @@ def log_likelihoods(
     ax.set(title=title, xlabel="log-likelihood (nats per row; higher is better)", ylim=(-0.5, len(scores) - 0.4))
     ax.grid(axis="x", alpha=0.3)
     return ax
+
+
+def image_grid(
+    images: Tensor, ax: Axes | None = None, *, columns: int = 8, num_levels: int = 256, title: str = ""
+) -> Axes:
+    """Draw images in a grid, row by row.
+
+    Args:
+        images: levels of pixels, of one channel or three.
+        ax: the axes; new ones by default.
+        columns: images a row.
+        num_levels: the number of levels; the highest is white.
+        title: of the axes.
+
+    Shapes:
+        images: ``(num, C, H, W)``.
+
+    Raises:
+        ValueError: there is no image, or it has another number of channels.
+
+    Example:
+        >>> image_grid(torch.randint(17, (4, 1, 8, 8)), num_levels=17, title="Noise").get_title()
+        'Noise'
+    """
+    ax = _axes(ax)
+    ax.imshow(_grid(images, columns, num_levels).permute(1, 2, 0).numpy(), interpolation="nearest")
+    ax.set(title=title, xticks=[], yticks=[])
+    return ax
+
+
+def save_image_grid(
+    images: Tensor, path: str | Path, *, columns: int = 8, num_levels: int = 256, enlarge: int = 1
+) -> None:
+    """Save images in a grid as a PNG of their own pixels.
+
+    Args:
+        images: levels of pixels, of one channel or three.
+        path: the file.
+        columns: images a row.
+        num_levels: the number of levels; the highest is white.
+        enlarge: pixels of the file for one of the images, along each side.
+
+    Shapes:
+        images: ``(num, C, H, W)``.
+
+    Raises:
+        ValueError: there is no image, or it has another number of channels.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_image_grid(torch.randint(256, (4, 3, 8, 8)), f"{folder}/grid.png")
+    """
+    from torchvision.utils import save_image
+
+    grid = _grid(images, columns, num_levels)
+    save_image(grid.repeat_interleave(enlarge, 1).repeat_interleave(enlarge, 2), path, format="png")
+
+
+def _grid(images: Tensor, columns: int, num_levels: int) -> Tensor:
+    from torchvision.utils import make_grid  # here, because the import is slow and few plots need it
+
+    if images.dim() != 4 or not len(images) or images.shape[1] not in (1, 3):
+        raise ValueError(f"expected images of shape (num, 1 or 3, H, W), at least one; got {tuple(images.shape)}")
+    levels = images.detach().cpu().float() / (num_levels - 1)
+    return make_grid(levels.clamp(0, 1), nrow=columns, padding=1, pad_value=0.5)
 
 
 def _axes(ax: Axes | None) -> Axes:

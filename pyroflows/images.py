@@ -1,0 +1,140 @@
+"""Looking at a flow of images: samples, reconstructions and the way between two images, as levels of pixels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyroflows.arguments import check_sizes
+from pyroflows.flow import Flow
+
+__all__ = ["interpolate", "reconstruct", "sample_images"]
+
+
+@torch.no_grad()
+def sample_images(
+    flow: Flow,
+    num: int,
+    *,
+    temperature: float = 1.0,
+    labels: Tensor | None = None,
+    batch_size: int = 64,
+    seed: int | None = None,
+) -> Tensor:
+    """Draw images as levels of pixels.
+
+    Args:
+        flow: a flow with a dequantizer.
+        num: number of images; of each label, where there are labels.
+        temperature: by which the latent's deviations are multiplied; about 0.7 looks best, 1 is the model.
+        labels: the classes to draw, or contexts, of a flow that takes these.
+        batch_size: images drawn at once.
+        seed: what draws them; torch's random state is then left as it was.
+
+    Shapes:
+        labels: ``(num_labels,)``; images: ``(num, C, H, W)``, or ``(num_labels, num, C, H, W)``.
+
+    Raises:
+        ValueError: the flow has no dequantizer, a size is not positive, or the prior takes no temperature.
+
+    Example:
+        >>> from pyroflows import glow
+        >>> from pyroflows.data import UniformDequantizer
+        >>> flow = glow((1, 8, 8), num_levels=1, num_steps=1, dequantizer=UniformDequantizer((1, 8, 8), 17))
+        >>> sample_images(flow, 3, temperature=0.7, seed=0).shape
+        torch.Size([3, 1, 8, 8])
+    """
+    dequantizer = _dequantizer(flow)
+    check_sizes(num=num, batch_size=batch_size)
+    given = [None] if labels is None else [label.to(flow.device) for label in labels]
+    training = flow.training
+    flow.eval()
+    try:
+        with torch.random.fork_rng([flow.device] if flow.device.type == "cuda" else [], enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            sizes = [min(batch_size, num - start) for start in range(0, num, batch_size)]
+            drawn = [
+                torch.cat([dequantizer.quantize(flow.sample((n,), label, temperature=temperature)) for n in sizes])
+                for label in given
+            ]
+    finally:
+        flow.train(training)
+    return drawn[0] if labels is None else torch.stack(drawn)
+
+
+@torch.no_grad()
+def reconstruct(flow: Flow, images: Tensor, context: Tensor | None = None) -> Tensor:
+    """Send images to the latent and back; what comes back is what was sent, if the flow inverts.
+
+    Args:
+        flow: a flow with a dequantizer.
+        images: levels of pixels.
+        context: the context of each, where the flow takes one.
+
+    Shapes:
+        images: ``(num, C, H, W)``, and so what is given back.
+
+    Raises:
+        TypeError, ValueError: the flow has no dequantizer, or the images are not of its levels or shape.
+
+    Example:
+        >>> from pyroflows import glow
+        >>> from pyroflows.data import UniformDequantizer
+        >>> flow = glow((1, 8, 8), num_levels=1, num_steps=1, dequantizer=UniformDequantizer((1, 8, 8), 17)).eval()
+        >>> images = torch.randint(17, (5, 1, 8, 8), dtype=torch.uint8)
+        >>> torch.equal(reconstruct(flow, images), images)
+        True
+    """
+    dequantizer = _dequantizer(flow)
+    y, _ = dequantizer(images)
+    return dequantizer.quantize(flow.decode(flow.encode(y, context), context))
+
+
+@torch.no_grad()
+def interpolate(flow: Flow, start: Tensor, end: Tensor, num: int = 8, *, context: Tensor | None = None) -> Tensor:
+    """Walk from images to others along straight lines in the latent.
+
+    Args:
+        flow: a flow with a dequantizer.
+        start: the images to start from, levels of pixels.
+        end: as many to end at.
+        num: images on the way, both ends among them.
+        context: the context of each pair, where the flow takes one.
+
+    Shapes:
+        start, end: ``(pairs, C, H, W)``; images: ``(pairs, num, C, H, W)``.
+
+    Raises:
+        TypeError, ValueError: the flow has no dequantizer, the images are not of its levels or shape, or ``num`` is
+            below 2.
+
+    References:
+        Glow: Generative Flow with Invertible 1x1 Convolutions, Kingma and Dhariwal, 2018 (arXiv:1807.03039).
+
+    Example:
+        >>> from pyroflows import glow
+        >>> from pyroflows.data import UniformDequantizer
+        >>> flow = glow((1, 8, 8), num_levels=1, num_steps=1, dequantizer=UniformDequantizer((1, 8, 8), 17)).eval()
+        >>> images = torch.randint(17, (2, 1, 8, 8), dtype=torch.uint8)
+        >>> walk = interpolate(flow, images[:1], images[1:], num=5)
+        >>> walk.shape, torch.equal(walk[:, 0], images[:1]), torch.equal(walk[:, -1], images[1:])
+        (torch.Size([1, 5, 1, 8, 8]), True, True)
+    """
+    dequantizer = _dequantizer(flow)
+    if num < 2:
+        raise ValueError(f"expected at least 2 images on the way; got {num!r}")
+    if start.shape != end.shape:
+        raise ValueError(f"expected as many images to end at, of the same shape; got {start.shape} and {end.shape}")
+    first, last = (flow.encode(dequantizer(images)[0], context) for images in (start, end))
+    share = torch.linspace(0, 1, num).to(first)[:, None, None]
+    walk = flow.decode(first + share * (last - first), context)  # (num, pairs, C, H, W)
+    return dequantizer.quantize(walk).transpose(0, 1)
+
+
+def _dequantizer(flow: Flow) -> Any:
+    if flow.dequantizer is None:
+        raise ValueError("expected a flow with a dequantizer, which knows the levels of pixels; got one without")
+    return flow.dequantizer
