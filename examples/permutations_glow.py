@@ -1,4 +1,4 @@
-"""What mixes channels between couplings: reversal, a fixed shuffle and a learned 1x1 convolution, as in Glow's figure."""
+"""What mixes channels between couplings: a reversal, a fixed shuffle or a learned 1x1 convolution, as in the paper."""
 
 import json
 

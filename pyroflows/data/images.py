@@ -353,6 +353,9 @@ def _read_strips(folder: Path) -> tuple[_Parts, tuple[str, ...]]:
     if not labels.is_file():
         raise FileNotFoundError(f"expected the labels of CIFAR-10 in the file {labels}; got no such file")
     with np.load(labels) as arrays:
+        wanted = ("y_train", "y_test", "class_names")
+        if missing := [name for name in wanted if name not in arrays]:
+            raise ValueError(f"expected the arrays {', '.join(wanted)} in {labels}; got none of {', '.join(missing)}")
         classes = {part: arrays[f"y_{part}"] for part in ("train", "test")}
         class_names = tuple(name.decode() for name in arrays["class_names"])
     images = {}
