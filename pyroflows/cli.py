@@ -52,8 +52,8 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="fit flows to bundled data and write figures and a short report",
         description="Fit flows to a bundled table and to two moons, beside a Gaussian, a Gaussian mixture and a kernel "
-        "density, and to the posterior of a model, beside a mean-field guide; write figures and a short report. It "
-        "needs no network, and at most two minutes on two cores.",
+        "density, to images of digits, beside a Gaussian mixture, and to the posterior of a model, beside a mean-field "
+        "guide; write figures and a short report. It needs no network, and at most two and a half minutes.",
     )
     demo.add_argument(
         "--output",

@@ -1,0 +1,63 @@
+"""What each part of the demo gives, and what all of them need: one thread, one seed, figures saved, lines said."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+__all__ = ["Part", "one_thread", "save", "say"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one part of the demo found.
+
+    Args:
+        title: its heading in the report.
+        text: what was done, a paragraph.
+        columns: of its table.
+        rows: of its table, words and formatted numbers.
+        numbers: the same and more, for ``report.json``.
+        figures: file names of its figures, with a line about each.
+    """
+
+    title: str
+    text: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numbers: Mapping[str, Any]
+    figures: Mapping[str, str]
+
+
+@contextlib.contextmanager
+def one_thread(seed: int) -> Iterator[None]:
+    """Compute on one thread, and seed torch; both are as before afterwards.
+
+    Networks this small gain nothing from more threads, which wait for one another wherever a core is busy.
+    """
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    threads = torch.get_num_threads()
+    with threadpool_limits(1), torch.random.fork_rng([]):
+        torch.set_num_threads(1)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Save a figure as a PNG."""
+    figure.savefig(path, dpi=110)
+
+
+def say(line: str) -> None:
+    """Print a line at once."""
+    print(line, flush=True)
