@@ -6,10 +6,8 @@ from pathlib import Path
 import torch
 from sklearn.svm import SVC
 
-from pyroflows import fit, glow
-from pyroflows.bits import bits_per_dim
+from pyroflows import bits_per_dim, fit, glow, sample_images
 from pyroflows.data import UniformDequantizer, load_images
-from pyroflows.images import sample_images
 from pyroflows.plots import save_image_grid
 
 

@@ -9,10 +9,8 @@ import numpy as np
 import torch
 from sklearn.mixture import GaussianMixture
 
-from pyroflows import Flow, Logit, fit, glow, realnvp
-from pyroflows.bits import bits_per_dim
+from pyroflows import Flow, Logit, bits_per_dim, fit, glow, interpolate, realnvp, sample_images
 from pyroflows.data import ImageData, UniformDequantizer, VariationalDequantizer, load_images
-from pyroflows.images import interpolate, sample_images
 from pyroflows.plots import save_image_grid
 
 SHAPE, LEVELS, ALPHA = (1, 8, 8), 17, 0.01

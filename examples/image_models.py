@@ -10,10 +10,8 @@ from typing import Any
 
 import torch
 
-from pyroflows import Flow, fit
-from pyroflows.bits import bits_per_dim
+from pyroflows import Flow, bits_per_dim, fit, sample_images
 from pyroflows.data import ImageData
-from pyroflows.images import sample_images
 from pyroflows.plots import save_image_grid
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -2,9 +2,11 @@
 
 from pyroflows._version import __version__
 from pyroflows.bijection import Bijection, Compose, Conditioned, Inverse
+from pyroflows.bits import BitsPerDim, bits_per_dim
 from pyroflows.conditioners import MADE, MLP, ConvNet, OneHot, ResNet, ZeroConv
 from pyroflows.diagnostics import CheckReport, check
 from pyroflows.flow import Flow
+from pyroflows.images import interpolate, reconstruct, sample_images
 from pyroflows.inference import (
     AmortizedFlow,
     AmortizedPosterior,
@@ -115,10 +117,16 @@ __all__ = [  # noqa: RUF022
     "neutra",
     "psis",
     "sliced_wasserstein",
+    # images
+    "interpolate",
+    "reconstruct",
+    "sample_images",
     # training, diagnostics
+    "BitsPerDim",
     "CheckReport",
     "FitResult",
     "__version__",
+    "bits_per_dim",
     "check",
     "fit",
 ]

@@ -152,6 +152,8 @@ def _data(flow: Flow, x: Any, context: Any, device: torch.device, *, name: str) 
         raise ValueError(f"expected {name} of shape {expected}; got {tuple(data.shape)}")
     if discrete and hasattr(flow.dequantizer, "check"):
         flow.dequantizer.check(data)  # type: ignore[union-attr, operator]
+    if not discrete:
+        _refuse_outside(flow, data, name)
     embedded = flow.embedding is not None
     given = None if context is None else _as_tensor(context, flow, device, f"context of {name}", integers=embedded)
     if not embedded:
@@ -186,6 +188,19 @@ def _as_tensor(x: Any, flow: Flow, device: torch.device, name: str, *, integers:
             f"{f', beyond the range of {flow.dtype}' if number.isfinite() else ''} ({len(where)} such numbers in all)"
         )
     return tensor
+
+
+def _refuse_outside(flow: Flow, data: Tensor, name: str) -> None:
+    """Refuse data outside the flow's support, such as pixels beyond [0, 1] of a flow with a logit."""
+    support = getattr(flow.bijection.codomain, "base_constraint", flow.bijection.codomain)
+    inside = support.check(data)
+    if not inside.all():
+        where = (~inside).nonzero()
+        row, *place = where[0].tolist()
+        raise ValueError(
+            f"expected {name} in the flow's support, {support}; got {float(data[(row, *place)]):.6g} in row {row} "
+            f"({len(where)} such numbers in all)"
+        )
 
 
 def _refuse_constant_columns(data: Tensor) -> None:

@@ -24,6 +24,7 @@ from pyroflows import (
     Squeeze,
     StudentT,
     check,
+    fit,
     glow,
     realnvp,
 )
@@ -377,6 +378,15 @@ def test_refuses_options_of_the_other_kind():
         realnvp(3, num_levels=2)
     with pytest.raises(TypeError, match="expected no network options beside a conditioner; got hidden_channels"):
         ConvCoupling((2, 2, 2), conditioner=ConvNet(1, 2), hidden_channels=3)
+
+
+def test_fit_refuses_pixels_outside_the_logits_interval():
+    flow = realnvp((1, 4, 4), num_levels=1, num_blocks=1, hidden_channels=4)
+    pixels = torch.rand(20, 1, 4, 4)
+    pixels[3, 0, 1, 2] = 1.5
+    message = r"expected data in the flow's support, Interval\(.*-0.05.*, .*1.05.*\); got 1.5 in row 3 \(1 such numbers"
+    with pytest.raises(ValueError, match=message):
+        fit(flow, pixels, epochs=1, progress=False)
 
 
 def test_refuses_images_of_another_shape_or_kind():
