@@ -16,7 +16,7 @@ from pyro.infer.autoguide import AutoGuideList, AutoNormal
 from torch import nn
 
 from pyroflows import Flow, MaskedAutoregressive, StandardNormal, iaf, maf, planar, realnvp
-from pyroflows.inference.amortized import AmortizedFlow, AmortizedPosterior, fit_amortized
+from pyroflows.inference import AmortizedFlow, AmortizedPosterior, fit_amortized
 
 WEIGHT = torch.tensor([[1.0, 0.5], [-0.3, 1.2], [0.7, 0.7]])
 

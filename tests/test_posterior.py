@@ -91,7 +91,7 @@ def fitted():
 @pytest.fixture
 def _one_rate(monkeypatch):
     """Where it is not the fit that is tested."""
-    monkeypatch.setattr("pyroflows.inference.posterior._RATES", (3e-3,))
+    monkeypatch.setattr("pyroflows.inference.fitting._RATES", (3e-3,))
 
 
 # Numbers

@@ -1,6 +1,6 @@
 """Posteriors of Pyro models: guides, ELBOs, fits in one call, and what they are worth."""
 
-from pyroflows.inference.amortized import AmortizedFlow, AmortizedPosterior, fit_amortized
+from pyroflows.inference.amortized import AmortizedFlow
 from pyroflows.inference.diagnostics import (
     Calibration,
     MomentTable,
@@ -14,9 +14,12 @@ from pyroflows.inference.diagnostics import (
     sliced_wasserstein,
 )
 from pyroflows.inference.elbo import ImportanceWeightedELBO, PathELBO, TemperedELBO
+from pyroflows.inference.fitting import fit_posterior
 from pyroflows.inference.guide import AutoFlow
 from pyroflows.inference.neutra import neutra
-from pyroflows.inference.posterior import Posterior, Weights, fit_posterior
+from pyroflows.inference.posterior import Posterior
+from pyroflows.inference.simulation import AmortizedPosterior, fit_amortized
+from pyroflows.inference.weights import Weights
 
 __all__ = [
     "AmortizedFlow",
