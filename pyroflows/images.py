@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyroflows.arguments import check_sizes
+from pyroflows.bits import _evaluating, _seeded
 from pyroflows.flow import Flow
 
 __all__ = ["interpolate", "reconstruct", "sample_images"]
@@ -37,7 +38,8 @@ def sample_images(
         labels: ``(num_labels,)``; images: ``(num, C, H, W)``, or ``(num_labels, num, C, H, W)``.
 
     Raises:
-        ValueError: the flow has no dequantizer, a size is not positive, or the prior takes no temperature.
+        ValueError: the flow has no dequantizer, a size is not positive, there is no label, or the prior takes no
+            temperature.
 
     Example:
         >>> from pyroflows import glow
@@ -48,20 +50,16 @@ def sample_images(
     """
     dequantizer = _dequantizer(flow)
     check_sizes(num=num, batch_size=batch_size)
+    if labels is not None and (not isinstance(labels, Tensor) or not labels.dim() or not len(labels)):
+        got = f"the shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(f"expected labels as a tensor, at least one; got {got}")
     given = [None] if labels is None else [label.to(flow.device) for label in labels]
-    training = flow.training
-    flow.eval()
-    try:
-        with torch.random.fork_rng([flow.device] if flow.device.type == "cuda" else [], enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
-            sizes = [min(batch_size, num - start) for start in range(0, num, batch_size)]
-            drawn = [
-                torch.cat([dequantizer.quantize(flow.sample((n,), label, temperature=temperature)) for n in sizes])
-                for label in given
-            ]
-    finally:
-        flow.train(training)
+    sizes = [min(batch_size, num - start) for start in range(0, num, batch_size)]
+    with _evaluating(flow), _seeded(seed, flow.device):
+        drawn = [
+            torch.cat([dequantizer.quantize(flow.sample((n,), label, temperature=temperature)) for n in sizes])
+            for label in given
+        ]
     return drawn[0] if labels is None else torch.stack(drawn)
 
 
@@ -83,14 +81,15 @@ def reconstruct(flow: Flow, images: Tensor, context: Tensor | None = None) -> Te
     Example:
         >>> from pyroflows import glow
         >>> from pyroflows.data import UniformDequantizer
-        >>> flow = glow((1, 8, 8), num_levels=1, num_steps=1, dequantizer=UniformDequantizer((1, 8, 8), 17)).eval()
+        >>> flow = glow((1, 8, 8), num_levels=1, num_steps=1, dequantizer=UniformDequantizer((1, 8, 8), 17))
         >>> images = torch.randint(17, (5, 1, 8, 8), dtype=torch.uint8)
         >>> torch.equal(reconstruct(flow, images), images)
         True
     """
     dequantizer = _dequantizer(flow)
-    y, _ = dequantizer(images)
-    return dequantizer.quantize(flow.decode(flow.encode(y, context), context))
+    with _evaluating(flow):
+        y, _ = dequantizer(images)
+        return dequantizer.quantize(flow.decode(flow.encode(y, context), context))
 
 
 @torch.no_grad()
@@ -117,7 +116,7 @@ def interpolate(flow: Flow, start: Tensor, end: Tensor, num: int = 8, *, context
     Example:
         >>> from pyroflows import glow
         >>> from pyroflows.data import UniformDequantizer
-        >>> flow = glow((1, 8, 8), num_levels=1, num_steps=1, dequantizer=UniformDequantizer((1, 8, 8), 17)).eval()
+        >>> flow = glow((1, 8, 8), num_levels=1, num_steps=1, dequantizer=UniformDequantizer((1, 8, 8), 17))
         >>> images = torch.randint(17, (2, 1, 8, 8), dtype=torch.uint8)
         >>> walk = interpolate(flow, images[:1], images[1:], num=5)
         >>> walk.shape, torch.equal(walk[:, 0], images[:1]), torch.equal(walk[:, -1], images[1:])
@@ -127,11 +126,15 @@ def interpolate(flow: Flow, start: Tensor, end: Tensor, num: int = 8, *, context
     if num < 2:
         raise ValueError(f"expected at least 2 images on the way; got {num!r}")
     if start.shape != end.shape:
-        raise ValueError(f"expected as many images to end at, of the same shape; got {start.shape} and {end.shape}")
-    first, last = (flow.encode(dequantizer(images)[0], context) for images in (start, end))
-    share = torch.linspace(0, 1, num).to(first)[:, None, None]
-    walk = flow.decode(first + share * (last - first), context)  # (num, pairs, C, H, W)
-    return dequantizer.quantize(walk).transpose(0, 1)
+        shapes = f"{tuple(start.shape)} and {tuple(end.shape)}"
+        raise ValueError(f"expected as many images to end at as to start from, of the same shape; got {shapes}")
+    with _evaluating(flow):
+        first, last = (flow.encode(dequantizer(images)[0], context) for images in (start, end))
+        share = torch.linspace(0, 1, num).to(first)[:, None, None]
+        # Ends as they are: their difference, added back, would round.
+        way = torch.where(share < 1, first + share * (last - first), last)
+        walk = flow.decode(way, context)  # (num, pairs, C, H, W)
+        return dequantizer.quantize(walk).transpose(0, 1)
 
 
 def _dequantizer(flow: Flow) -> Any:

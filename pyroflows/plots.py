@@ -12,6 +12,8 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
+from pyroflows.arguments import check_sizes
+
 if TYPE_CHECKING:
     from pyroflows.training import FitResult
 
@@ -221,7 +223,7 @@ def image_grid(
         images: ``(num, C, H, W)``.
 
     Raises:
-        ValueError: there is no image, or it has another number of channels.
+        ValueError: there is no image, it has another number of channels, or a number is not positive.
 
     Example:
         >>> image_grid(torch.randint(17, (4, 1, 8, 8)), num_levels=17, title="Noise").get_title()
@@ -249,7 +251,7 @@ def save_image_grid(
         images: ``(num, C, H, W)``.
 
     Raises:
-        ValueError: there is no image, or it has another number of channels.
+        ValueError: there is no image, it has another number of channels, or a number is not positive.
 
     Example:
         >>> import tempfile
@@ -258,6 +260,7 @@ def save_image_grid(
     """
     from torchvision.utils import save_image
 
+    check_sizes(enlarge=enlarge)
     grid = _grid(images, columns, num_levels)
     save_image(grid.repeat_interleave(enlarge, 1).repeat_interleave(enlarge, 2), path, format="png")
 
@@ -265,6 +268,9 @@ def save_image_grid(
 def _grid(images: Tensor, columns: int, num_levels: int) -> Tensor:
     from torchvision.utils import make_grid  # here, because the import is slow and few plots need it
 
+    check_sizes(columns=columns)
+    if num_levels < 2:
+        raise ValueError(f"expected num_levels of at least 2; got {num_levels}")
     if images.dim() != 4 or not len(images) or images.shape[1] not in (1, 3):
         raise ValueError(f"expected images of shape (num, 1 or 3, H, W), at least one; got {tuple(images.shape)}")
     levels = images.detach().cpu().float() / (num_levels - 1)

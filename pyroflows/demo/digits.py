@@ -31,6 +31,7 @@ def digits(output: Path, seed: int, quick: bool, until: float) -> Part:
     """Digits of 8 x 8 pixels with 17 levels each."""
     components, copies, epochs = (2, 1, 2) if quick else (8, 4, 50)
     data = load_images("digits", seed=seed)
+    dequantizer = UniformDequantizer(_SHAPE, _LEVELS)
     with one_thread(seed):
         mixture, mixture_seconds = _mixture(data.train, components, copies)
         flow = glow(
@@ -39,13 +40,13 @@ def digits(output: Path, seed: int, quick: bool, until: float) -> Part:
             num_steps=4,
             hidden_channels=48,
             alpha=_ALPHA,
-            dequantizer=UniformDequantizer(_SHAPE, _LEVELS),
+            dequantizer=dequantizer,
         )
         options = {"epochs": epochs, "batch_size": 128, "learning_rate": 4e-3, "average": 0.99, "patience": 20}
         fitted = fit_flows({"Glow": flow}, "", data.train, data.validation, seed, until, options)[0]
         flows = {"Gaussian mixture": mixture, "Glow": flow}
         bits = {name: _bits(each, data.test, seed) for name, each in flows.items()}
-        samples = {name: each.dequantizer.quantize(each.sample((64,))) for name, each in flows.items()}  # type: ignore[union-attr, operator]
+        samples = {name: dequantizer.quantize(each.sample(64).reshape(64, *_SHAPE)) for name, each in flows.items()}
 
     notes = {
         "Gaussian mixture": f"{components} components, full covariance, of logits of the pixels",
@@ -72,10 +73,10 @@ def digits(output: Path, seed: int, quick: bool, until: float) -> Part:
     numbers["models"]["Glow"] |= {"steps": fitted.result.steps, "stopped": fitted.result.stopped}  # type: ignore[union-attr]
 
     figure = Figure(figsize=(12.6, 4.8), layout="constrained")
-    pictures = {f"{len(data.test[:64])} test images": data.test[:64]}
+    pictures = {"64 test images": data.test[:64]}
     for name in ("Glow", "Gaussian mixture"):
         mean = numbers["models"][name]["bits_per_dim"]
-        pictures[f"{name}: {mean:.3f} bits per dimension"] = samples[name].reshape(-1, *_SHAPE)
+        pictures[f"{name}: {mean:.3f} bits per dimension"] = samples[name]
     for ax, (title, images) in zip(figure.subplots(1, 3), pictures.items(), strict=True):
         plots.image_grid(images, ax, num_levels=_LEVELS, title=title)
     figure.suptitle("Digits: real ones and samples at temperature 1")

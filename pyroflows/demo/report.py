@@ -25,8 +25,8 @@ _FIT_SECONDS = 130.0
 
 PARTS: dict[str, Callable[[Path, int, bool, float], Part]] = {
     "breast_cancer": breast_cancer,
-    "moons": moons,
     "digits": digits,
+    "moons": moons,
     "posterior": posterior,
 }
 """The parts in the order in which they run; each takes the folder, the seed, whether to be quick, and its end."""
