@@ -123,7 +123,7 @@ class ZeroConv(nn.Module):
         h = F.conv2d(images, weight, self.bias * gain, padding=self.kernel_size // 2)
         if self.context is not None:
             h = h + _spread(self.context(context), batch)
-        return h.reshape(*batch, *h.shape[1:])
+        return h.contiguous().reshape(*batch, *h.shape[1:])  # a coupling reads channels, each in one piece
 
     def extra_repr(self) -> str:
         out_channels, in_channels, size, _ = self.weight.shape
@@ -206,7 +206,8 @@ class ConvNet(nn.Module):
         self.first = _Conv(in_channels + self.context.channels, hidden_channels, 3, norm)
         self.second = _Conv(hidden_channels, hidden_channels, 1, norm)
         self.last = ZeroConv(hidden_channels, out_channels)
-        self.activation = ACTIVATIONS[activation]()
+        # In place: memory for a second image of so many channels costs more than the ReLU.
+        self.activation = nn.ReLU(inplace=True) if activation == "relu" else ACTIVATIONS[activation]()
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         batch, images = _flat(x)
@@ -290,7 +291,10 @@ class ResNet(nn.Module):
 
 def _flat(x: Tensor) -> tuple[Size, Tensor]:
     """Give the batch shape, and the images in one batch dimension, as convolutions take them."""
-    return x.shape[:-3], x.reshape(x.shape[:-3].numel(), *x.shape[-3:])
+    images = x.reshape(x.shape[:-3].numel(), *x.shape[-3:])
+    if x.device.type == "cpu":  # where convolutions are up to twice as fast if the channels of a pixel lie together
+        images = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    return x.shape[:-3], images
 
 
 def _spread(bias: Tensor, batch: Size) -> Tensor:

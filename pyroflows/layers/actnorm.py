@@ -58,12 +58,12 @@ class ActNorm(Bijection):
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not self._started and self.training and torch.is_grad_enabled():
             self._start()
-        return x * self.log_scale.exp() + self.shift, self._log_det(x)
+        return x * self.log_scale.exp() + self.shift, self._log_det(x, self.pixels)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not self._started and self.training and y.numel():
             self._start(y.detach())
-        return (y - self.shift) * (-self.log_scale).exp(), -self._log_det(y)
+        return (y - self.shift) * (-self.log_scale).exp(), self._log_det(y, -self.pixels)
 
     def forward_and_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
@@ -77,8 +77,8 @@ class ActNorm(Bijection):
         x, log_det = self.inverse_and_log_det(y)
         return x, log_det, score * self.log_scale.detach().exp()
 
-    def _log_det(self, x: Tensor) -> Tensor:
-        return (self.pixels * self.log_scale.sum()).expand(x.shape[: x.dim() - len(self.latent_shape)])
+    def _log_det(self, x: Tensor, times: int) -> Tensor:
+        return (times * self.log_scale.sum()).expand(x.shape[: x.dim() - len(self.latent_shape)])
 
     @torch.no_grad()
     def _start(self, y: Tensor | None = None) -> None:

@@ -50,12 +50,14 @@ class LULinear(Bijection):
 
     permutation: Tensor
     signs: Tensor
+    eye: Tensor
 
     def __init__(self, features: int, *, start: str = "rotation", bias: bool = True):
         super().__init__(features)
         p, lower, upper = torch.linalg.lu(_start(features, start))
         self.register_buffer("permutation", p.argmax(-1))  # row i of W is row permutation[i] of L U
         self.register_buffer("signs", upper.diagonal().sign())
+        self.register_buffer("eye", torch.eye(features), persistent=False)
         self.lower = nn.Parameter(lower.tril(-1))
         self.upper = nn.Parameter(upper.triu(1))
         self.log_scale = nn.Parameter(upper.diagonal().abs().log())
@@ -63,21 +65,26 @@ class LULinear(Bijection):
 
     def weight(self) -> Tensor:
         """The matrix W, shape ``(features, features)``."""
-        lower, upper = self._factors()
-        return (lower @ upper)[self.permutation]
+        upper = self._upper()
+        return torch.addmm(upper, self.lower.tril(-1), upper)[self.permutation]
+
+    def inverse_weight(self) -> Tensor:
+        """The inverse of W."""
+        columns = self.eye[self.permutation].T
+        columns = torch.linalg.solve_triangular(self.lower, columns, upper=False, unitriangular=True)
+        return torch.linalg.solve_triangular(self._upper(), columns, upper=True)
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        lower, upper = self._factors()
         y = x if self.bias is None else x - self.bias
         y = y[..., self.permutation.argsort()].reshape(-1, x.shape[-1])
-        y = torch.linalg.solve_triangular(lower.T, y, upper=True, left=False, unitriangular=True)
-        y = torch.linalg.solve_triangular(upper.T, y, upper=False, left=False)
-        return y.reshape(x.shape), -self.log_scale.sum().expand(x.shape[:-1])
+        y = torch.linalg.solve_triangular(self.lower.T, y, upper=True, left=False, unitriangular=True)
+        y = torch.linalg.solve_triangular(self._upper().T, y, upper=False, left=False)
+        return y.reshape(x.shape), -self._log_det().expand(x.shape[:-1])
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with torch.autocast(y.device.type, enabled=False):  # the log-det is that of the very weights in use
             x = nn.functional.linear(y, self.weight(), self.bias)
-        return x, self.log_scale.sum().expand(y.shape[:-1])
+        return x, self._log_det().expand(y.shape[:-1])
 
     def forward_and_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
@@ -86,9 +93,11 @@ class LULinear(Bijection):
             score = score @ self.weight()
         return *self.forward_and_log_det(x), score
 
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        lower = self.lower.tril(-1) + torch.eye(len(self.lower), dtype=self.lower.dtype, device=self.lower.device)
-        return lower, self.upper.triu(1) + torch.diag(self.signs * self.log_scale.exp())
+    def _upper(self) -> Tensor:
+        return torch.addcmul(self.upper.triu(1), self.eye, self.signs * self.log_scale.exp())
+
+    def _log_det(self) -> Tensor:
+        return self.log_scale.sum()
 
     def extra_repr(self) -> str:
         return f"{self.latent_shape[0]}"
@@ -134,6 +143,10 @@ class DenseLinear(Bijection):
             x = nn.functional.linear(y, self.weight, self.bias)
         return x, self._log_det().expand(y.shape[:-1])
 
+    def inverse_weight(self) -> Tensor:
+        """The inverse of W."""
+        return torch.linalg.inv(self.weight)
+
     def _log_det(self) -> Tensor:
         return torch.linalg.slogdet(self.weight).logabsdet
 
@@ -168,26 +181,29 @@ class InvertibleConv(Bijection):
         torch.Size([3, 4, 8, 8])
     """
 
-    eye: Tensor
-
     def __init__(self, shape: Shape, *, factored: bool = True, start: str = "rotation"):
         channels, height, width = as_image_shape(shape)
         super().__init__((channels, height, width))
         self.pixels = height * width
         self.mixing = (LULinear if factored else DenseLinear)(channels, start=start, bias=False)
-        self.register_buffer("eye", torch.eye(channels), persistent=False)
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._convolve(x, *self.mixing.forward_and_log_det(self.eye))
+        with torch.autocast(x.device.type, enabled=False):  # the log-det is that of the very weights in use
+            y = self._convolve(x, self.mixing.inverse_weight())
+        return y, self._log_det(x, -self.pixels)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._convolve(y, *self.mixing.inverse_and_log_det(self.eye))
+        with torch.autocast(y.device.type, enabled=False):
+            x = self._convolve(y, self.mixing.weight() if isinstance(self.mixing, LULinear) else self.mixing.weight)
+        return x, self._log_det(y, self.pixels)
 
-    def _convolve(self, x: Tensor, rows: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
-        batch = x.shape[:-3]
-        with torch.autocast(x.device.type, enabled=False):  # the log-det is that of the very weights in use
-            y = nn.functional.conv2d(x.reshape(-1, *self.latent_shape), rows.T[:, :, None, None])
-        return y.reshape(*batch, *self.latent_shape), (self.pixels * log_det[0]).expand(batch)
+    def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        # A product for each image: of so few channels it takes half the time of conv2d, or less.
+        images = x.reshape(x.shape[:-3].numel(), self.latent_shape[0], self.pixels)
+        return torch.bmm(weight.expand(len(images), -1, -1), images).reshape(x.shape)
+
+    def _log_det(self, x: Tensor, times: int) -> Tensor:
+        return (times * self.mixing._log_det()).expand(x.shape[:-3])
 
     def extra_repr(self) -> str:
         return f"{tuple(self.latent_shape)}"
