@@ -8,7 +8,7 @@ from pyroflows.data import UniformDequantizer, load_images
 
 
 def main() -> None:
-    arguments = parser(__doc__)
+    arguments = parser(__doc__, learning_rate=3e-3)
     arguments.add_argument("--num-steps", type=int, default=8)
     arguments.add_argument("--fashion", action="store_true", help="Fashion-MNIST instead")
     options = arguments.parse_args()
@@ -21,6 +21,7 @@ def main() -> None:
         num_levels=options.num_levels,
         num_steps=options.num_steps,
         hidden_channels=options.hidden_channels,
+        alpha=1e-5,  # most pixels are black, and the logit gives their narrow interval room
         dequantizer=UniformDequantizer(data.shape, data.num_levels),
     )
     result = train(f"{name}_glow", flow, data, options)

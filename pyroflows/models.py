@@ -380,7 +380,7 @@ def maf(
     norm: str = "actnorm",
     prior: Prior | None = None,
 ) -> Flow:
-    r"""MAF: masked autoregressive layers, one pass to score, a pass for each feature to sample.
+    r"""MAF: masked autoregressive layers, one pass to score, about three passes' work to sample.
 
     Args:
         features: number of features.
@@ -506,7 +506,7 @@ def nsf(
 
     Args:
         features: number of features.
-        autoregressive: whether the layers are autoregressive (a pass for each feature to sample) or couplings.
+        autoregressive: whether the layers are autoregressive (the work of a few passes to sample) or couplings.
         context_features: length of the context; 0 for none.
         num_layers: number of spline layers.
         hidden_features: widths of the hidden layers of each network, or of its residual blocks.

@@ -138,6 +138,9 @@ class MADE(nn.Module):
             zero_last=zero_last,
             linear=lambda *_: MaskedLinear(next(masks)),
         )
+        # Of the inputs of each map, in order: how many are known before step d, at which feature order[d] is found.
+        self.units_before = [list(range(features + 1))]
+        self.units_before += [[int((units < degree).sum()) for degree in range(features + 1)] for units in widths]
         narrow = bool(hidden_features) and min(hidden_features) < span
         self.direct = MaskedLinear(output[:, None] >= degrees) if narrow else None
         if self.direct is not None:

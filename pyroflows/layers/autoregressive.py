@@ -9,20 +9,23 @@ import torch
 from torch import Tensor
 
 from pyroflows.arguments import check_names
-from pyroflows.bijection import Bijection, vjp
+from pyroflows.bijection import Bijection, inside_functorch, vjp
 from pyroflows.conditioners.made import MADE
+from pyroflows.layers.inversion import closed, invert
 from pyroflows.layers.transformers import Transformer, make_transformer
 
 __all__ = ["MaskedAutoregressive"]
 
 
 class MaskedAutoregressive(Bijection):
-    r"""A masked autoregressive layer: one pass from data to latent, a pass for each feature the other way.
+    r"""A masked autoregressive layer: one pass from data to latent; the other way each unit once, in order.
 
     .. math:: y_i = f(x_i; \theta_i(y_{<i}, c)), \quad \log|\det dy/dx| = \sum_i \log|f'(x_i)|
 
-    A stack of these is a MAF, quick to score; a stack of their inverses (``layer.inv``, or
-    :class:`~pyroflows.Inverse`) is an IAF, quick to sample and to score what it sampled.
+    A stack of these is a MAF, quickest to score; a stack of their inverses (``layer.inv``, or
+    :class:`~pyroflows.Inverse`) is an IAF, quickest to sample and to score what it sampled. The other direction is
+    exact too, and has gradients (of first order): see :func:`pyroflows.layers.inversion.invert`. Under
+    ``torch.compile`` and ``torch.func``, and with dropout in training, it takes a pass for each feature.
 
     Args:
         features: number of features.
@@ -63,9 +66,21 @@ class MaskedAutoregressive(Bijection):
         self.conditioner = MADE(
             features, self.transformer.num_parameters, context_features=context_features, order=order, **network
         )
-        self.forward_passes = features
+        self.forward_passes = 2  # about as much, for all features
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        dropout = self.conditioner.network.dropout
+        if inside_functorch() or torch.compiler.is_compiling() or (dropout.p and dropout.training):
+            return self._in_passes(x, context)
+        y, log_det = invert(self.conditioner, self.transformer, x, context)
+        sources = [x, *self.conditioner.parameters()] + ([] if context is None else [context])
+        if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
+            given = y.requires_grad_()
+            y, log_det = closed(*self.transformer.forward(x, self.conditioner(given, context)), given)
+        return y, log_det.sum(-1)
+
+    def _in_passes(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Find a feature a pass: what maps and compiles, and sees one network where dropout makes a new one a pass."""
         y, *features = torch.zeros_like(x), *self.conditioner.order.unbind()
         positions = torch.arange(x.shape[-1], device=x.device)
         for feature in features[:-1]:
