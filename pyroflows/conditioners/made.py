@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -34,9 +35,10 @@ class MaskedLinear(nn.Linear):
     def __init__(self, mask: Tensor):
         super().__init__(mask.shape[1], mask.shape[0])
         self.register_buffer("mask", mask)
+        self.fixed: Tensor | None = None  # the masked weight, for the length of a block in which nothing is trained
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight * self.mask, self.bias)
+        return F.linear(input, self.weight * self.mask if self.fixed is None else self.fixed, self.bias)
 
 
 def _order(features: int, order: str | Sequence[int] | Tensor, seed: int | None) -> Tensor:
@@ -147,6 +149,18 @@ class MADE(nn.Module):
             self.direct.register_parameter("bias", None)
             if zero_last:
                 nn.init.zeros_(self.direct.weight)
+
+    @contextlib.contextmanager
+    def fixed(self) -> Iterator[None]:
+        """Form the masked weights once, for passes without gradients in this block."""
+        maps = [part for part in self.modules() if isinstance(part, MaskedLinear)]
+        for part in maps:
+            part.fixed = part.weight * part.mask
+        try:
+            yield
+        finally:
+            for part in maps:
+                part.fixed = None
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         parameters = self.network(x, context)

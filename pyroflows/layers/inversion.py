@@ -35,11 +35,12 @@ def invert(made: MADE, transformer: Transformer, x: Tensor, context: Tensor | No
     """
     if 0 < x.shape[:-1].numel() <= _FEW:
         y = x
-        for _ in range(min(_PASSES, x.shape[-1]) + 1):
-            found, log_det = transformer.forward(x, made(y, context))
-            if torch.equal(found, y):
-                return found, log_det
-            y = found.nan_to_num(0.0, 0.0, 0.0)  # features not yet found may be wild
+        with made.fixed():
+            for _ in range(min(_PASSES, x.shape[-1]) + 1):
+                found, log_det = transformer.forward(x, made(y, context))
+                if torch.equal(found, y):
+                    return found, log_det
+                y = found.nan_to_num(0.0, 0.0, 0.0)  # features not yet found may be wild
     return _by_degree(made, transformer, x, context)
 
 
