@@ -105,7 +105,7 @@ class ConvCoupling(Bijection):
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.moves is not None:
             return x.masked_fill(self.moves, 0), x
-        first, second = x.split(self.parts, -3)
+        first, second = x.split_with_sizes(self.parts, -3)
         return (second, first) if self.flip else (first, second)
 
     def _merge(self, x: Tensor, kept: Tensor, moved: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,12 @@ def _start(features: int, start: str) -> Tensor:
     if start == "identity":
         return torch.eye(features)
     return torch.linalg.qr(torch.randn(features, features, dtype=torch.float64))[0].to(torch.get_default_dtype())
+
+
+def _in_full(x: Tensor) -> AbstractContextManager:
+    """Multiply in the precision of the weights, of which the log-det is."""
+    kind = x.device.type  # a context costs as much as the product of a few channels, so there is none without need
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 class LULinear(Bijection):
@@ -82,7 +90,7 @@ class LULinear(Bijection):
         return y.reshape(x.shape), -self._log_det().expand(x.shape[:-1])
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        with torch.autocast(y.device.type, enabled=False):  # the log-det is that of the very weights in use
+        with _in_full(y):
             x = nn.functional.linear(y, self.weight(), self.bias)
         return x, self._log_det().expand(y.shape[:-1])
 
@@ -139,7 +147,7 @@ class DenseLinear(Bijection):
         return y.reshape(x.shape), -self._log_det().expand(x.shape[:-1])
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        with torch.autocast(y.device.type, enabled=False):  # the log-det is that of the very weights in use
+        with _in_full(y):
             x = nn.functional.linear(y, self.weight, self.bias)
         return x, self._log_det().expand(y.shape[:-1])
 
@@ -188,12 +196,12 @@ class InvertibleConv(Bijection):
         self.mixing = (LULinear if factored else DenseLinear)(channels, start=start, bias=False)
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        with torch.autocast(x.device.type, enabled=False):  # the log-det is that of the very weights in use
+        with _in_full(x):
             y = self._convolve(x, self.mixing.inverse_weight())
         return y, self._log_det(x, -self.pixels)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        with torch.autocast(y.device.type, enabled=False):
+        with _in_full(y):
             x = self._convolve(y, self.mixing.weight() if isinstance(self.mixing, LULinear) else self.mixing.weight)
         return x, self._log_det(y, self.pixels)
 
