@@ -9,7 +9,9 @@ convolutions without gains, so that the floor owes nothing to how pyroflows writ
 What the sizes differ in: pyroflows' and its networks' convolutions have a gain for each channel, folded into the
 weights, which the peers' would pay for with passes over the hidden images, so theirs go without. The peers' log-scales
 are those of the sigmoid, which they are built for. nflows has no learned mean and scale at the top, and its 1x1
-convolutions have a bias.
+convolutions have a bias; it keeps their matrices between evaluations (``using_cache``), the others form them anew.
+
+After training, memory is already at hand; ``--operations log_prob sample`` times a process that only scores.
 """
 
 import argparse
