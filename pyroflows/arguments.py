@@ -25,11 +25,15 @@ Shape = int | Sequence[int]
 
 
 def _is_size(size: object) -> bool:
+    if type(size) is int:  # asking an abstract class takes a hundred times as long, and shapes are read in every step
+        return size > 0
     return isinstance(size, Integral) and not isinstance(size, bool) and int(size) > 0
 
 
 def as_shape(shape: Shape) -> Size:
     """Give an event shape from itself or from a number of features."""
+    if type(shape) is Size and min(shape, default=0) > 0:
+        return shape
     sizes = tuple(shape) if isinstance(shape, Iterable) else (shape,)
     if not sizes or not all(map(_is_size, sizes)):
         raise ValueError(f"expected a positive number of features or a shape of positive sizes; got {shape!r}")
