@@ -9,7 +9,7 @@ from pathlib import Path
 import pyro
 import pyro.distributions.transforms as T
 import torch
-from posteriordb_models import MODELS, load_posterior
+from posteriordb_models import MODELS, elbo_of, load_posterior
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoIAFNormal, AutoMultivariateNormal, AutoNormalizingFlow
 from pyro.infer.autoguide.initialization import InitMessenger
@@ -45,8 +45,7 @@ def best_elbo(name: str, model, data: dict, steps: int, seed: int) -> float:
         try:
             for _ in range(steps):
                 svi.step(**data)
-            elbo = -Trace_ELBO(4000, vectorize_particles=True).loss(model, guide, **data)
-            best = max(best, elbo if math.isfinite(elbo) else -math.inf)
+            best = max(best, elbo_of(model, guide, data))
         except (ValueError, RuntimeError) as error:
             print(f"  {name}, rate {rate:g}: {type(error).__name__}: {str(error).splitlines()[0][:80]}", flush=True)
     return best
@@ -66,13 +65,13 @@ def main() -> None:
     for name in options.names:
         case = load_posterior(name, options.data)
         ours = fit_posterior(case.model, **case.data, seed=options.seed, max_steps=options.steps, progress=False)
-        steps = -(-ours.evaluations // PARTICLES)  # those of the start and of the search for a rate included
+        steps = -(-ours.evaluations // PARTICLES)  # those of start and search included
         elbos = {guide: best_elbo(guide, case.model, case.data, steps, options.seed) for guide in GUIDES}
         rows.append({"name": name, "evaluations": ours.evaluations, "fit_posterior": ours.elbo, **elbos})
         print(f"{name}: {ours.elbo:.2f}", *(f"{guide} {elbo:.2f}" for guide, elbo in elbos.items()), flush=True)
         options.output.write_text(json.dumps(rows, indent=1))
-    won = sum(all(row["fit_posterior"] > row[guide] for guide in GUIDES) for row in rows)
-    print(f"the better ELBO: {won} of {len(rows)}")
+    won = [all(row["fit_posterior"] > row[guide] for guide in GUIDES) for row in rows]
+    print(f"the better ELBO: {sum(won)} of {len(rows)}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,10 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.distributions import constraints
+from pyro.infer import Trace_ELBO
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 # Every model runs for one draw of its sites and, inside a plate to the left of its own, for many at a time. A prior
@@ -280,3 +283,15 @@ def load_posterior(name: str, data: str | Path | None = None) -> Posterior:
         return torch.cat([converted[site].reshape(len(converted[site]), -1) for site in program.sites], -1)
 
     return Posterior(name, program.model, program.prepare(tensors), names, reference, to_reference)
+
+
+def elbo_of(model: Callable, guide: Callable, data: Mapping, draws: int = 4000) -> float:
+    """Give a guide's ELBO; minus infinity if a draw leaves the support, as where that is frozen at its first value."""
+    for _ in range(draws // 10):
+        drawn = poutine.trace(guide).get_trace(**data)
+        sites = poutine.trace(poutine.replay(model, drawn)).get_trace(**data).nodes.values()
+        latent = [site for site in sites if site["type"] == "sample" and not site_is_subsample(site)]
+        if not all(bool(site["fn"].support.check(site["value"]).all()) for site in latent):
+            return -math.inf
+    elbo = -Trace_ELBO(draws, vectorize_particles=True).loss(model, guide, **data)
+    return elbo if math.isfinite(elbo) else -math.inf
