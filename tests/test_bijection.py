@@ -129,12 +129,12 @@ def test_a_pair_without_record_is_scored_the_cheap_way(forward_passes, inverse_p
 
 def test_passes_add_up():
     slow, quick = MaskedAutoregressive(7), Coupling(7)
-    assert (slow.forward_passes, slow.inverse_passes) == (7, 1)
-    assert (slow.inv.forward_passes, slow.inv.inverse_passes) == (1, 7)
+    assert (slow.forward_passes, slow.inverse_passes) == (2, 1)
+    assert (slow.inv.forward_passes, slow.inv.inverse_passes) == (1, 2)
     stack = Compose([slow, quick, Inverse(MaskedAutoregressive(7))])
-    assert (stack.forward_passes, stack.inverse_passes) == (9, 9)
+    assert (stack.forward_passes, stack.inverse_passes) == (4, 4)
     conditioned = MaskedAutoregressive(7, context_features=1).condition(torch.zeros(1))
-    assert (conditioned.forward_passes, conditioned.inverse_passes) == (7, 1)
+    assert (conditioned.forward_passes, conditioned.inverse_passes) == (2, 1)
 
 
 # The record never goes stale
