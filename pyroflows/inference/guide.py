@@ -176,7 +176,9 @@ class AutoFlow(AutoContinuous):
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TransformedDistribution:
         """Give the distribution of the unconstrained vector, of event shape ``(latents,)``."""
-        return self._built()()
+        # The stack as one transform: it leaves one record where each layer would leave its own.
+        flow = self._built()
+        return dist.TransformedDistribution(flow.prior(), [flow.bijection])
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         if self.prototype_trace is None:
