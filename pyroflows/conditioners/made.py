@@ -15,12 +15,16 @@ from pyroflows.conditioners.mlp import MLP
 
 __all__ = ["MADE", "MaskedLinear"]
 
+_BLOCK = 128  # hidden units of a product; narrower ones run slower than they save
+
 
 class MaskedLinear(nn.Linear):
     """A linear map whose weight is multiplied by a fixed mask.
 
     Args:
         mask: which inputs reach which outputs, shape ``(out_features, in_features)``.
+        block: outputs at most of a product, where no gradient is taken, on a CPU: each product leaves out the inputs
+            after the last that its outputs see. All outputs, if not given.
 
     Shapes:
         x: ``(*batch, in_features)``; output: ``(*batch, out_features)``.
@@ -32,13 +36,27 @@ class MaskedLinear(nn.Linear):
 
     mask: Tensor
 
-    def __init__(self, mask: Tensor):
+    def __init__(self, mask: Tensor, block: int | None = None):
         super().__init__(mask.shape[1], mask.shape[0])
-        self.register_buffer("mask", mask)
+        starts = range(0, mask.shape[0], block or mask.shape[0])
+        ends = [*starts[1:], mask.shape[0]]
+        seen = (
+            int(mask[a:b].any(0).nonzero().amax()) + 1 if mask[a:b].any() else 0
+            for a, b in zip(starts, ends, strict=True)
+        )
+        self.blocks = list(zip(starts, ends, seen, strict=True))
+        # Of the weight's dtype: a product of two is several times slower.
+        self.register_buffer("mask", mask.to(self.weight.dtype))
         self.fixed: Tensor | None = None  # the masked weight, for the length of a block in which nothing is trained
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.fixed is None and len(self.blocks) > 1 and input.is_cpu and not torch.is_grad_enabled():
+            return torch.cat([self._block(input, *block) for block in self.blocks], -1)
         return F.linear(input, self.weight * self.mask if self.fixed is None else self.fixed, self.bias)
+
+    def _block(self, input: Tensor, first: int, end: int, seen: int) -> Tensor:
+        weight = self.weight[first:end, :seen] * self.mask[first:end, :seen]
+        return F.linear(input[..., :seen], weight, self.bias[first:end])
 
 
 def _order(features: int, order: str | Sequence[int] | Tensor, seed: int | None) -> Tensor:
@@ -128,7 +146,11 @@ class MADE(nn.Module):
         output = degrees.repeat_interleave(num_parameters) - 1
         widths = [hidden[0]] * (1 + 2 * len(hidden)) if residual and hidden else hidden
         stack = [degrees, *widths, output]
-        masks = iter([above[:, None] >= below for below, above in pairwise(stack)])
+        # Between hidden layers, whose units are sorted by degree whatever the order, a block sees the first units only.
+        maps = (
+            MaskedLinear(above[:, None] >= below, _BLOCK if 0 < number < len(stack) - 2 else None)
+            for number, (below, above) in enumerate(pairwise(stack))
+        )
         self.network = MLP(
             features,
             features * num_parameters,
@@ -138,7 +160,7 @@ class MADE(nn.Module):
             activation=activation,
             dropout=dropout,
             zero_last=zero_last,
-            linear=lambda *_: MaskedLinear(next(masks)),
+            linear=lambda *_: next(maps),
         )
         # Of the inputs of each map, in order: how many are known before step d, at which feature order[d] is found.
         self.units_before = [list(range(features + 1))]

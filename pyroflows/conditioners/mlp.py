@@ -77,7 +77,9 @@ class MLP(nn.Module):
         if residual and len(set(hidden_features)) != 1:
             raise ValueError(f"expected residual blocks of one width; got hidden_features={hidden_features}")
         self.in_features, self.out_features, self.residual = in_features, out_features, residual
-        self.activation = ACTIVATIONS[activation]()
+        # Without residuals nothing reads a hidden unit before its activation, which can take its place.
+        in_place = activation == "relu" and not residual and bool(hidden_features)
+        self.activation = nn.ReLU(inplace=True) if in_place else ACTIVATIONS[activation]()
         self.dropout = nn.Dropout(dropout)
         # A network of no input learns a constant: its first layer sees a single one.
         sizes = [max(in_features, 1), *(hidden_features[:1] if residual else hidden_features), out_features]
@@ -106,5 +108,6 @@ class MLP(nn.Module):
                 h = h + b(self.dropout(self.activation(a(self.activation(h)))))
             return last(self.activation(h))
         for linear in inner:
-            h = linear(self.dropout(self.activation(h)))
+            h = self.activation(h)
+            h = linear(self.dropout(h) if self.dropout.p else h)
         return h

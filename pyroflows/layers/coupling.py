@@ -87,7 +87,9 @@ class Coupling(Bijection):
         self.num_moved = int(moved.sum())
         self.transformer = make_transformer(transformer)
         parts = torch.cat([(~moved).nonzero()[:, 0], moved.nonzero()[:, 0]])
-        self.in_place = torch.equal(parts, torch.arange(features))
+        # Two runs of features are views of the input; others are read and written by index.
+        self.in_runs = torch.equal((parts - parts[0]) % features, torch.arange(features))
+        self.moved_first = bool(moved[0])
         self.register_buffer("to_parts", parts)
         self.register_buffer("to_whole", parts.argsort())
         if conditioner is None:
@@ -140,13 +142,15 @@ class Coupling(Bijection):
         return self.conditioner(kept, context).unflatten(-1, (self.num_moved, self.transformer.num_parameters))
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        parts = x if self.in_place else x.index_select(-1, self.to_parts)
-        kept, moved = parts.split((x.shape[-1] - self.num_moved, self.num_moved), -1)
-        return kept, moved
+        num_kept = x.shape[-1] - self.num_moved
+        if self.in_runs and self.moved_first:
+            return x[..., self.num_moved :], x[..., : self.num_moved]
+        parts = x if self.in_runs else x.index_select(-1, self.to_parts)
+        return parts[..., :num_kept], parts[..., num_kept:]
 
     def _merge(self, kept: Tensor, moved: Tensor) -> Tensor:
-        whole = torch.cat([kept, moved], -1)
-        return whole if self.in_place else whole.index_select(-1, self.to_whole)
+        whole = torch.cat([moved, kept] if self.in_runs and self.moved_first else [kept, moved], -1)
+        return whole if self.in_runs else whole.index_select(-1, self.to_whole)
 
     def extra_repr(self) -> str:
         return f"{self.latent_shape[0]}, moved={self.num_moved}, transformer={self.transformer}"

@@ -14,8 +14,10 @@ from pyroflows.layers.transformers import Transformer
 __all__ = ["closed", "invert"]
 
 _BLOCK = 64  # hidden units at most of a block; a step reads their columns alone, a product adds all those before
-_FEW = 16  # rows for which a pass costs little more than reading the weights, and passes are tried first
-_PASSES = 24
+# What is tried first is read off the multiply-adds that take as long as a step of the first way, and as what a pass
+# takes beside its own: measured by ``tests/benchmarks/vector_step.py --rule``.
+_STEP, _PASS = 3_000_000, 2_400_000
+_ENOUGH = 12  # passes that mostly suffice
 
 
 @torch.no_grad()
@@ -24,7 +26,7 @@ def invert(made: MADE, transformer: Transformer, x: Tensor, context: Tensor | No
 
     Many rows: the features are found in the order of their dependence, and each unit of the network is computed once,
     at the step at which all that it sees is known. Few rows: the equation is iterated until a pass changes nothing,
-    which takes as many passes as the dependence is long; beyond a few dozen the first way is taken after all.
+    which takes as many passes as the dependence is long; once they have cost what the first way costs, it is taken.
 
     Shapes:
         x, y, terms: ``(*batch, features)``; context: ``(*batch, context_features)``.
@@ -33,10 +35,13 @@ def invert(made: MADE, transformer: Transformer, x: Tensor, context: Tensor | No
         Accelerating Feedforward Computation via Parallel Nonlinear Equation Solving, Song et al., 2021
         (arXiv:2002.03629), for the iteration.
     """
-    if 0 < x.shape[:-1].numel() <= _FEW:
+    features, rows = x.shape[-1], x.shape[:-1].numel()
+    work = rows * sum(linear.weight.numel() for linear in cast(list[nn.Linear], list(made.network.linears)))
+    passes = features * _STEP // (work + _PASS)
+    if rows and passes >= min(features, _ENOUGH):
         y = x
         with made.fixed():
-            for _ in range(min(_PASSES, x.shape[-1]) + 1):
+            for _ in range(min(features, passes) + 1):
                 found, log_det = transformer.forward(x, made(y, context))
                 if torch.equal(found, y):
                     return found, log_det

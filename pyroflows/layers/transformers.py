@@ -74,12 +74,12 @@ class Affine:
         return 2
 
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        shift, log_scale = self._read(parameters)
-        return x * log_scale.exp() + shift, log_scale
+        shift, log_det = self._read(parameters, 1)
+        return x * log_det.exp() + shift, log_det
 
     def inverse(self, y: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        shift, log_scale = self._read(parameters)
-        return (y - shift) * (-log_scale).exp(), -log_scale
+        shift, log_det = self._read(parameters, -1)
+        return (y - shift) * log_det.exp(), log_det
 
     def carry(self, x: Tensor, log_scale: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
         """The closed form of :func:`carry`, from latent to data."""
@@ -88,11 +88,15 @@ class Affine:
         score_y = score * inverse_scale
         return score_y, torch.stack([score_y, torch.addcmul(slope, score * x, slope)], -1)
 
-    def _read(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
+    def _read(self, parameters: Tensor, sign: int) -> tuple[Tensor, Tensor]:
+        """Give the shift and the log-scale times the sign, which is that of the direction."""
         shift, raw = parameters.unbind(-1)
         if self.scale == "sigmoid":
-            return shift, -F.logsigmoid(raw + 2)
-        return shift, self.bound * torch.tanh(raw / self.bound)
+            log_sigmoid = F.logsigmoid(raw + 2)
+            return shift, -log_sigmoid if sign > 0 else log_sigmoid
+        # This is b tanh(h / b), written by the sigmoid, which takes a fraction of the time.
+        bound = sign * self.bound
+        return shift, bound - 2 * bound * torch.sigmoid(raw * (-2 / self.bound))
 
 
 @dataclass(frozen=True)
