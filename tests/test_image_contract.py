@@ -399,3 +399,12 @@ def test_refuses_images_of_another_shape_or_kind():
         flow.log_prob(torch.zeros(3, 2, 4, 4, dtype=torch.uint8))
     with pytest.raises(ValueError, match="expected a flow with a dequantizer; got one without"):
         flow.dequantized_log_prob(torch.zeros(3, 2, 4, 4, dtype=torch.uint8))
+
+
+def test_a_flow_of_labels_is_mapped():
+    flow = glow((1, 4, 4), num_levels=1, num_steps=1, hidden_channels=4, num_classes=3).eval()
+    y, labels = torch.rand(5, 1, 4, 4), torch.tensor([0, 2, 1, 1, 0])
+    assert_close(torch.func.vmap(flow.log_prob)(y, labels), flow.log_prob(y, labels), 1e-5)
+    with pytest.raises(ValueError, match=r"expected class labels from 0 to 2; got 1 to 3"):
+        flow.embedding.check(labels + 1)
+    flow.embedding.check(labels[:0])
