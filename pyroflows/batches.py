@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyroflows.arguments import check_number, check_sizes
+from pyroflows.conditioners.classes import OneHot
 
 if TYPE_CHECKING:
     from pyroflows.flow import Flow
@@ -160,6 +161,8 @@ def _data(flow: Flow, x: Any, context: Any, device: torch.device, *, name: str) 
         flow.bijection._batch_shape(data.shape[:1], given)
     elif given is None:
         flow._embed(None)  # says that it is missing
+    elif isinstance(flow.embedding, OneHot):
+        flow.embedding.check(given)  # a GPU would look a label up beyond the table, and be of no use from then on
     if given is not None and given.shape[: 1 if embedded else -1] != data.shape[:1]:
         raise ValueError(f"expected a context for each of {len(data)} rows; got {tuple(given.shape)}")
     return data, given

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyroflows.arguments import check_option, check_sizes
+from pyroflows.conditioners.classes import OneHot
 from pyroflows.flow import Flow
 
 __all__ = ["BitsPerDim", "bits_per_dim"]
@@ -139,7 +140,14 @@ def bits_per_dim(
             batch = data[part].to(flow.device)
             check(batch)
             its = None if given is None else given[part].to(flow.device)
+            if isinstance(flow.embedding, OneHot) and its is not None:
+                flow.embedding.check(its)
             draws = torch.stack([flow.dequantized_log_prob(batch, its).double() for _ in range(num_draws)])
+            if given is not None and draws.shape[1:] != batch.shape[:1]:
+                raise ValueError(
+                    f"expected a context that gives one log-density to each of {len(batch)} rows; "
+                    f"got {tuple(draws.shape[1:])} from a context of shape {tuple(given.shape)}"
+                )
             rows.append((draws.mean(0) if estimator == "mean" else draws.logsumexp(0) - math.log(num_draws)).cpu())
     bits = -torch.cat(rows) / (number * math.log(2))
     error = float(bits.std()) / math.sqrt(len(bits)) if len(bits) > 1 else math.nan

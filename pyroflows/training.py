@@ -33,7 +33,14 @@ Objective = Callable[[Any, Tensor | None, Tensor | None], Tensor]
 def negative_log_likelihood(flow: Any, x: Tensor | None, context: Tensor | None) -> Tensor:
     """The mean negative log-likelihood of a batch, in nats; of discrete data a bound on it, by the dequantizer."""
     method = flow.log_prob if flow.dequantizer is None else flow.dequantized_log_prob
-    return -method(x, context).mean()
+    found = method(x, context)
+    # What an embedding gives may broadcast, such as labels of shape (rows, 1) to every row beside every label.
+    if x is not None and context is not None and found.shape != x.shape[: x.dim() - len(flow.event_shape)]:
+        raise ValueError(
+            f"expected a context that gives one log-density to each row of {tuple(x.shape)}; "
+            f"got {tuple(found.shape)} from a context of shape {tuple(context.shape)}"
+        )
+    return -found.mean()
 
 
 @dataclass

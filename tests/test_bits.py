@@ -15,6 +15,7 @@ from pyroflows.bits import BitsPerDim, bits_per_dim
 from pyroflows.data import ColumnDequantizer, UniformDequantizer, VariationalDequantizer, pad_images
 from pyroflows.flow import Flow
 from pyroflows.layers import ElementwiseAffine, Logit, Permutation, Standardize
+from pyroflows.models import glow
 from pyroflows.priors import DiagonalNormal, Prior, Uniform
 
 
@@ -225,3 +226,12 @@ def test_bad_input_is_refused_in_one_sentence() -> None:
             bits_per_dim(flow, x, **{name: 0})
     with pytest.raises(TypeError, match=r"^expected seed to be an integer; got 0.5$"):
         bits_per_dim(flow, x, seed=0.5)  # type: ignore[arg-type]
+
+
+def test_labels_in_a_column_are_refused() -> None:
+    flow = glow((1, 2, 2), num_levels=1, num_steps=1, hidden_channels=4, num_classes=3)
+    flow.dequantizer = UniformDequantizer((1, 2, 2), 4)
+    x, labels = torch.randint(4, (6, 1, 2, 2)), torch.arange(6) % 3
+    assert bits_per_dim(flow, x, labels).rows == 6
+    with pytest.raises(ValueError, match=r"each of 6 rows; got \(6, 6\) from a context of shape \(6, 1\)"):
+        bits_per_dim(flow, x, labels[:, None])

@@ -24,6 +24,7 @@ from pyroflows import (
     Permutation,
     StandardNormal,
     fit,
+    glow,
     maf,
     realnvp,
 )
@@ -1234,3 +1235,15 @@ def test_messages_of_options_that_need_an_array():
         fit(small(), [gaussian()], steps_per_epoch=3)
     with pytest.raises(ValueError, match="expected data for augment; got none"):
         fit(small(), objective=lambda f, x, c: f.rsample_and_log_prob((8,))[1].mean(), augment=abs)
+
+
+def test_labels_in_a_column_are_refused():
+    flow = glow((1, 4, 4), num_levels=1, num_steps=1, hidden_channels=4, num_classes=3)
+    x, labels = torch.rand(20, 1, 4, 4), torch.arange(20) % 3
+    fit(flow, x, context=labels, epochs=1)
+    with pytest.raises(ValueError, match=r"one log-density to each row of \(18, .*; got \(18, 18\) from .* \(18, 1\)"):
+        fit(flow, x, context=labels[:, None], epochs=1)
+    with pytest.raises(ValueError, match=r"from .* shape \(5, 1\)"):
+        fit(flow, DataLoader(TensorDataset(x, labels[:, None]), batch_size=5), epochs=1)
+    with pytest.raises(ValueError, match=r"expected class labels from 0 to 2; got 1 to 3"):
+        fit(flow, x, context=labels + 1, epochs=1)
