@@ -408,3 +408,24 @@ def test_a_flow_of_labels_is_mapped():
     with pytest.raises(ValueError, match=r"expected class labels from 0 to 2; got 1 to 3"):
         flow.embedding.check(labels + 1)
     flow.embedding.check(labels[:0])
+
+
+@pytest.mark.parametrize("mask", ["channels", "checkerboard"])
+@pytest.mark.parametrize("channels, size", [(1, 3), (2, 3), (3, 3), (4, 1)])
+def test_a_conditioner_of_ones_own_gives_a_parameter_for_each_number(mask, channels, size):
+    network = torch.nn.Conv2d(4 if mask == "checkerboard" else 2, channels, size)  # without padding
+    layer = ConvCoupling((4, 4, 4), mask=mask, conditioner=_Alone(network))
+    if (mask, channels, size) == ("channels", 4, 1):
+        assert layer.forward_and_log_det(torch.zeros(2, 4, 4, 4))[1].shape == (2,)
+        return
+    with pytest.raises(ValueError, match=rf"gives \(\*batch, [48], 4, 4\); got \(2, {channels}, "):
+        layer.forward_and_log_det(torch.zeros(2, 4, 4, 4))
+
+
+class _Alone(torch.nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x, context=None):
+        return self.network(x)

@@ -35,7 +35,8 @@ class ConvCoupling(Bijection):
         x, y: ``(*batch, C, H, W)``; context: ``(*batch, context_features)``.
 
     Raises:
-        ValueError: there is nothing to keep or to move, a mask or an option is not one of those above.
+        ValueError: there is nothing to keep or to move, a mask or an option is not one of those above, or the
+            conditioner gives another shape.
 
     References:
         Density estimation using Real NVP, Dinh et al., 2017 (arXiv:1605.08803);
@@ -85,6 +86,7 @@ class ConvCoupling(Bijection):
         elif network:
             raise TypeError(f"expected no network options beside a conditioner; got {', '.join(network)}")
         self.conditioner = conditioner
+        self.parameters_shape = (moved * self.transformer.num_parameters, height, width)
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         kept, moved = self._split(x)
@@ -99,6 +101,9 @@ class ConvCoupling(Bijection):
     def _parameters_from(self, kept: Tensor, context: Tensor | None) -> Tensor:
         # In the input's precision, whatever that of the network: the log-det is of the very scale in use.
         parameters = self.conditioner(kept, context).to(kept.dtype)
+        if parameters.shape[-3:] != self.parameters_shape:  # fewer would broadcast, and the log-det lack a factor
+            expected = "(*batch, " + ", ".join(map(str, self.parameters_shape)) + ")"
+            raise ValueError(f"expected a conditioner that gives {expected}; got {tuple(parameters.shape)}")
         # The parameters of one kind lie together, so that each kind is read in one piece.
         return parameters.unflatten(-3, (self.transformer.num_parameters, -1)).movedim(-4, -1)
 
