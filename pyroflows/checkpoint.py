@@ -83,8 +83,9 @@ def fingerprint(*parts: nn.Module | Tensor | None) -> str:
             mark.update(f"{tuple(part.shape)} {part.dtype}".encode())
             mark.update(rows.cpu().contiguous().numpy().tobytes())
         elif part is not None:
-            # The text of a function in it has an address, which another process has not.
-            mark.update(re.sub("0x[0-9a-f]+", "", repr(part)).encode())
+            # The text of a function in it has an address, which another process has not; a random order comes back
+            # with the state.
+            mark.update(re.sub(r"0x[0-9a-f]+|order=\[[^]]*\]", "", repr(part)).encode())
             for name, tensor in part.state_dict().items():
                 mark.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
     return mark.hexdigest()

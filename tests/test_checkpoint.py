@@ -13,7 +13,7 @@ import torch
 from test_training import Stream, affine, failing, gaussian, same, small
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyroflows import fit, realnvp
+from pyroflows import Permutation, fit, realnvp
 
 OPTIONS = {"epochs": 6, "batch_size": 32, "learning_rate": 1e-2, "seed": 0, "accelerator": "cpu"}
 CASES = {
@@ -235,3 +235,17 @@ def test_a_fit_that_blew_up_is_resumed_blown_up(tmp_path):
     again = resumable()
     same_results(result, fit(again, gaussian(), **options))
     assert same(flow, again)
+
+
+def test_a_random_order_is_that_of_the_checkpoint(tmp_path):
+    def fitted(seed, epochs):
+        torch.manual_seed(seed)
+        flow = realnvp(4, num_layers=2, hidden_features=(8,), permutation="shuffle")
+        fit(flow, gaussian(features=4), checkpoint=tmp_path / "fit.pt", **{**OPTIONS, "epochs": epochs})
+        return flow
+
+    first = fitted(0, 2)
+    orders = [layer.order for layer in first.layers if isinstance(layer, Permutation)]
+    second = fitted(1, 3)
+    found = [layer.order for layer in second.layers if isinstance(layer, Permutation)]
+    assert all(map(torch.equal, orders, found))
