@@ -120,6 +120,8 @@ def bits_per_dim(
     check_option("estimator", estimator, ("mean", "log-mean-exp"))
     if dims is not None:
         check_sizes(dims=dims)
+    if dims is not None and dims > flow.event_shape.numel():
+        raise ValueError(f"expected dims of at most {flow.event_shape.numel()}, all of the data's; got {dims}")
     if seed is not None and (not isinstance(seed, Integral) or isinstance(seed, bool)):
         raise TypeError(f"expected seed to be an integer; got {seed!r}")
     data = torch.as_tensor(x)

@@ -224,6 +224,8 @@ def test_bad_input_is_refused_in_one_sentence() -> None:
     for name in ("num_draws", "batch_size", "dims"):
         with pytest.raises(ValueError, match=rf"^expected {name} to be a positive integer; got 0$"):
             bits_per_dim(flow, x, **{name: 0})
+    with pytest.raises(ValueError, match=r"^expected dims of at most 2, all of the data's; got 3$"):
+        bits_per_dim(flow, x, dims=3)
     with pytest.raises(TypeError, match=r"^expected seed to be an integer; got 0.5$"):
         bits_per_dim(flow, x, seed=0.5)  # type: ignore[arg-type]
 
