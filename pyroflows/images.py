@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -60,6 +61,8 @@ def sample_images(
             torch.cat([dequantizer.quantize(flow.sample((n,), label, temperature=temperature)) for n in sizes])
             for label in given
         ]
+    if drawn[0].shape[1:] != flow.event_shape:
+        raise ValueError(f"expected labels of one class, or one context, each; got the shape {tuple(labels.shape)}")  # type: ignore[union-attr]
     return drawn[0] if labels is None else torch.stack(drawn)
 
 
@@ -123,7 +126,7 @@ def interpolate(flow: Flow, start: Tensor, end: Tensor, num: int = 8, *, context
         (torch.Size([1, 5, 1, 8, 8]), True, True)
     """
     dequantizer = _dequantizer(flow)
-    if num < 2:
+    if not isinstance(num, Integral) or num < 2:
         raise ValueError(f"expected at least 2 images on the way; got {num!r}")
     if start.shape != end.shape:
         shapes = f"{tuple(start.shape)} and {tuple(end.shape)}"

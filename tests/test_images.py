@@ -348,3 +348,12 @@ def test_the_numbers_of_a_grid_are_positive(tmp_path, option):
     with pytest.raises(ValueError, match=f"expected {option}"):
         plots.save_image_grid(_images(2), tmp_path / "grid.png", **{option: 0})
     assert not (tmp_path / "grid.png").exists()
+
+
+def test_labels_and_numbers_of_another_kind_are_refused(flow):
+    labelled = glow(SHAPE, num_levels=1, num_steps=1, hidden_channels=4, num_classes=3, dequantizer=_dequantizer())
+    assert sample_images(labelled, 2, labels=torch.arange(3)).shape == (3, 2, *SHAPE)
+    with pytest.raises(ValueError, match=r"expected labels of one class, .* each; got the shape \(3, 1\)"):
+        sample_images(labelled, 2, labels=torch.arange(3)[:, None])
+    with pytest.raises(ValueError, match=r"expected at least 2 images on the way; got 2.5"):
+        interpolate(flow, _images(1), _images(1), 2.5)
