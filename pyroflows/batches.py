@@ -156,6 +156,8 @@ def _data(flow: Flow, x: Any, context: Any, device: torch.device, *, name: str) 
     if not discrete:
         _refuse_outside(flow, data, name)
     embedded = flow.embedding is not None
+    if context is not None and not flow.context_features:
+        raise ValueError(f"expected no context, or labels, beside {name}, since context_features=0; got one")
     given = None if context is None else _as_tensor(context, flow, device, f"context of {name}", integers=embedded)
     if not embedded:
         flow.bijection._batch_shape(data.shape[:1], given)
@@ -178,7 +180,7 @@ def _as_tensor(x: Any, flow: Flow, device: torch.device, name: str, *, integers:
     if not given.is_floating_point():
         raise TypeError(
             f"expected {name} of floating-point numbers; got {given.dtype}: "
-            "convert them, or give the flow a dequantizer"
+            f"convert them, or give the flow {'an embedding' if name.startswith('context') else 'a dequantizer'}"
         )
     tensor = given.to(device, flow.dtype)
     finite = tensor.isfinite()

@@ -1247,3 +1247,11 @@ def test_labels_in_a_column_are_refused():
         fit(flow, DataLoader(TensorDataset(x, labels[:, None]), batch_size=5), epochs=1)
     with pytest.raises(ValueError, match=r"expected class labels from 0 to 2; got 1 to 3"):
         fit(flow, x, context=labels + 1, epochs=1)
+
+
+def test_messages_of_labels_where_none_are_taken():
+    x, labels = gaussian(20), torch.arange(20)
+    with pytest.raises(ValueError, match="expected no context, or labels, beside batch 0, since .*; got one"):
+        fit(small(), DataLoader(TensorDataset(x, labels), batch_size=10), epochs=1)
+    with pytest.raises(TypeError, match=r"context of data .*got torch.int64: convert them, or give .* an embedding"):
+        fit(small(context_features=1), x, context=labels[:, None], epochs=1)
