@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,7 +68,8 @@ def mixed(flow: Flow) -> Iterator[None]:
     parents = [part for part in flow.modules() if isinstance(part, (Bijection, Flow))]
     networks = [child for parent in parents for child in _networks(parent)]
     for network in {id(network): network for network in networks}.values():
-        network.forward = _in_bfloat16(network, flow.device.type, flow.dtype)
+        # Of arguments that are copied with the network: a copy made meanwhile must not run the original's weights.
+        network.forward = partial(_in_bfloat16, network, flow.device.type, flow.dtype)
     try:
         yield
     finally:
@@ -83,12 +85,7 @@ def _networks(parent: nn.Module) -> list[nn.Module]:
     return [child for child in children if not isinstance(child, Bijection)]
 
 
-def _in_bfloat16(network: nn.Module, device: str, dtype: torch.dtype) -> Callable[..., Any]:
-    forward = network.forward
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(device, torch.bfloat16, enabled=network.training):
-            found = forward(*args, **kwargs)
-        return found.to(dtype) if isinstance(found, Tensor) else found
-
-    return run
+def _in_bfloat16(network: nn.Module, device: str, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
+    with torch.autocast(device, torch.bfloat16, enabled=network.training):
+        found = type(network).forward(network, *args, **kwargs)
+    return found.to(dtype) if isinstance(found, Tensor) else found

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pandas
@@ -1247,6 +1249,18 @@ def test_labels_in_a_column_are_refused():
         fit(flow, DataLoader(TensorDataset(x, labels[:, None]), batch_size=5), epochs=1)
     with pytest.raises(ValueError, match=r"expected class labels from 0 to 2; got 1 to 3"):
         fit(flow, x, context=labels + 1, epochs=1)
+
+
+def test_a_copy_made_in_mixed_precision_has_networks_of_its_own():
+    flow, x = small(), gaussian(20)
+    with mixed(flow):
+        copied, stored = copy.deepcopy(flow).eval(), pickle.loads(pickle.dumps(flow)).eval()
+        wanted = copied.log_prob(x)
+        with torch.no_grad():
+            for parameter in flow.parameters():
+                parameter.add_(1.0)
+        assert torch.equal(copied.log_prob(x), wanted)
+        assert torch.equal(stored.log_prob(x), wanted)
 
 
 def test_messages_of_labels_where_none_are_taken():
