@@ -513,3 +513,18 @@ def test_real_sets_have_the_published_means_and_deviations(name: str) -> None:
     assert data.labels is not None
     assert torch.cat([data.labels["train"], data.labels["validation"]]).bincount().tolist() == [5000] * 10
     assert data.labels["test"].bincount().tolist() == [1000] * 10
+
+
+def test_arrays_that_torch_does_not_take_as_they_are() -> None:
+    levels = pictures(8, 4, 6, 3)
+    locked = levels.copy()
+    locked.flags.writeable = False
+    wanted = make_images(levels).train
+    assert torch.equal(make_images(locked).train, wanted)
+    assert torch.equal(make_images(levels.astype(">u2")).train, wanted)
+    assert torch.equal(make_images(list(levels)).train, wanted)
+    assert torch.equal(make_images(levels[..., ::-1]).train, wanted.flip(1))
+    with pytest.raises(TypeError, match=r"^expected labels as a tensor or an array of numbers; got an array of <U3$"):
+        make_images(levels, labels=["cat"] * 8)
+    with pytest.raises(TypeError, match=r"^expected images as a tensor or an array of numbers; got an array of object"):
+        make_images(None)  # type: ignore[arg-type]

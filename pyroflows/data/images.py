@@ -127,7 +127,7 @@ def make_images(
         train, validation, test: ``(rows, C, H, W)``.
 
     Raises:
-        TypeError: the images are not integers.
+        TypeError: the images are not integers, or the labels no numbers.
         ValueError: a shape, a level, labels or fractions do not fit.
 
     Example:
@@ -159,8 +159,18 @@ def make_images(
     )
 
 
+def _tensor(name: str, values: Any) -> Tensor:
+    if isinstance(values, Tensor):
+        return values.detach().cpu()
+    array = np.asarray(values)
+    if array.dtype.kind not in "biufc":
+        raise TypeError(f"expected {name} as a tensor or an array of numbers; got an array of {array.dtype}")
+    # Torch takes neither a negative stride nor another machine's byte order, and warns of memory it may not write to.
+    return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ("C", "W")))
+
+
 def _levels(images: Any, num_levels: int, channels_last: bool | None) -> Tensor:
-    x = torch.as_tensor(images).detach().cpu()
+    x = _tensor("images", images)
     if x.is_floating_point() or x.is_complex():
         raise TypeError(f"expected images of integer levels from 0 to {num_levels - 1}; got {x.dtype}")
     if x.dim() == 3:
@@ -187,7 +197,7 @@ def _levels(images: Any, num_levels: int, channels_last: bool | None) -> Tensor:
 
 
 def _labels(labels: Any, rows: int, class_names: Sequence[str] | None) -> Tensor:
-    classes = torch.as_tensor(labels).detach().cpu()
+    classes = _tensor("labels", labels)
     if classes.shape != (rows,) or classes.is_floating_point():
         raise ValueError(f"expected labels as {rows} integers; got {classes.dtype} of shape {tuple(classes.shape)}")
     classes = classes.long()
