@@ -528,3 +528,11 @@ def test_arrays_that_torch_does_not_take_as_they_are() -> None:
         make_images(levels, labels=["cat"] * 8)
     with pytest.raises(TypeError, match=r"^expected images as a tensor or an array of numbers; got an array of object"):
         make_images(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype, suffix, mode", [("u2", "png", "I;16"), ("i4", "tif", "I"), ("f4", "tif", "F")])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_of_more_than_eight_bits_are_refused(tmp_path: Path, dtype, suffix, mode, channels) -> None:
+    Image.fromarray(np.arange(24).reshape(4, 6).astype(dtype)).save(tmp_path / f"a.{suffix}")
+    with pytest.raises(ValueError, match=rf"^expected an image of 8 bits a channel in .*a.{suffix}; got .*'{mode}'$"):
+        load_image_folder(tmp_path, channels=channels)

@@ -469,7 +469,8 @@ def load_image_folder(
 
     Raises:
         FileNotFoundError: there is no such folder, or no image in it.
-        ValueError: a file cannot be read, the sizes differ, or an option is not one of those above.
+        ValueError: a file cannot be read or has more than 8 bits a channel, the sizes differ, or an option is not one
+            of those above.
 
     Example:
         >>> load_image_folder("nowhere")
@@ -532,11 +533,14 @@ def _read_image(file: Path, channels: int, sides: tuple[int, int] | None) -> np.
 
     try:
         with Image.open(file) as opened:
+            mode = opened.mode
             image = ImageOps.exif_transpose(opened).convert("RGB" if channels == 3 else "L")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"expected an image that can be read in {file}; got {type(error).__name__}: {error}"
         ) from error
+    if mode.startswith(("I", "F")):  # whose values Pillow would cut at 255: a picture of white alone
+        raise ValueError(f"expected an image of 8 bits a channel in {file}; got one of more, Pillow's mode {mode!r}")
     if sides is not None:
         height, width = sides
         image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
