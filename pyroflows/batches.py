@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyroflows.arguments import check_number, check_sizes
 from pyroflows.conditioners.classes import OneHot
+from pyroflows.data.dequantize import ColumnDequantizer
 
 if TYPE_CHECKING:
     from pyroflows.flow import Flow
@@ -130,6 +131,8 @@ def prepare(
         raise ValueError(f"expected at least 2 rows of data; got {len(data)}")
     if flow.dequantizer is None:
         _refuse_constant_columns(data)
+    elif isinstance(flow.dequantizer, ColumnDequantizer):
+        _refuse_constant_columns(data, flow.dequantizer.steps == 0)
     if share and held_out is None:
         # Drawn on the CPU, so that a fit that goes on elsewhere holds out the same rows.
         order = torch.randperm(len(data)).to(device)
@@ -208,8 +211,9 @@ def _refuse_outside(flow: Flow, data: Tensor, name: str) -> None:
         )
 
 
-def _refuse_constant_columns(data: Tensor) -> None:
-    constant = (data == data[0]).all(0).flatten().nonzero()[:, 0].tolist()
+def _refuse_constant_columns(data: Tensor, of: Tensor | None = None) -> None:
+    same = (data == data[0]).all(0)
+    constant = (same if of is None else same & of.to(same.device)).flatten().nonzero()[:, 0].tolist()
     if constant:
         shown = ", ".join(map(str, constant[:10])) + (", ..." if len(constant) > 10 else "")
         raise ValueError(f"expected columns that vary, since a constant one has no density; got column {shown}")

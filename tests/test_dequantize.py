@@ -356,3 +356,14 @@ def test_a_table_with_counts_is_fitted_by_the_bits_of_its_counts() -> None:
     counts = flow.dequantizer.quantize(flow.sample((2000,)))[:, 0]
     assert torch.equal(counts, counts.round())
     assert (counts == 1).float().mean().item() == pytest.approx(0.4, abs=0.08)
+
+
+def test_a_constant_column_is_refused_unless_it_gets_noise() -> None:
+    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    x[:, 0] = 2
+    flow = nsf(3, num_layers=1, hidden_features=(8,))
+    flow.dequantizer = ColumnDequantizer.from_data(x)
+    fit(flow, x, epochs=1)
+    x[:, 1] = 0.5
+    with pytest.raises(ValueError, match=r"^expected columns that vary, .*; got column 1$"):
+        fit(flow, x, epochs=1)
