@@ -96,7 +96,7 @@ class Affine:
             return shift, -log_sigmoid if sign > 0 else log_sigmoid
         # This is b tanh(h / b), written by the sigmoid, which takes a fraction of the time.
         bound = sign * self.bound
-        return shift, bound - 2 * bound * torch.sigmoid(raw * (-2 / self.bound))
+        return shift, torch.rsub(torch.sigmoid(raw * (-2 / self.bound)), bound, alpha=2 * bound)
 
 
 @dataclass(frozen=True)
