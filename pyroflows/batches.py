@@ -154,6 +154,9 @@ def _data(flow: Flow, x: Any, context: Any, device: torch.device, *, name: str) 
     if data.shape[1:] != flow.event_shape:
         expected = "(rows, " + ", ".join(map(str, flow.event_shape)) + ")"
         raise ValueError(f"expected {name} of shape {expected}; got {tuple(data.shape)}")
+    shape = getattr(flow.dequantizer, "event_shape", flow.event_shape)
+    if shape != flow.event_shape:  # one of fewer dimensions would count the constants of these alone
+        raise ValueError(f"expected a dequantizer of the flow's shape {tuple(flow.event_shape)}; got {tuple(shape)}")
     if discrete and hasattr(flow.dequantizer, "check"):
         flow.dequantizer.check(data)  # type: ignore[union-attr, operator]
     if not discrete:

@@ -131,6 +131,9 @@ def bits_per_dim(
         raise ValueError(f"expected data of shape {expected}, at least one row; got {tuple(data.shape)}")
     if given is not None and given.shape[:1] != data.shape[:1]:
         raise ValueError(f"expected a context for each of {len(data)} rows; got {tuple(given.shape)}")
+    shape = getattr(flow.dequantizer, "event_shape", flow.event_shape)
+    if shape != flow.event_shape:  # one of fewer dimensions would count the constants of these alone
+        raise ValueError(f"expected a dequantizer of the flow's shape {tuple(flow.event_shape)}; got {tuple(shape)}")
     number = flow.event_shape.numel() if dims is None else int(dims)
 
     # A dequantizer of one's own need not have a check.

@@ -17,6 +17,7 @@ from pyroflows.flow import Flow
 from pyroflows.layers import ElementwiseAffine, Logit, Permutation, Standardize
 from pyroflows.models import glow
 from pyroflows.priors import DiagonalNormal, Prior, Uniform
+from pyroflows.training import fit
 
 
 class Histogram(Prior):
@@ -237,3 +238,11 @@ def test_labels_in_a_column_are_refused() -> None:
     assert bits_per_dim(flow, x, labels).rows == 6
     with pytest.raises(ValueError, match=r"each of 6 rows; got \(6, 6\) from a context of shape \(6, 1\)"):
         bits_per_dim(flow, x, labels[:, None])
+
+
+def test_a_dequantizer_of_another_shape_is_refused() -> None:
+    flow = glow((1, 4, 4), num_levels=1, num_steps=1, hidden_channels=4, dequantizer=UniformDequantizer((4, 4), 4))
+    x = torch.randint(4, (6, 1, 4, 4))
+    for use in (bits_per_dim, fit):
+        with pytest.raises(ValueError, match=r"^expected a dequantizer of the flow's shape \(1, 4, 4\); got \(4, 4\)$"):
+            use(flow, x)
