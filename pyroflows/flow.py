@@ -110,10 +110,9 @@ class Flow(nn.Module):
         return self._number().device
 
     def _number(self) -> Tensor:
-        """Give one of the flow's numbers; the prior, where most have some, comes first, so that this is quick."""
-        for module in self.modules():
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is not None and tensor.is_floating_point():
+        for numbers in (self.parameters(), self.buffers()):
+            for tensor in numbers:
+                if tensor.is_floating_point():
                     return tensor
         return torch.empty(())
 
