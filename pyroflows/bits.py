@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -16,6 +13,7 @@ from torch import Tensor
 from pyroflows.arguments import check_option, check_sizes
 from pyroflows.conditioners.classes import OneHot
 from pyroflows.flow import Flow
+from pyroflows.modes import evaluating, seeded
 
 __all__ = ["BitsPerDim", "bits_per_dim"]
 
@@ -122,8 +120,6 @@ def bits_per_dim(
         check_sizes(dims=dims)
     if dims is not None and dims > flow.event_shape.numel():
         raise ValueError(f"expected dims of at most {flow.event_shape.numel()}, all of the data's; got {dims}")
-    if seed is not None and (not isinstance(seed, Integral) or isinstance(seed, bool)):
-        raise TypeError(f"expected seed to be an integer; got {seed!r}")
     data = torch.as_tensor(x)
     given = None if context is None else torch.as_tensor(context)
     if data.shape[1:] != flow.event_shape or not len(data):
@@ -139,7 +135,7 @@ def bits_per_dim(
     # A dequantizer of one's own need not have a check.
     check = getattr(flow.dequantizer, "check", lambda batch: None)
     rows = []
-    with torch.no_grad(), _evaluating(flow), _seeded(seed, flow.device):
+    with torch.no_grad(), evaluating(flow), seeded(seed, flow.device):
         for start in range(0, len(data), batch_size):
             part = slice(start, start + batch_size)
             batch = data[part].to(flow.device)
@@ -157,26 +153,3 @@ def bits_per_dim(
     bits = -torch.cat(rows) / (number * math.log(2))
     error = float(bits.std()) / math.sqrt(len(bits)) if len(bits) > 1 else math.nan
     return BitsPerDim(float(bits.mean()), error, estimator, num_draws, len(bits), number)
-
-
-@contextlib.contextmanager
-def _evaluating(flow: Flow) -> Iterator[None]:
-    """Put every module in eval mode for the length of a block, each back in its own afterwards."""
-    modes = [(module, module.training) for module in flow.modules()]
-    flow.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextlib.contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Seed torch for the length of a block, and give its random state back afterwards."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(int(seed))
-        yield

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pyroflows.arguments import check_sizes
-from pyroflows.bits import _evaluating, _seeded
 from pyroflows.flow import Flow
+from pyroflows.modes import evaluating, seeded
 
 __all__ = ["interpolate", "reconstruct", "sample_images"]
 
@@ -56,7 +56,7 @@ def sample_images(
         raise ValueError(f"expected labels as a tensor, at least one; got {got}")
     given = [None] if labels is None else [label.to(flow.device) for label in labels]
     sizes = [min(batch_size, num - start) for start in range(0, num, batch_size)]
-    with _evaluating(flow), _seeded(seed, flow.device):
+    with evaluating(flow), seeded(seed, flow.device):
         drawn = [
             torch.cat([dequantizer.quantize(flow.sample((n,), label, temperature=temperature)) for n in sizes])
             for label in given
@@ -90,7 +90,7 @@ def reconstruct(flow: Flow, images: Tensor, context: Tensor | None = None) -> Te
         True
     """
     dequantizer = _dequantizer(flow)
-    with _evaluating(flow):
+    with evaluating(flow):
         y, _ = dequantizer(images)
         return dequantizer.quantize(flow.decode(flow.encode(y, context), context))
 
@@ -131,7 +131,7 @@ def interpolate(flow: Flow, start: Tensor, end: Tensor, num: int = 8, *, context
     if start.shape != end.shape:
         shapes = f"{tuple(start.shape)} and {tuple(end.shape)}"
         raise ValueError(f"expected as many images to end at as to start from, of the same shape; got {shapes}")
-    with _evaluating(flow):
+    with evaluating(flow):
         first, last = (flow.encode(dequantizer(images)[0], context) for images in (start, end))
         share = torch.linspace(0, 1, num).to(first)[:, None, None]
         # Ends as they are: their difference, added back, would round.

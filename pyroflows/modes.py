@@ -1,10 +1,11 @@
-"""Ways in which a flow runs while it trains, each for the length of a block."""
+"""Ways in which modules run, and random numbers are drawn, each for the length of a block."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -13,10 +14,37 @@ from torch import Tensor, nn
 from pyroflows.bijection import Bijection, Compose
 from pyroflows.flow import Flow
 
-__all__ = ["METHODS", "compiled", "laid_out", "mixed", "recomputing"]
+__all__ = ["METHODS", "compiled", "evaluating", "laid_out", "mixed", "recomputing", "seeded"]
 
 METHODS = ("log_prob", "dequantized_log_prob", "rsample_and_log_prob", "rsample_and_score")
 """The methods of a flow that an objective may call."""
+
+
+@contextmanager
+def seeded(seed: int | None, device: torch.device | None = None) -> Iterator[None]:
+    """Seed torch, and give its random state back afterwards; None leaves it be. A GPU's is minded where it is named."""
+    if seed is None:
+        yield
+        return
+    if not isinstance(seed, Integral) or isinstance(seed, bool):
+        raise TypeError(f"expected seed to be an integer; got {seed!r}")
+    devices = None if device is None else [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(int(seed))
+        yield
+
+
+@contextmanager
+def evaluating(module: Any) -> Iterator[None]:
+    """Put a module, where it is one, and all within it in evaluation mode, and each back in its own afterwards."""
+    modes = [(part, part.training) for part in module.modules()] if isinstance(module, nn.Module) else []
+    for part, _ in modes:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 @contextmanager

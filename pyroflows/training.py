@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from pyroflows.batches import Batches, Rows, Steps, prepare
 from pyroflows.checkpoint import Checkpoint, fingerprint, random_state, set_random_state
 from pyroflows.flow import Flow
 from pyroflows.layers.batchnorm import BatchNorm
-from pyroflows.modes import METHODS, compiled, laid_out, mixed, recomputing
+from pyroflows.modes import METHODS, compiled, laid_out, mixed, recomputing, seeded
 
 Array = Tensor | np.ndarray[Any, Any]
 
@@ -208,8 +207,6 @@ def fit(
     check_number("weight_decay", weight_decay, "[0, inf)")
     check_number("warmup", warmup, "[0, 1)")
     check_number("average", average, "[0, 1)")
-    if seed is not None and not isinstance(seed, Integral):
-        raise TypeError(f"expected seed to be an integer; got {seed!r}")
     if augment is not None and not callable(augment):
         raise TypeError(f"expected augment to be a function; got {type(augment).__name__}")
     if checkpoint is None and checkpoint_seconds is not None:
@@ -238,7 +235,7 @@ def fit(
     fabric = Fabric(accelerator=accelerator, devices=devices, precision=own)
     file = None if checkpoint is None else Checkpoint(checkpoint, checkpoint_seconds)
     state = None if file is None else file.load()
-    with _seeded(seed, fabric.device), contextlib.ExitStack() as stack:
+    with seeded(seed, fabric.device), contextlib.ExitStack() as stack:
         if state is not None:
             set_random_state(state["start"], fabric.device)  # so that the same rows are held out
         start = random_state(fabric.device)
@@ -603,15 +600,3 @@ def _set_batch_statistics(flow: Flow, train: Rows) -> None:
             layer.inverse_and_log_det(x[rows], None if given is None else given[rows])[0] for rows in train.slices()
         ]
         x = torch.cat(parts)
-
-
-@contextlib.contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Seed torch for the length of a block, and give its random state back afterwards."""
-    if seed is None:
-        yield
-        return
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        yield

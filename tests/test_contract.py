@@ -194,11 +194,14 @@ def test_every_parameter_learns_from_log_prob(name, context_features):
 @with_and_without_context
 @each_layer
 def test_every_parameter_of_a_layer_learns_in_both_directions(name, context_features):
-    layer = make(name, 5, context_features)
+    assert_every_parameter_learns(make(name, 5, context_features), rows=20)
+
+
+def assert_every_parameter_learns(layer, rows):
     for method, points in ((layer.forward_and_log_det, latents), (layer.inverse_and_log_det, data)):
         layer.zero_grad()
-        x = points(layer, 20).requires_grad_()
-        result, log_det = method(x, contexts(layer, 20))
+        x = points(layer, rows).requires_grad_()
+        result, log_det = method(x, contexts(layer, rows))
         (result.square().sum() + log_det.sum()).backward()
         assert x.grad.any()
         for parameter_name, parameter in layer.named_parameters():

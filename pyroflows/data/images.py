@@ -16,6 +16,7 @@ from torch import Size, Tensor
 from torch.nn import functional as F
 
 from pyroflows.arguments import check_option, check_sizes
+from pyroflows.data.split import PARTS, split_rows
 
 __all__ = [
     "IMAGES",
@@ -139,21 +140,11 @@ def make_images(
         raise ValueError(f"expected num_levels from 2 to 256; got {num_levels}")
     x = _levels(images, num_levels, channels_last)
     classes = None if labels is None else _labels(labels, len(x), class_names)
-    if not (test >= 0 and validation >= 0 and test + validation < 1):
-        raise ValueError(
-            f"expected fractions test and validation of at least 0, together below 1; got {test!r} and {validation!r}"
-        )
-    test_rows, validation_rows = round(test * len(x)), round(validation * len(x))
-    train_rows = len(x) - test_rows - validation_rows
-    if train_rows < 1:
-        raise ValueError(f"expected fractions that leave a train image; got {test!r} and {validation!r} of {len(x)}")
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    parts = ("train", "validation", "test")
-    rows = dict(zip(parts, order.split([train_rows, validation_rows, test_rows]), strict=True))
+    rows = split_rows(len(x), test, validation, seed, "image")
     return ImageData(
         name=name,
-        **{part: x[rows[part]] for part in parts},
-        labels=None if classes is None else {part: classes[rows[part]] for part in parts},
+        **{part: x[rows[part]] for part in PARTS},
+        labels=None if classes is None else {part: classes[rows[part]] for part in PARTS},
         num_levels=num_levels,
         class_names=None if class_names is None else tuple(class_names),
     )

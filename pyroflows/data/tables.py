@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyroflows.data.split import split_rows
+
 __all__ = ["TABLES", "Table", "load_table", "make_table"]
 
 TABLES: tuple[str, ...] = ("breast_cancer", "diabetes", "digits", "iris", "linnerud", "wine")
@@ -119,19 +121,7 @@ def make_table(
     classes = None if labels is None else torch.as_tensor(labels).long()
     if classes is not None and classes.shape != rows.shape[:1]:
         raise ValueError(f"expected labels of shape ({len(rows)},); got {tuple(classes.shape)}")
-    if not (test >= 0 and validation >= 0 and test + validation < 1):
-        raise ValueError(
-            f"expected fractions test and validation of at least 0, together below 1; got {test!r} and {validation!r}"
-        )
-    test_rows, validation_rows = round(test * len(rows)), round(validation * len(rows))
-    train_rows = len(rows) - test_rows - validation_rows
-    if train_rows < 1:
-        raise ValueError(f"expected fractions that leave a train row; got {test!r} and {validation!r} of {len(rows)}")
-
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    indices = dict(
-        zip(("train", "validation", "test"), order.split([train_rows, validation_rows, test_rows]), strict=True)
-    )
+    indices = split_rows(len(rows), test, validation, seed)
     mean, scale = np.zeros(len(columns)), np.ones(len(columns))
     if standardize:
         mean, scale = _mean_and_scale(rows[indices["train"].numpy()])

@@ -22,8 +22,9 @@ from torch.distributions import biject_to, constraints
 from pyroflows.arguments import check_sizes
 from pyroflows.flow import Flow
 from pyroflows.inference.density import initial_value
+from pyroflows.modes import evaluating
 
-__all__ = ["AmortizedFlow", "Part", "built", "evaluating", "join", "unconstrained_start"]
+__all__ = ["AmortizedFlow", "Part", "built", "join", "unconstrained_start"]
 
 Builder = Callable[..., Flow]
 
@@ -462,19 +463,3 @@ def join(latents: Sequence[Part], values: Mapping[str, Tensor], least: int) -> t
         log_dets.append(log_det)
     batch = torch.broadcast_shapes(*(vector.shape[:-1] for vector in parts))
     return torch.cat([vector.expand(*batch, -1) for vector in parts], -1), cast(Tensor, sum(log_dets))
-
-
-class evaluating:
-    """Put a module in evaluation mode for the length of a block, where it is one."""
-
-    def __init__(self, module: Any):
-        self.modules = list(module.modules()) if isinstance(module, nn.Module) else []
-
-    def __enter__(self) -> None:
-        self.modes = [module.training for module in self.modules]
-        for module in self.modules:
-            module.training = False
-
-    def __exit__(self, *_: Any) -> None:
-        for module, mode in zip(self.modules, self.modes, strict=True):
-            module.training = mode

@@ -18,8 +18,9 @@ from pyroflows.arguments import check_number, check_sizes
 from pyroflows.flow import Flow
 from pyroflows.inference.density import LogJoint
 from pyroflows.inference.guide import AutoFlow
-from pyroflows.inference.posterior import Posterior, seeded, whole_log_joint
+from pyroflows.inference.posterior import Posterior, whole_log_joint
 from pyroflows.models import realnvp
+from pyroflows.modes import seeded
 from pyroflows.training import FitResult, fit
 
 __all__ = ["fit_posterior"]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from numbers import Integral
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +21,10 @@ from pyroflows.inference.diagnostics import psis
 from pyroflows.inference.guide import AutoFlow
 from pyroflows.inference.neutra import run_chains
 from pyroflows.inference.weights import CHUNK, SETS, Weights, judge, missed_modes, weigh, weights_of
+from pyroflows.modes import seeded
 from pyroflows.training import FitResult
 
-__all__ = ["Posterior", "seeded", "whole_log_joint"]
+__all__ = ["Posterior", "whole_log_joint"]
 
 
 def whole_log_joint(guide: AutoFlow) -> LogJoint:
@@ -47,19 +46,6 @@ def whole_log_joint(guide: AutoFlow) -> LogJoint:
             f"{', '.join(map(repr, log_joint.parameters))}: train them by SVI with an AutoFlow"
         )
     return log_joint
-
-
-@contextlib.contextmanager
-def seeded(seed: int | None) -> Iterator[None]:
-    """Seed torch for the length of a block, and give its random state back afterwards; None leaves it be."""
-    if seed is None:
-        yield
-        return
-    if not isinstance(seed, Integral):
-        raise TypeError(f"expected seed to be an integer; got {seed!r}")
-    with torch.random.fork_rng():
-        torch.manual_seed(int(seed))
-        yield
 
 
 class Posterior:
@@ -148,19 +134,22 @@ class Posterior:
             raise ValueError("expected a posterior by a guide, whose draws have weights; got one by Markov chains")
         return self.weights
 
-    def _chain_statistics(self) -> tuple[float, float]:
+    def _chains(self) -> Tensor:
         if self.chains is None:
             raise ValueError("expected a posterior by Markov chains; got one by a guide")
+        return self.chains
+
+    def _chain_statistics(self) -> tuple[float, float]:
+        chains = self._chains().cpu().numpy()
         import arviz as az
 
-        data = _inference_data({"posterior": {"u": self.chains.cpu().numpy()}})
+        data = _inference_data({"posterior": {"u": chains}})
         rhat, ess = az.rhat(data), az.ess(data)
         return float(_dataset(rhat)["u"].max()), float(_dataset(ess)["u"].min())
 
     def _judge_chains(self) -> tuple[str, str]:
         rhat, ess = self._chain_statistics()
-        assert self.chains is not None
-        number = len(self.chains)
+        number = len(self._chains())
         said = f"the largest R-hat of {number} chains is {rhat:.3f} and the smallest effective sample size {ess:.0f}"
         if rhat < 1.02 and ess >= 50 * number:
             return "trust", said

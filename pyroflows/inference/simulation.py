@@ -16,7 +16,7 @@ from torch.distributions import biject_to
 from pyroflows.arguments import check_sizes
 from pyroflows.bijection import Bijection
 from pyroflows.flow import Flow
-from pyroflows.inference.amortized import Builder, Part, built, evaluating, join, unconstrained_start
+from pyroflows.inference.amortized import Builder, Part, built, join, unconstrained_start
 from pyroflows.inference.diagnostics import Calibration, calibration, labels
 from pyroflows.layers.autoregressive import MaskedAutoregressive
 from pyroflows.layers.permutation import Permutation
@@ -24,8 +24,9 @@ from pyroflows.layers.pointwise import Standardize
 from pyroflows.layers.spline import Spline
 from pyroflows.layers.transformers import Affine
 from pyroflows.layers.triangular import TriangularAffine
+from pyroflows.modes import evaluating, seeded
 from pyroflows.priors import StandardNormal
-from pyroflows.training import FitResult, _seeded, fit
+from pyroflows.training import FitResult, fit
 
 __all__ = ["AmortizedPosterior", "fit_amortized"]
 
@@ -301,7 +302,7 @@ def fit_amortized(
     if isinstance(flow, Flow) and flow.embedding is not None and embedding is not None:
         raise ValueError("expected one embedding; got one in the flow and one beside it")
     check_sizes(num_simulations=num_simulations)
-    with _seeded(seed, torch.device("cpu")):
+    with seeded(seed, torch.device("cpu")):
         simulator = _Simulator(model, args, kwargs or {}, observed, latents)
         values = simulator(num_simulations, progress)
         kept, bad = simulator.finite(values)
@@ -463,7 +464,7 @@ class AmortizedPosterior:
         check_sizes(n=n)
         context, batch = self._context(data)
         at_once = max(1, _ROWS_AT_ONCE // max(1, batch.numel()))
-        with _seeded(seed, self.flow.device):
+        with seeded(seed, self.flow.device):
             sizes = [min(at_once, n - i) for i in range(0, n, at_once)]
             vector = torch.cat([self._given.sample((size,), context) for size in sizes])
         return {part.name: part.constrain(vector, vector.shape[:-1])[0] for part in self._parts}
@@ -494,7 +495,7 @@ class AmortizedPosterior:
         """Simulate anew, and give the ranks of the true latents, their chi-square p-values, and the coverage."""
         if self._simulator is None:
             raise ValueError("expected a posterior with its model, which a pickle does not keep; got one without")
-        with _seeded(seed, self.flow.device):
+        with seeded(seed, self.flow.device):
             values = self._simulator(num_simulations, progress)
             kept, bad = self._simulator.finite(values)
             if bad and not self.num_dropped:
