@@ -1,4 +1,4 @@
-"""Data to fit flows to: toy densities whose true log density is known, tables, images, and what dequantises them."""
+"""Data to fit flows to: toy densities whose true log density is known, tables, files of tables, images, and what dequantises."""
 
 from pyroflows.data.bsds300 import load_bsds300
 from pyroflows.data.dequantize import ColumnDequantizer, Dequantizer, UniformDequantizer, VariationalDequantizer
@@ -13,6 +13,7 @@ from pyroflows.data.images import (
     random_shifts,
 )
 from pyroflows.data.power import load_power
+from pyroflows.data.table_files import TableFile, open_table, write_table
 from pyroflows.data.tables import TABLES, Table, load_table, make_table
 from pyroflows.data.toy import (
     TOY_DENSITIES,
@@ -42,6 +43,10 @@ __all__ = [  # noqa: RUF022 - grouped by file
     "Table",
     "load_table",
     "make_table",
+    # table_files
+    "TableFile",
+    "open_table",
+    "write_table",
     # dequantize
     "ColumnDequantizer",
     "Dequantizer",
