@@ -1,4 +1,4 @@
-"""Data to fit flows to: toy densities whose true log density is known, tables and files of them, images, dequantisation."""
+"""Data to fit flows to: toy densities whose true log density is known, tables, their files, images, dequantisation."""
 
 from pyroflows.data.bsds300 import load_bsds300
 from pyroflows.data.dequantize import ColumnDequantizer, Dequantizer, UniformDequantizer, VariationalDequantizer
