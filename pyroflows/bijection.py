@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
 from pyroflows.arguments import Shape, as_shape
+from pyroflows.recipe import Recorded
 
 __all__ = ["Bijection", "Compose", "Conditioned", "Inverse"]
 
@@ -162,7 +163,7 @@ def vjp(result: Tensor, log_det: Tensor | None, at: Tensor, direction: Tensor) -
     return torch.zeros_like(at) if found is None else found
 
 
-class Bijection(TransformModule):
+class Bijection(Recorded, TransformModule):
     r"""An invertible map from latent to data, written as two methods that give the image and the log-determinant.
 
     A layer defines ``forward_and_log_det(x, context=None)`` (latent to data) and
@@ -492,6 +493,8 @@ class Conditioned(Bijection):
         >>> conditioned.forward_shape(torch.Size([2]))
         torch.Size([8, 2])
     """
+
+    _remembers = False  # made anew for every context
 
     def __init__(self, bijection: Bijection, context: Tensor):
         if not isinstance(bijection, Bijection):

@@ -11,11 +11,12 @@ from torch import Size, Tensor, nn
 
 from pyroflows.bijection import Bijection, Compose, vjp
 from pyroflows.priors import Prior
+from pyroflows.recipe import Recorded
 
 __all__ = ["Flow"]
 
 
-class Flow(nn.Module):
+class Flow(Recorded, nn.Module):
     r"""A normalizing flow: a density model, a site of a Pyro model, and a variational guide.
 
     .. math:: \log p(x \mid c) = \log p_Z(f^{-1}(x; c)) + \log|\det df^{-1}/dx|

@@ -24,6 +24,7 @@ from pyroflows.layers.radial import Radial
 from pyroflows.layers.spline import Spline
 from pyroflows.layers.transformers import Additive, Affine
 from pyroflows.priors import Prior, StandardNormal
+from pyroflows.recipe import recorded
 
 __all__ = ["glow", "iaf", "maf", "nice", "nsf", "planar", "radial", "realnvp"]
 
@@ -106,6 +107,7 @@ def realnvp(
     prior: Prior | None = None,
     dequantizer: nn.Module | None = None,
 ) -> Flow: ...
+@recorded
 def realnvp(features: Shape, **options: Any) -> Flow:
     r"""RealNVP: affine couplings that take turns, quick in both directions; of vectors, or of images at several scales.
 
@@ -223,6 +225,7 @@ def glow(
     prior: Prior | None = None,
     dequantizer: nn.Module | None = None,
 ) -> Flow: ...
+@recorded
 def glow(features: Shape, **options: Any) -> Flow:
     r"""Glow: steps of ActNorm, an invertible linear map, and a coupling; of vectors, or of images at several scales.
 
@@ -310,6 +313,7 @@ def _vector_glow(
     return _flow(prior, features, _stack(layer, features, num_steps, permutation, "actnorm"))
 
 
+@recorded
 def nice(
     features: int,
     *,
@@ -365,6 +369,7 @@ def nice(
     return _flow(prior, features, [ElementwiseAffine(features), *couplings, ActNorm(features)])
 
 
+@recorded
 def maf(
     features: int,
     *,
@@ -425,6 +430,7 @@ def maf(
     return _flow(prior, features, _stack(layer, features, num_layers, permutation, norm))
 
 
+@recorded
 def iaf(
     features: int,
     *,
@@ -486,6 +492,7 @@ def iaf(
     return _flow(prior, features, _stack(layer, features, num_layers, permutation, norm))
 
 
+@recorded
 def nsf(
     features: int,
     *,
@@ -549,6 +556,7 @@ def nsf(
     return _flow(prior, features, _stack(layer, features, num_layers, permutation, norm))
 
 
+@recorded
 def planar(
     features: int,
     *,
@@ -590,6 +598,7 @@ def planar(
     return _flow(prior, features, [*layers, ActNorm(features)])
 
 
+@recorded
 def radial(
     features: int,
     *,

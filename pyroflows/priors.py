@@ -15,6 +15,7 @@ from torch import Size, Tensor, nn
 from torch.distributions.utils import broadcast_all
 
 from pyroflows.arguments import Shape, as_shape, check_number
+from pyroflows.recipe import Recorded
 
 __all__ = [
     "DiagonalNormal",
@@ -29,7 +30,7 @@ __all__ = [
 _HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
 
-class Prior(nn.Module):
+class Prior(Recorded, nn.Module):
     r"""A distribution over the latent that is a module: its numbers move, train and save with the flow.
 
     To write one's own, call ``super().__init__(features)``, keep every number as a parameter or a buffer (so that

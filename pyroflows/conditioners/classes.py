@@ -8,11 +8,12 @@ from torch.nn import functional as F
 
 from pyroflows.arguments import check_sizes
 from pyroflows.bijection import inside_functorch
+from pyroflows.recipe import Recorded
 
 __all__ = ["OneHot"]
 
 
-class OneHot(nn.Module):
+class OneHot(Recorded, nn.Module):
     """Class labels as vectors of zeros and a one, the embedding of class-conditional flows.
 
     Args:

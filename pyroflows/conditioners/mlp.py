@@ -8,6 +8,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from pyroflows.arguments import as_widths, check_number, check_option, check_sizes
+from pyroflows.recipe import Recorded
 
 __all__ = ["ACTIVATIONS", "MLP"]
 
@@ -23,7 +24,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 LinearFactory = Callable[[int, int], nn.Linear]
 
 
-class MLP(nn.Module):
+class MLP(Recorded, nn.Module):
     r"""A multilayer perceptron, plain or residual, of an input and an optional context.
 
     The plain network is :math:`W_n a(\dots a(W_0 x + C c))`. The residual one keeps a stream of one

@@ -14,6 +14,7 @@ from pyroflows.flow import Flow
 from pyroflows.layers.conv_coupling import ConvCoupling
 from pyroflows.layers.pointwise import Logit, Sigmoid
 from pyroflows.priors import Uniform
+from pyroflows.recipe import Recorded
 
 __all__ = ["ColumnDequantizer", "Dequantizer", "UniformDequantizer", "VariationalDequantizer"]
 
@@ -21,7 +22,7 @@ __all__ = ["ColumnDequantizer", "Dequantizer", "UniformDequantizer", "Variationa
 _MARGIN = 1e-6
 
 
-class Dequantizer(nn.Module):
+class Dequantizer(Recorded, nn.Module):
     r"""Adds noise to discrete data, so that the density of the sum bounds the probability of the data from below.
 
     .. math:: \log P(x) \ge \mathbb E_{q(y \mid x)}\bigl[\log p(y) - \log q(y \mid x)\bigr]

@@ -1,0 +1,291 @@
+"""What a module is made of, as JSON: its class or builder, and the arguments, by which it can be made again."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from importlib import import_module
+from numbers import Integral, Real
+from typing import Any, ParamSpec, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+__all__ = ["Recorded", "build", "describe", "recorded"]
+
+P = ParamSpec("P")
+Made = TypeVar("Made", bound="Recorded")
+
+_MODULES = (
+    "bijection",
+    "conditioners",
+    "data.dequantize",
+    "flow",
+    "layers",
+    "models",
+    "priors",
+    "tabular",
+)
+
+
+class Recorded:
+    """A module that remembers the arguments it was made with, without those that are modules: these it has.
+
+    An argument that is a module, or holds modules, must be kept as an attribute of the argument's name, where it is
+    read from when it is needed.
+
+    Example:
+        >>> class Scale(Recorded, nn.Module):
+        ...     def __init__(self, factor):
+        ...         super().__init__()
+        >>> Scale(2.0)._arguments
+        (None, (2.0,), {})
+    """
+
+    _arguments: tuple[str | None, tuple[Any, ...], dict[str, Any]]
+    _remembers: bool = True
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        self = super().__new__(cls)
+        if cls._remembers:
+            _remember(self, None, args, kwargs)
+        return self
+
+
+def recorded(builder: Callable[P, Made]) -> Callable[P, Made]:
+    """Let what a builder makes remember the builder and its arguments in the place of the constructor's."""
+
+    @functools.wraps(builder)
+    def build(*args: P.args, **kwargs: P.kwargs) -> Made:
+        made = builder(*args, **kwargs)
+        _remember(made, builder.__name__, args, kwargs)
+        return made
+
+    _builders[builder.__name__] = build
+    return build
+
+
+_builders: dict[str, Callable[..., Any]] = {}
+
+
+def _remember(made: Recorded, builder: str | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    arguments = (builder, tuple(map(_kept, args)), {name: _kept(value) for name, value in kwargs.items()})
+    object.__setattr__(made, "_arguments", arguments)  # a module takes no attribute before it was initialised
+
+
+def _kept(value: Any) -> Any:
+    """Give a copy of a plain value, or dots for what is none, such as a module or a function."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    if isinstance(value, (tuple, list)):
+        values = tuple(map(_kept, value))
+        return ... if any(part is ... for part in values) else values
+    if is_dataclass(value) and not isinstance(value, type):
+        return value
+    return torch.as_tensor(value).clone() if hasattr(value, "__array__") else ...
+
+
+def describe(module: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Give the recipe of a module, as JSON, and the tensors among its arguments by name.
+
+    Raises:
+        ValueError: a part is of a class that is not this package's, ``torch.nn``'s or built on :class:`Recorded`, or
+            the module was changed since it was made.
+    """
+    return (describer := _Describer()).of(module, type(module).__name__), describer.tensors
+
+
+class _Describer:
+    """Walks through a module and its arguments; a module that comes again is named by its number."""
+
+    def __init__(self) -> None:
+        self.names = {made: name for name, made in _makers().items()}
+        self.tensors: dict[str, Tensor] = {}
+        self.numbers: dict[int, int] = {}
+
+    def of(self, value: Any, where: str) -> Any:
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        if isinstance(value, (tuple, list)):
+            return [self.of(part, f"{where}[{number}]") for number, part in enumerate(value)]
+        if isinstance(value, Tensor):
+            name = f"argument.{len(self.tensors)}"
+            self.tensors[name] = value
+            return {"tensor": name}
+        if id(value) in self.numbers:
+            return {"same": self.numbers[id(value)]}
+        maker, arguments = self._maker(value, where)
+        recipe = {"make": maker, "with": {name: self.of(part, f"{where}.{name}") for name, part in arguments.items()}}
+        if isinstance(value, nn.Module):
+            self.numbers[id(value)] = len(self.numbers)
+        return recipe
+
+    def _maker(self, value: Any, where: str) -> tuple[str, dict[str, Any]]:
+        """Give the name of what made a module, and the arguments by name."""
+        kind = type(value)
+        if isinstance(value, Recorded) and hasattr(value, "_arguments"):
+            builder, args, kwargs = value._arguments
+            maker = builder or self.names.get(kind, f"own.{kind.__name__}")
+            return maker, self._bound(value, _makers()[builder] if builder else kind, args, kwargs, where)
+        if kind in self.names:
+            return self.names[kind], {field.name: getattr(value, field.name) for field in fields(value)}
+        if isinstance(value, nn.Sequential) and kind is nn.Sequential:
+            return "nn.Sequential", {"args": list(value)}
+        if getattr(nn, kind.__name__, None) is kind and isinstance(value, nn.Module):
+            return f"nn.{kind.__name__}", _arguments_of_torch(value, where)
+        raise ValueError(
+            f"expected parts made of the classes of pyroflows and torch.nn; got {kind.__name__} as {where}: keep "
+            f"flow.state_dict() in a file of your own"
+        )
+
+    @staticmethod
+    def _bound(
+        module: Recorded, maker: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], where: str
+    ) -> dict[str, Any]:
+        signature = inspect.signature(maker)
+        found = dict(signature.bind(*args, **kwargs).arguments)
+        for name, parameter in signature.parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                found.update(found.pop(name, {}))
+            elif name not in found and parameter.kind is not parameter.VAR_POSITIONAL:
+                default = _kept(parameter.default)
+                found |= {} if default is ... else {name: default}
+        return {name: _read(module, name, where) if value is ... else value for name, value in found.items()}
+
+
+def _read(module: Any, name: str, where: str) -> Any:
+    """Read an argument that is a module, or holds modules, from where it is now."""
+    value = getattr(module, name, None)
+    if isinstance(value, nn.Module) and not isinstance(value, nn.ModuleList):
+        return value
+    if isinstance(value, Iterable) and all(isinstance(part, nn.Module) for part in value):
+        return list(value)
+    raise ValueError(
+        f"expected the argument {name!r} of {type(module).__name__} as a module kept under that name, or a plain "
+        f"value; got another as {where}.{name}"
+    )
+
+
+def _arguments_of_torch(module: nn.Module, where: str) -> dict[str, Any]:
+    """Give the arguments of one of torch's modules, which keeps each as an attribute."""
+    found = {}
+    for name, parameter in inspect.signature(type(module)).parameters.items():
+        if name in ("device", "dtype") or name.startswith("_"):
+            continue
+        value = getattr(module, name, ...)
+        if isinstance(parameter.default, bool):
+            value = value is not None and (isinstance(value, Tensor) or value)
+        if _kept(value) is ... or isinstance(value, Tensor):
+            raise ValueError(f"expected parts whose arguments can be read; got {type(module).__name__} as {where}")
+        found[name] = value
+    return found
+
+
+def build(
+    recipe: Any, tensors: Mapping[str, Tensor], *, classes: Sequence[type] = (), memory: float = math.inf
+) -> nn.Module:
+    """Make a module by its recipe, on the CPU, without touching torch's random numbers.
+
+    Args:
+        recipe: what :func:`describe` gave.
+        tensors: among the arguments.
+        classes: the user's own that may be made.
+        memory: the bytes that may be taken for it.
+
+    Raises:
+        ValueError: the recipe names something unknown, or cannot be followed, or asks for more memory.
+    """
+    makers = _makers() | {f"own.{kind.__name__}": kind for kind in classes}
+    made: list[Any] = []
+
+    def make(recipe: Any) -> Any:
+        if isinstance(recipe, list):
+            return tuple(map(make, recipe))
+        if not isinstance(recipe, dict):
+            return recipe
+        if "tensor" in recipe:
+            return tensors[recipe["tensor"]]
+        if "same" in recipe:
+            return made[recipe["same"]]
+        maker = _maker_of(recipe["make"], makers)
+        arguments = {name: make(value) for name, value in recipe["with"].items()}
+        value = maker(*arguments.pop("args", ()), **arguments)
+        if isinstance(value, nn.Module):
+            made.append(value)
+        return value
+
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), _Bounded(memory):
+            return make(recipe)
+    except _UnknownError as error:
+        raise ValueError(str(error)) from None
+    except Exception as error:  # what is raised depends on which argument makes no sense
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"expected the recipe of a module; got one that cannot be followed: {reason}") from None
+
+
+class _UnknownError(ValueError):
+    pass
+
+
+def _maker_of(name: Any, makers: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    if name in makers:
+        return makers[name]
+    kind = getattr(nn, str(name).removeprefix("nn."), None) if str(name).startswith("nn.") else None
+    if isinstance(kind, type) and issubclass(kind, nn.Module):
+        return kind
+    if str(name).startswith("own."):
+        raise _UnknownError(f"expected classes=[{name[4:]}], a class of the user's own in this file; got none")
+    raise _UnknownError(f"expected builders and classes of pyroflows and torch.nn; got {str(name)[:100]!r}")
+
+
+@functools.cache
+def _makers() -> dict[str, Callable[..., Any]]:
+    """Give what a recipe may name: this package's recorded classes, transformers and builders."""
+    makers: dict[str, Callable[..., Any]] = {}
+    for module in _MODULES:
+        for name, value in vars(import_module(f"pyroflows.{module}")).items():
+            own = getattr(value, "__module__", "").startswith("pyroflows.")
+            kind = isinstance(value, type) and (issubclass(value, Recorded) or is_dataclass(value))
+            if own and kind:
+                makers[name] = value
+    return makers | _builders
+
+
+class _Bounded(TorchDispatchMode):
+    """Refuses to make more numbers than would fit into some memory, before they are made."""
+
+    def __init__(self, memory: float):
+        super().__init__()
+        self.left = memory
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        meta = {**kwargs, "device": "meta"} if "device" in [a.name for a in func._schema.arguments] else kwargs
+        try:
+            result = func(*tree_map(_to_meta, args), **tree_map(_to_meta, meta))
+        except (NotImplementedError, RuntimeError):  # its size depends on numbers, or it gives none
+            result = (args, kwargs)
+        sizes = [tensor.numel() * tensor.element_size() for tensor in tree_leaves(result) if isinstance(tensor, Tensor)]
+        self.left -= sum(sizes) + _OBJECT
+        if self.left < 0:
+            raise ValueError("it asks for more memory than the tensors stored with it explain")
+        return func(*args, **kwargs)
+
+
+_OBJECT = 1024  # bytes that a tensor takes beside its numbers, and the objects around it
+
+
+def _to_meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) else value
