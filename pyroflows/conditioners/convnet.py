@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from pyroflows.arguments import Shape, as_image_shape, check_number, check_option, check_sizes
 from pyroflows.bijection import inside_functorch
 from pyroflows.conditioners.mlp import ACTIVATIONS
+from pyroflows.recipe import Recorded
 
 __all__ = ["NORMS", "ConvNet", "ResNet", "ZeroConv"]
 
@@ -82,7 +83,7 @@ class _Conv(nn.Conv2d):
         return f"{super().extra_repr()}, norm={self.norm!r}"
 
 
-class ZeroConv(nn.Module):
+class ZeroConv(Recorded, nn.Module):
     r"""A convolution that starts at zero, with a learned gain :math:`e^{3s}` of each output channel.
 
     Alone it is the network of Glow's learned priors; the networks below end in one.
@@ -158,7 +159,7 @@ class _Context(nn.Module):
         return h if self.linear is None else h + _spread(self.linear(context), batch)
 
 
-class ConvNet(nn.Module):
+class ConvNet(Recorded, nn.Module):
     r"""Glow's network: convolutions of 3x3, 1x1 and 3x3 pixels, the last of which starts at zero.
 
     Args:
@@ -217,7 +218,7 @@ class ConvNet(nn.Module):
         return h.reshape(*batch, *h.shape[1:])
 
 
-class ResNet(nn.Module):
+class ResNet(Recorded, nn.Module):
     r"""RealNVP's network: residual blocks of two 3x3 convolutions at one resolution.
 
     .. math:: h \leftarrow h + B\, a(A\, a(h))
