@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -207,8 +208,8 @@ class InvertibleConv(Bijection):
 
     def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
         # A product for each image: of so few channels it takes half the time of conv2d, or less.
-        images = x.reshape(x.shape[:-3].numel(), self.latent_shape[0], self.pixels)
-        return torch.bmm(weight.expand(len(images), -1, -1), images).reshape(x.shape)
+        images = x.reshape(math.prod(x.shape[:-3]), self.latent_shape[0], self.pixels)
+        return torch.bmm(weight.expand(images.shape[0], -1, -1), images).reshape(x.shape)
 
     def _log_det(self, x: Tensor, times: int) -> Tensor:
         return (times * self.mixing._log_det()).expand(x.shape[:-3])
