@@ -152,7 +152,7 @@ class _Context(nn.Module):
     def beside(self, images: Tensor, batch: Size, context: Tensor | None) -> Tensor:
         if self.shape is None or context is None:
             return images
-        pictures = context.expand(*batch, context.shape[-1]).reshape(batch.numel(), *self.shape)
+        pictures = context.expand(*batch, context.shape[-1]).reshape(math.prod(batch), *self.shape)
         return torch.cat([images, pictures], 1)
 
     def bias(self, h: Tensor, batch: Size, context: Tensor | None) -> Tensor:
@@ -292,7 +292,7 @@ class ResNet(Recorded, nn.Module):
 
 def _flat(x: Tensor) -> tuple[Size, Tensor]:
     """Give the batch shape, and the images in one batch dimension, as convolutions take them."""
-    images = x.reshape(x.shape[:-3].numel(), *x.shape[-3:])
+    images = x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
     if x.device.type == "cpu":  # where convolutions are up to twice as fast if the channels of a pixel lie together
         images = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     return x.shape[:-3], images
@@ -300,4 +300,4 @@ def _flat(x: Tensor) -> tuple[Size, Tensor]:
 
 def _spread(bias: Tensor, batch: Size) -> Tensor:
     """Give a bias of ``(*batch, channels)`` for each of the flattened images, over all their pixels."""
-    return bias.expand(*batch, bias.shape[-1]).reshape(batch.numel(), bias.shape[-1], 1, 1)
+    return bias.expand(*batch, bias.shape[-1]).reshape(math.prod(batch), bias.shape[-1], 1, 1)
