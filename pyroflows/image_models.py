@@ -145,7 +145,7 @@ def _conditions(num_classes: int, context_features: int) -> tuple[int, nn.Module
 def _divisible(features: Shape, halvings: int, *, least: int = 1) -> Size:
     shape = as_image_shape(features)
     _, height, width = shape
-    side = 2**halvings
+    side = 2 ** min(halvings, 64)  # no image halves so often, and a file may ask for more
     if height % side or width % side or (height // side) * (width // side) < least:
         raise ValueError(
             f"expected height and width that {side} divides, for {halvings} halvings; got {height} x {width}: "
