@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyroflows.arguments import as_widths, check_option, check_sizes
+from pyroflows.bijection import inside_functorch
 from pyroflows.conditioners.mlp import MLP
 
 __all__ = ["MADE", "MaskedLinear"]
@@ -23,8 +25,8 @@ class MaskedLinear(nn.Linear):
 
     Args:
         mask: which inputs reach which outputs, shape ``(out_features, in_features)``.
-        block: outputs at most of a product, where no gradient is taken, on a CPU: each product leaves out the inputs
-            after the last that its outputs see. All outputs, if not given.
+        block: outputs at most of a product, on a CPU: each product leaves out the inputs after the last that its
+            outputs see. All outputs, if not given.
 
     Shapes:
         x: ``(*batch, in_features)``; output: ``(*batch, out_features)``.
@@ -50,13 +52,44 @@ class MaskedLinear(nn.Linear):
         self.fixed: Tensor | None = None  # the masked weight, for the length of a block in which nothing is trained
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.fixed is None and len(self.blocks) > 1 and input.is_cpu and not torch.is_grad_enabled():
-            return torch.cat([self._block(input, *block) for block in self.blocks], -1)
-        return F.linear(input, self.weight * self.mask if self.fixed is None else self.fixed, self.bias)
+        if self.fixed is not None:
+            return F.linear(input, self.fixed, self.bias)
+        whole = len(self.blocks) == 1 or not input.is_cpu or torch.compiler.is_compiling()
+        if whole or inside_functorch() or torch.is_autocast_enabled("cpu"):
+            return F.linear(input, self.weight * self.mask, self.bias)
+        rows = _InBlocks.apply(input.reshape(-1, input.shape[-1]), self.weight, self.bias, self.mask, self.blocks)
+        return rows.view(*input.shape[:-1], rows.shape[-1])
 
-    def _block(self, input: Tensor, first: int, end: int, seen: int) -> Tensor:
-        weight = self.weight[first:end, :seen] * self.mask[first:end, :seen]
-        return F.linear(input[..., :seen], weight, self.bias[first:end])
+
+class _InBlocks(torch.autograd.Function):
+    """The masked linear map of rows, and its gradient, by products that leave out what the mask makes zero."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, blocks: list[tuple[int, int, int]]
+    ) -> Tensor:
+        weights = [weight[a:b, :seen] * mask[a:b, :seen] for a, b, seen in blocks]
+        ctx.save_for_backward(x, weight, mask, *weights)
+        ctx.blocks = blocks
+        y = x.new_empty(len(x), len(weight))
+        for (a, b, seen), part in zip(blocks, weights, strict=True):
+            torch.addmm(bias[a:b], x[:, :seen], part.T, out=y[:, a:b])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, to_y: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor, None, None]:
+        x, weight, mask, *weights = ctx.saved_tensors
+        to_bias = to_y.sum(0)
+        if torch.is_grad_enabled():  # a gradient of the gradient is asked for
+            return to_y @ (weight * mask), (to_y.T @ x) * mask, to_bias, None, None
+        to_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
+        to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for (a, b, seen), part in zip(ctx.blocks, weights, strict=True):
+            if to_x is not None:
+                to_x[:, :seen].addmm_(to_y[:, a:b], part)
+            if to_weight is not None:
+                torch.mul(to_y[:, a:b].T @ x[:, :seen], mask[a:b, :seen], out=to_weight[a:b, :seen])
+        return to_x, to_weight, to_bias, None, None
 
 
 def _order(features: int, order: str | Sequence[int] | Tensor, seed: int | None) -> Tensor:
