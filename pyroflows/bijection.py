@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pyro.distributions.conditional import ConditionalTransform
@@ -614,18 +614,10 @@ class Compose(Bijection):
         return self.layers[index]  # type: ignore[return-value]
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total: Tensor | Literal[0] = 0
-        for layer in self.layers:
-            x, log_det = self._run(layer, "forward_and_log_det", x, context)
-            total = total + log_det
-        return x, total  # type: ignore[return-value]
+        return self._run(self, "forward_and_log_det", x, context)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total: Tensor | Literal[0] = 0
-        for layer in reversed(self.layers):
-            y, log_det = self._run(layer, "inverse_and_log_det", y, context)
-            total = total + log_det
-        return y, total  # type: ignore[return-value]
+        return self._run(reversed(self.layers._modules.values()), "inverse_and_log_det", y, context)
 
     def forward_and_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
@@ -645,15 +637,24 @@ class Compose(Bijection):
             total = total + log_det
         return y, total, score  # type: ignore[return-value]
 
-    def _run(self, layer: Any, direction: str, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        method, context = getattr(layer, direction), layer._context_for(context)
-        if not self.recompute or not torch.is_grad_enabled() or _recomputes_within(layer):
-            return method(x, context)
-        return checkpoint(method, x, context, use_reentrant=False, context_fn=lambda: (nullcontext(), _unmoved(layer)))
+    def _run(self, layers: Iterable[Any], direction: str, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        recompute, total = self.recompute and torch.is_grad_enabled(), None
+        for layer in layers:
+            method = getattr(layer, direction)
+            if recompute and not _recomputes_within(layer):
+                method = _recomputed(layer, method)
+            x, log_det = method(x, layer._context_for(context))
+            total = log_det if total is None else total + log_det
+        return x, cast(Tensor, total)
 
 
 def _recomputes_within(layer: Bijection) -> bool:
     return any(isinstance(part, Compose) and part.recompute for part in layer.modules())
+
+
+def _recomputed(layer: Bijection, method: Callable[..., Any]) -> Callable[..., Any]:
+    contexts = {"context_fn": lambda: (nullcontext(), _unmoved(layer))}
+    return functools.partial(checkpoint, method, use_reentrant=False, **contexts)
 
 
 @contextmanager

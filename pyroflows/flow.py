@@ -111,10 +111,13 @@ class Flow(Recorded, nn.Module):
         return self._number().device
 
     def _number(self) -> Tensor:
-        for numbers in (self.parameters(), self.buffers()):
-            for tensor in numbers:
-                if tensor.is_floating_point():
+        """The first number found; every call asks, and torch's own walk takes as long as a small network."""
+        parts: list[nn.Module] = [self]
+        for part in parts:  # which grows
+            for tensor in (*part._parameters.values(), *part._buffers.values()):
+                if tensor is not None and tensor.is_floating_point():
                     return tensor
+            parts += [child for child in part._modules.values() if child is not None]
         return torch.empty(())
 
     def forward(self, context: Tensor | None = None) -> TransformedDistribution:
@@ -193,7 +196,8 @@ class Flow(Recorded, nn.Module):
 
     def _embed(self, context: Tensor | None) -> Tensor | None:
         """Give the context that the layers take."""
-        self._check_numbers(context=context)
+        if context is not None:
+            self._check_numbers(context=context)
         if self.embedding is None:
             return context
         if not isinstance(context, Tensor):

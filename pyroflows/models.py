@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any, overload
 
+import torch
 from torch import nn
 
 from pyroflows.arguments import Shape, check_names, check_option, check_sizes
@@ -48,7 +49,10 @@ def _build(
 def _stack(
     make_layer: Callable[[int], Bijection], features: int, num_layers: int, permutation: str, norm: str
 ) -> list[Bijection]:
-    """Stack layers, and after each, towards the data, a mixing of features and a norm, as in a step of Glow."""
+    """Stack layers, and after each, towards the data, a mixing of features and a norm, as in a step of Glow.
+
+    A reversal costs nothing: every second layer is made for features in reverse.
+    """
     check_sizes(features=features, num_layers=num_layers)
     check_option("permutation", permutation, _PERMUTATIONS)
     check_option("norm", norm, _NORMS)
@@ -59,8 +63,8 @@ def _stack(
             layers.append(LULinear(features))
         elif permutation == "dense":
             layers.append(DenseLinear(features))
-        elif permutation != "none":
-            layers.append(Permutation(features, "reverse" if permutation == "reverse" else "random"))
+        elif permutation == "shuffle":
+            layers.append(Permutation(features, "random"))
         if norm == "actnorm":
             layers.append(ActNorm(features))
         elif norm == "batchnorm":
@@ -69,10 +73,18 @@ def _stack(
 
 
 def _couplings(features: int, permutation: str, *, mask: str = "halves", **options: Any) -> Callable[[int], Bijection]:
-    """Make couplings that move every feature in turn: by flipping, unless a reversal already exchanges the two sets."""
+    """Make couplings that move every feature in turn: the two sets take turns, or halves are moved in reverse."""
     check_sizes(features=features)
-    exchanged = permutation == "reverse" and (mask == "halves" or features % 2 == 0)
-    return lambda number: Coupling(features, mask=mask, flip=number % 2 == 1 and not exchanged, **options)
+    if permutation != "reverse" or mask != "halves":
+        return lambda number: Coupling(features, mask=mask, flip=number % 2 == 1, **options)
+    upper = torch.arange(features) >= features // 2
+    return lambda number: Coupling(features, mask=upper.flip(0) if number % 2 else upper, **options)
+
+
+def _order(order: str, permutation: str, number: int) -> str:
+    """Give the order of an autoregressive layer of a stack."""
+    reverse = {"sequential": "reversed", "reversed": "sequential"}
+    return reverse.get(order, order) if permutation == "reverse" and number % 2 else order
 
 
 @overload
@@ -424,8 +436,8 @@ def maf(
     }
 
     def layer(number: int) -> Bijection:
-        made = MaskedAutoregressive(features, transformer=Affine(scale=scale), order=order, **network)
-        return made
+        turn = _order(order, permutation, number)
+        return MaskedAutoregressive(features, transformer=Affine(scale=scale), order=turn, **network)
 
     return _flow(prior, features, _stack(layer, features, num_layers, permutation, norm))
 
@@ -486,8 +498,8 @@ def iaf(
     }
 
     def layer(number: int) -> Bijection:
-        made = MaskedAutoregressive(features, transformer=Affine(scale=scale), order=order, **network)
-        return Inverse(made)
+        turn = _order(order, permutation, number)
+        return Inverse(MaskedAutoregressive(features, transformer=Affine(scale=scale), order=turn, **network))
 
     return _flow(prior, features, _stack(layer, features, num_layers, permutation, norm))
 
@@ -551,7 +563,9 @@ def nsf(
     coupling = _couplings(features, permutation, **options)
 
     def layer(number: int) -> Bijection:
-        return MaskedAutoregressive(features, **options) if autoregressive else coupling(number)
+        if not autoregressive:
+            return coupling(number)
+        return MaskedAutoregressive(features, order=_order("sequential", permutation, number), **options)
 
     return _flow(prior, features, _stack(layer, features, num_layers, permutation, norm))
 

@@ -151,7 +151,7 @@ class StandardNormal(Prior):
 
     def log_prob(self, z: Tensor) -> Tensor:
         self._check(z)
-        return self._sum(-0.5 * (z - self.loc).square() - _HALF_LOG_TWO_PI)
+        return -0.5 * self._sum(z.square()) - self.loc.numel() * _HALF_LOG_TWO_PI
 
 
 class DiagonalNormal(Prior):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from pyroflows import (
     DenseLinear,
     DiagonalNormal,
     ElementwiseAffine,
+    Flow,
     Inverse,
     LULinear,
     MaskedAutoregressive,
@@ -50,7 +53,7 @@ def test_layers_of_each():
 
 @pytest.mark.parametrize(
     "permutation, kind",
-    [("lu", LULinear), ("dense", DenseLinear), ("reverse", Permutation), ("shuffle", Permutation), ("none", None)],
+    [("lu", LULinear), ("dense", DenseLinear), ("reverse", None), ("shuffle", Permutation), ("none", None)],
 )
 def test_permutations(permutation, kind):
     for build in (realnvp, maf, iaf, nsf):
@@ -58,6 +61,30 @@ def test_permutations(permutation, kind):
             k for k in kinds(build(3, permutation=permutation, **SMALL)) if k in (LULinear, DenseLinear, Permutation)
         ]
         assert middle == ([] if kind is None else [kind] * 2)
+
+
+@pytest.mark.parametrize("build, features", [(maf, 4), (realnvp, 4), (realnvp, 5)])
+def test_a_reversal_is_that_of_the_paper_without_its_price(build, features):
+    """Of the same weights, the stack is that of layers alike with a reversal after each."""
+    options = {"num_layers": 4, "hidden_features": (16,), "norm": "none"}
+    flow, plain = (build(features, permutation=p, **options) for p in ("reverse", "none"))
+    stack = []
+    for number, layer in enumerate(flow.layers):
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        alike = plain.layers[0] if number % 2 else layer
+        if number % 2:
+            alike = copy.deepcopy(alike)
+            state = layer.state_dict()
+            linears = [key for key in state if key.startswith("conditioner") and key.endswith(("weight", "bias"))]
+            first, last = linears[0], linears[-2:]
+            state[first] = state[first].flip(-1)
+            for key in last:
+                state[key] = state[key].unflatten(0, (-1, 2)).flip(0).flatten(0, 1)
+            alike.load_state_dict({key: value for key, value in state.items() if key in linears}, strict=False)
+        stack += [alike, Permutation(features, "reverse")]
+    x = torch.randn(7, features, dtype=torch.float64)
+    torch.testing.assert_close(Flow(flow.prior, stack).double().log_prob(x), flow.double().log_prob(x))
 
 
 @pytest.mark.parametrize("norm, kind", [("actnorm", ActNorm), ("batchnorm", BatchNorm), ("none", None)])

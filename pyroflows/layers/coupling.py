@@ -144,9 +144,11 @@ class Coupling(Bijection):
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         num_kept = x.shape[-1] - self.num_moved
         if self.in_runs and self.moved_first:
-            return x[..., self.num_moved :], x[..., : self.num_moved]
+            moved, kept = x.split_with_sizes((self.num_moved, num_kept), -1)
+            return kept, moved
         parts = x if self.in_runs else x.index_select(-1, self.to_parts)
-        return parts[..., :num_kept], parts[..., num_kept:]
+        kept, moved = parts.split_with_sizes((num_kept, self.num_moved), -1)
+        return kept, moved
 
     def _merge(self, kept: Tensor, moved: Tensor) -> Tensor:
         whole = torch.cat([moved, kept] if self.in_runs and self.moved_first else [kept, moved], -1)
