@@ -14,14 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyroflows import distributed
 from pyroflows.arguments import check_number, check_option, check_sizes
 from pyroflows.batches import Batches, Rows, Steps, prepare
 from pyroflows.checkpoint import Checkpoint, fingerprint, random_state, set_random_state
 from pyroflows.flow import Flow
 from pyroflows.layers.batchnorm import BatchNorm
-from pyroflows.modes import METHODS, compiled, laid_out, mixed, recomputing, seeded
+from pyroflows.modes import compiled, laid_out, mixed, recomputing, seeded
 
 Array = Tensor | np.ndarray[Any, Any]
+
+_STATISTICS_ROWS = 2**17  # of data that are not in memory, for the statistics of batch norms
 
 __all__ = ["FitResult", "Objective", "fit", "negative_log_likelihood"]
 
@@ -100,6 +103,7 @@ def fit(
     compile: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_seconds: float | None = None,
+    checkpoint_steps: int | None = None,
     seed: int | None = None,
     accelerator: str = "auto",
     precision: str | None = None,
@@ -113,23 +117,30 @@ def fit(
     counted; after ``max_skipped`` in a row the fit ends. The random numbers of torch are as before where a seed is
     given.
 
-    With a checkpoint the state of the fit is in a file after each epoch, and a fit that finds the file goes on from
-    there: on a CPU to the very numbers of a fit that was never interrupted, as long as all random numbers are those of
-    torch's default generator. What decides about the steps has to be the same; ``epochs``, ``max_seconds``,
-    ``patience`` and ``max_skipped`` may change, and from then on the schedule is that of the new length. A fit that
-    had ended gives its result at once.
+    With a checkpoint the state of the fit is in a file after each epoch, or every so many steps or seconds, and a fit
+    that finds the file goes on from there: on a CPU to the very numbers of a fit that was never interrupted, as long as
+    all random numbers are those of torch's default generator, and batches of the user's own come again. What decides
+    about the steps has to be the same; ``epochs``, ``max_seconds``, ``patience`` and ``max_skipped`` may change, and
+    from then on the schedule is that of the new length. A fit that had ended gives its result at once.
+
+    Under ``torchrun`` the processes share the fit: each takes its part of every batch, gradients, losses and the
+    statistics of norms are sums over all, and each ends with the same flow, which is that of one process but for
+    rounding and for random numbers drawn within a step (dropout, dequantisation, an ELBO's draws), of which each
+    process has its own. The first process writes the checkpoint and shows the bar. All are to be given the same data.
 
     Args:
         flow: the flow; trained in place.
-        x: data, a tensor or array, cast to the flow's dtype; or an iterable of batches (a DataLoader), each ``x``
-            or ``(x, context)``; or None where the objective needs none (an ELBO).
+        x: data, a tensor or array, cast to the flow's dtype, of which a memory-mapped one stays in its file; or an
+            iterable of batches (a DataLoader), each ``x`` or ``(x, context)``; or None where the objective needs none
+            (an ELBO). On several processes all read the same batches and share the rows of each, unless the iterable
+            has a true attribute ``sharded`` or a ``DistributedSampler``: then each process reads batches of its own.
         context: the context of each row, where the flow takes one and ``x`` is an array.
         validation: the share of rows to hold out; or data, or ``(data, context)``; 0 or None for none. A share is
             of an array's rows; batches of the user's own stay whole, and without data held out neither patience nor
             the choice of the best epoch applies: the last one's weights are kept.
         epochs: passes through the data.
-        batch_size: rows a step; by default 256, or all rows where there are fewer. The rows left over by the last
-            whole batch of an epoch wait for another epoch's shuffle.
+        batch_size: rows a step, over all processes; by default 256, or all rows where there are fewer. The rows left
+            over by the last whole batch of an epoch wait for another epoch's shuffle.
         accumulate: parts in which a batch is run, one after another, so that larger ones fit into memory. The step is
             that of the whole batch, if the objective is a mean over rows; norms that start from data see one part.
         optimizer: "adam", fused, or "adamax".
@@ -155,9 +166,11 @@ def fit(
         compile: run the flow's methods through ``torch.compile`` while it trains: a minute of compiling, then steps
             of half the time or so for splines, two thirds for affine layers (on a CPU; needs a C++ compiler).
         checkpoint: a file to which the state of the fit is written after each epoch, and from which it goes on.
-        checkpoint_seconds: the least time from one write to the next; the end of the fit is always written.
+        checkpoint_seconds: the time from one write to the next, at a step; the end of the fit is always written.
+        checkpoint_steps: the steps from one write to the next, likewise.
         seed: seeds split, shuffles and dropout (not the weights the flow comes with).
-        accelerator: Lightning Fabric's: "auto", "cpu", "cuda", "mps"; the flow is moved there and back.
+        accelerator: Lightning Fabric's: "auto", "cpu", "cuda", "mps"; the flow is moved there and back. Of several
+            processes on a machine each has a GPU of its own.
         precision: "bf16-mixed" to train with the networks (conditioners, embedding) in bfloat16, and the maps and
             densities in the flow's precision; by default all is in that.
         progress: whether to show a bar, or its label; by default, and with a label, on a terminal alone.
@@ -186,12 +199,14 @@ def fit(
         >>> result.stopped
         'all 5 epochs done'
     """
-    from lightning_fabric import Fabric
-
     if not isinstance(flow, Flow):
         raise TypeError(f"expected a Flow; got {type(flow).__name__}")
     check_sizes(epochs=epochs, max_skipped=max_skipped, accumulate=accumulate)
-    for name, size in (("patience", patience), ("steps_per_epoch", steps_per_epoch)):
+    for name, size in (
+        ("patience", patience),
+        ("steps_per_epoch", steps_per_epoch),
+        ("checkpoint_steps", checkpoint_steps),
+    ):
         if size is not None:
             check_sizes(**{name: size})
     check_option("schedule", schedule, ("cosine", "constant"))
@@ -209,8 +224,9 @@ def fit(
     check_number("average", average, "[0, 1)")
     if augment is not None and not callable(augment):
         raise TypeError(f"expected augment to be a function; got {type(augment).__name__}")
-    if checkpoint is None and checkpoint_seconds is not None:
-        raise ValueError(f"expected checkpoint_seconds beside a checkpoint; got {checkpoint_seconds} alone")
+    for name, often in (("checkpoint_seconds", checkpoint_seconds), ("checkpoint_steps", checkpoint_steps)):
+        if checkpoint is None and often is not None:
+            raise ValueError(f"expected {name} beside a checkpoint; got {often} alone")
     if channels_last and len(flow.event_shape) != 3:
         raise ValueError(f"expected a flow of images (C, H, W) for channels_last; got {tuple(flow.event_shape)}")
     if x is None and objective is negative_log_likelihood:
@@ -231,11 +247,10 @@ def fit(
             f"got a flow of {flow.dtype} and {precision!r}"
         )
     home = flow.device
-    devices = [home.index] if home.type == "cuda" and accelerator in ("auto", "cuda", "gpu") else 1
-    fabric = Fabric(accelerator=accelerator, devices=devices, precision=own)
-    file = None if checkpoint is None else Checkpoint(checkpoint, checkpoint_seconds)
-    state = None if file is None else file.load()
-    with seeded(seed, fabric.device), contextlib.ExitStack() as stack:
+    fabric = distributed.launch(accelerator, home, own)
+    with seeded(seed, fabric.device), distributed.together(fabric.device), contextlib.ExitStack() as stack:
+        file = None if checkpoint is None else Checkpoint(checkpoint, checkpoint_seconds, checkpoint_steps)
+        state = None if file is None else distributed.agreed(file.load)
         if state is not None:
             set_random_state(state["start"], fabric.device)  # so that the same rows are held out
         start = random_state(fabric.device)
@@ -262,7 +277,9 @@ def fit(
             objective=_name(objective),
             augment=_name(augment),
         )
-        marks = {} if file is None else _marks(options, flow, train, held_out)
+        alone = distributed.world_size() == 1
+        marks = {} if file is None and alone else _marks(options, flow, train, held_out)
+        _refuse_differences(distributed.gathered(marks))
         if file is not None and state is not None:
             file.check(state["marks"], marks)
         for part in flow.modules():
@@ -270,18 +287,16 @@ def fit(
                 part.restart_if_untrained()  # type: ignore[operator]
         stack.callback(flow.to, home)
         fabric.to_device(flow)
+        distributed.same_everywhere(flow)
         for mode, wanted in ((laid_out, channels_last), (mixed, precision == "bf16-mixed"), (recomputing, recompute)):
             if wanted:
                 stack.enter_context(mode(flow))
-        module, wrapped = fabric.setup(flow, _optimizer(options, parameters))
-        for method in METHODS:
-            module.mark_forward_method(method)
+        wrapped = fabric.setup_optimizers(_optimizer(options, parameters))
         if compile:
             stack.enter_context(compiled(flow))
         trainer = _Trainer(
             fabric,
             flow,
-            module,
             wrapped,
             objective,
             augment,
@@ -328,6 +343,14 @@ def _marks(options: _Options, flow: Flow, train: Any, held_out: Rows | None) -> 
     return {**asdict(options), "flow": fingerprint(flow), "data": data}
 
 
+def _refuse_differences(marks: list[dict[str, Any]]) -> None:
+    """Refuse processes that are not about the same fit: their sums would mean nothing, or never end."""
+    for name, value in marks[0].items():
+        for rank, other in enumerate(marks):
+            if other[name] != value:
+                raise ValueError(f"expected the same {name} in every process; got another in process {rank} than in 0")
+
+
 def _name(function: object) -> str | None:
     return None if function is None else getattr(function, "__qualname__", type(function).__name__)
 
@@ -345,7 +368,6 @@ class _Trainer:
 
     fabric: Any
     flow: Flow
-    module: Any  # the flow as Fabric wraps it
     optimizer: Any
     objective: Objective
     augment: Callable[[Tensor], Tensor] | None
@@ -369,6 +391,8 @@ class _Trainer:
         self.first: dict[str, Tensor] | None = self._weights()  # until there are best ones
         self.best: dict[str, Tensor] | None = None
         self.began = time.perf_counter()
+        self.done = 0  # steps of the present epoch
+        self.sums = torch.zeros(3, device=self.fabric.device)  # their finite losses, gradient norms, and number
 
     def run(self, progress: bool | str | None) -> FitResult:
         from tqdm.auto import tqdm
@@ -377,6 +401,7 @@ class _Trainer:
         label, disable = (
             (progress, None) if isinstance(progress, str) else (None, None if progress is None else not progress)
         )
+        disable = True if distributed.rank() else disable
         try:
             with tqdm(
                 total=self.total, initial=result.steps, desc=label, disable=disable, unit="step", leave=False
@@ -386,25 +411,41 @@ class _Trainer:
                     if self.total is None:
                         self.total = self.epochs * result.steps
                     self._exchange()
-                    loss = self._evaluate(train)
+                    with distributed.apart():
+                        loss = self._evaluate(train)
                     self._note(train, loss, norm)
                     self._exchange()
                     result.stopped = self._why_stop()
-                    if self.file is not None and (result.stopped or self.file.due()):
-                        self.file.save(self._state())
+                    self._save(epoch_ended=True)
         finally:
             # Also after an interrupt or an error of the objective the flow has its best weights, if it had an epoch.
             kept = self.first if self.best is None and self._blown() else self.best
             if kept is not None:
                 self.flow.load_state_dict(kept)
             self.flow.eval()
+        distributed.same_everywhere(self.flow)
         return result
 
+    def _save(self, *, epoch_ended: bool = False) -> None:
+        """Put the state into the checkpoint, where it is due."""
+        if self.file is None:
+            return
+        seconds = self._seconds() if self.file.seconds is not None else 0.0
+        if self.result.stopped or self.file.due(seconds, self.result.steps, epoch_ended=epoch_ended):
+            state = self._state()
+            if distributed.rank() == 0:
+                self.file.save(state)
+            self.file.written = seconds, self.result.steps
+
     def _state(self) -> dict[str, Any]:
-        """All that the next epoch depends on."""
+        """All that the next step depends on."""
+        result = self.result
+        result.seconds = result.history["seconds"][-1] if result.stopped else self._seconds()
         return {
             **self.origin,
-            "result": asdict(self.result),
+            "result": asdict(result),
+            "done": self.done,
+            "sums": self.sums,
             "epoch_steps": self.total // self.epochs if self.total else None,
             "weights": self.flow.state_dict(),
             "averaged": self.averaged,
@@ -412,8 +453,9 @@ class _Trainer:
             "skipped": self.skipped,
             "first": self.first,
             "best": self.best,
-            "waiting": self.train.waiting if isinstance(self.train, Rows) else None,
+            "place": self.train.place,
             "random": random_state(self.fabric.device),
+            "apart": distributed.gathered(distributed.own_random_state()),
         }
 
     def resume(self, state: dict[str, Any]) -> None:
@@ -427,11 +469,17 @@ class _Trainer:
         self.optimizer.optimizer.load_state_dict(state["optimizer"])
         self.skipped.copy_(state["skipped"])
         self.first, self.best = state["first"], state["best"]
-        if isinstance(self.train, Rows):
-            self.train.waiting = state["waiting"].to(self.fabric.device)
+        self.train.go_to(state["place"])
+        self.done = state["done"]
+        self.sums.copy_(state["sums"])
         self.began = time.perf_counter() - self.result.seconds
         set_random_state(state["random"], self.fabric.device)
-        self.result.stopped = self._why_stop()
+        if len(state["apart"]) == distributed.world_size():  # else the others have new ones
+            distributed.set_own_random_state(state["apart"][distributed.rank()])
+        if self.file is not None:
+            self.file.written = self.result.seconds, self.result.steps
+        if not self.done:
+            self.result.stopped = self._why_stop()
 
     def _weights(self) -> dict[str, Tensor]:
         # Kept in the memory of the CPU: a GPU's is short with a large flow.
@@ -477,35 +525,41 @@ class _Trainer:
         return bool(self.skipped[1] >= self.max_skipped)
 
     def _seconds(self) -> float:
-        return time.perf_counter() - self.began
+        """Give the time since the start, on the first process's clock."""
+        return float(distributed.from_first(time.perf_counter() - self.began))
 
     def _epoch(self, bar: Any) -> tuple[float, float]:
         self.flow.train()
-        total = torch.zeros(3, device=self.fabric.device)  # finite losses, their gradient norms, their number
-        shown, number = 0.0, -1
+        shown, timed = 0.0, self.max_seconds is not None
         # Reading the count makes a GPU wait: there it is looked at now and then.
         often = 1 if self.fabric.device.type == "cpu" else 50
-        for number, (x, context) in enumerate(self.train):
-            elapsed = self._seconds()
+        for x, context, share in self.train.after(self.done):
+            elapsed = self._seconds() if timed else time.perf_counter() - self.began
             self._set_rate(elapsed)
-            loss, norm, bad = self._step(x, context)
-            total += torch.where(bad > 0, 0, torch.stack([loss, norm, torch.ones_like(loss)]).float())
+            with distributed.apart():
+                loss, norm, bad = self._step(x, context, share)
+            self.sums += torch.where(bad > 0, 0, torch.stack([loss, norm, torch.ones_like(loss)]).float())
             self.result.steps += 1
+            self.done += 1
             bar.update()
             if elapsed - shown > 0.5 and not bar.disable:
                 shown = elapsed
                 bar.set_postfix(loss=f"{float(loss):.3f}")
             if self.max_seconds is not None and elapsed >= self.max_seconds:
                 break
-            if number % often == 0 and self._blown():
+            if (self.done - 1) % often == 0 and self._blown():
                 break
-        if number < 0:
+            self._save()
+        if not self.done:
             raise ValueError(
                 f"expected batches in every epoch; got none in epoch {len(self.result.history['train'])}: "
                 "a generator can be read once, a list or a DataLoader again"
             )
-        mean = (total / total[2].clamp(min=1)).tolist()
-        return (mean[0], mean[1]) if total[2] else (math.nan, math.nan)
+        mean = (self.sums / self.sums[2].clamp(min=1)).tolist()
+        found = (mean[0], mean[1]) if self.sums[2] else (math.nan, math.nan)
+        self.done = 0
+        self.sums.zero_()
+        return found
 
     def _set_rate(self, elapsed: float) -> None:
         steps, warmup = self.result.steps, self.options.warmup
@@ -519,18 +573,19 @@ class _Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.learning_rate * rise * fall
 
-    def _step(self, x: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _step(self, x: Tensor | None, context: Tensor | None, share: float) -> tuple[Tensor, Tensor, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
-        for part, its_context, share in self._parts(x, context):
-            loss = self.objective(self.module, part, its_context)
+        for part, its_context, its_share in self._parts(x, context):
+            loss = self.objective(self.flow, part, its_context)
             if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
                 got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
                 raise TypeError(f"expected an objective that gives a scalar tensor with a gradient; got {got}")
-            loss = loss if share == 1 else loss * share
+            weight = its_share * share
+            loss = loss if weight == 1 else loss * weight
             self.fabric.backward(loss)
             losses.append(loss.detach())
-        loss = torch.stack(losses).sum()
+        loss = self._over_processes(torch.stack(losses).sum())
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options.clip_norm, foreach=True)
         bad = (~(loss.isfinite() & norm.isfinite())).float()
         if self.options.optimizer == "adam":
@@ -547,6 +602,25 @@ class _Trainer:
             torch._foreach_lerp_(self.averaged, [p.detach() for p in self.parameters], weight)
         return loss, norm, bad
 
+    def _over_processes(self, loss: Tensor) -> Tensor:
+        """Give the loss of the whole batch, and leave its gradient, as sums over the processes.
+
+        That is done here and not by a module around the flow, as an objective may call any of a flow's methods, as
+        often as it likes, and leave parameters out.
+        """
+        if distributed.world_size() == 1:
+            return loss
+        trained = [p for p in self.parameters if p.requires_grad]
+        for parameter in trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [p.grad.flatten() for p in trained]  # type: ignore[union-attr]
+        parts = [*gradients, loss.to(gradients[0])[None]]
+        sums = distributed.summed(torch.cat(parts)).split([len(part) for part in parts])
+        for parameter, gradient in zip(trained, sums, strict=False):
+            parameter.grad = gradient.view_as(parameter)
+        return sums[-1][0]
+
     def _parts(self, x: Tensor | None, context: Tensor | None) -> Iterator[tuple[Tensor | None, Tensor | None, float]]:
         """Give the parts of a batch that are run one after another, and the share of its rows that each has."""
         number = self.options.accumulate
@@ -560,7 +634,8 @@ class _Trainer:
             if not isinstance(x, Tensor) or x.shape != shape or x.dtype != dtype:
                 got = f"{x.dtype} of {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
                 raise TypeError(f"expected augment to give {dtype} of {tuple(shape)}, as it gets; got {got}")
-        rows, number = len(x), min(number, len(x))
+        # As many in every process: norms in training sum over all of them in each.
+        rows, number = len(x), min(distributed.gathered(min(number, len(x)))) if number > 1 else 1
         parts = self._laid_out(x).tensor_split(number)
         contexts = [None] * number if context is None else context.tensor_split(number)
         for part, its_context in zip(parts, contexts, strict=True):
@@ -577,8 +652,10 @@ class _Trainer:
             _set_batch_statistics(self.flow, self.train)
         if self.held_out is None:
             return train
-        losses = [float(self.objective(self.flow, self._laid_out(x), c)) * len(x) for x, c in self.held_out.chunks()]
-        return sum(losses) / len(self.held_out.x)
+        rows = len(self.held_out.x)
+        chunks = self.held_out.chunks(distributed.own(rows))
+        losses = [float(self.objective(self.flow, self._laid_out(x), c)) * len(x) for x, c in chunks]
+        return sum(distributed.gathered(sum(losses))) / rows
 
 
 @torch.no_grad()
@@ -587,16 +664,20 @@ def _set_batch_statistics(flow: Flow, train: Rows) -> None:
     layers = flow.layers
     if not any(isinstance(layer, BatchNorm) for layer in layers):
         return
-    x, context = train.x, train.context
-    if flow.dequantizer is not None:
-        x = torch.cat([flow.dequantizer(x[rows])[0] for rows in train.slices()])
+    train = train.sample(_STATISTICS_ROWS)
+    mine = distributed.own(len(train.x))
+    parts = train.slices(mine)
+    if flow.dequantizer is None:
+        x = train.x[mine]
+    else:
+        x = torch.cat([flow.dequantizer(train.x[rows])[0] for rows in parts])
+    context = train.context
     if context is not None:
-        context = torch.cat([flow._embed(context[rows]) for rows in train.slices()])  # type: ignore[misc]
+        context = torch.cat([flow._embed(context[rows]) for rows in parts])  # type: ignore[misc]
+    parts = [slice(rows.start - mine.start, rows.stop - mine.start) for rows in parts]
     for layer in reversed(layers):
         if isinstance(layer, BatchNorm):
             layer.set_statistics(x)
         given = layer._context_for(context)
-        parts = [
-            layer.inverse_and_log_det(x[rows], None if given is None else given[rows])[0] for rows in train.slices()
-        ]
-        x = torch.cat(parts)
+        found = [layer.inverse_and_log_det(x[rows], None if given is None else given[rows])[0] for rows in parts]
+        x = torch.cat(found)

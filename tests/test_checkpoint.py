@@ -216,13 +216,13 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     for content in contents:
         path.write_bytes(content)
         with pytest.raises(
-            ValueError, match="expected the checkpoint of a fit; got .*fit.pt, which is none, or is cut"
+            ValueError, match="expected the checkpoint of a fit; got .*fit.pt, which is none of this version, or is cut"
         ):
             fit(resumable(), gaussian(), checkpoint=path, **OPTIONS)
     for other in (resumable().state_dict(), [1, 2], {"format": "another"}, torch.zeros(3)):
         torch.save(other, path)
         with pytest.raises(
-            ValueError, match="expected the checkpoint of a fit; got .*fit.pt, which is none, or is cut"
+            ValueError, match="expected the checkpoint of a fit; got .*fit.pt, which is none of this version, or is cut"
         ):
             fit(resumable(), gaussian(), checkpoint=path, **OPTIONS)
 

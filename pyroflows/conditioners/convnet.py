@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from pyroflows.arguments import Shape, as_image_shape, check_number, check_option, check_sizes
 from pyroflows.bijection import inside_functorch
 from pyroflows.conditioners.mlp import ACTIVATIONS
+from pyroflows.distributed import var_mean
 from pyroflows.recipe import Recorded
 
 __all__ = ["NORMS", "ConvNet", "ResNet", "ZeroConv"]
@@ -56,7 +57,8 @@ class _Conv(nn.Conv2d):
         if inside_functorch():
             return  # under vmap a row is not a batch, and nothing may be written
         h = self._conv_forward(x, self.weight, None).to(self.weight.dtype)
-        scale, mean = torch.std_mean(h, (0, 2, 3), correction=0)
+        variance, mean = var_mean(h, (0, 2, 3))
+        scale = variance.sqrt()
         scale = torch.where(scale > 1e-6 * (1 + mean.abs()), scale, 1)  # a dead input's channel keeps its gain
         self.log_gain.copy_(-scale.log() + (self._length().log() if self.norm == "weight" else 0))  # type: ignore[union-attr]
         self.bias.copy_(-mean / scale)  # type: ignore[union-attr]

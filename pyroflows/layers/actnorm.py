@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pyroflows.arguments import Shape
 from pyroflows.bijection import Bijection, inside_functorch
+from pyroflows.distributed import var_mean
 
 __all__ = ["ActNorm"]
 
@@ -21,7 +22,8 @@ class ActNorm(Bijection):
     The first data seen in training mode sets the mean and standard deviation of each feature; one row sets the
     mean alone, and a constant feature keeps its scale. A training pass from latent to data with gradients
     (an ELBO) brings no data: the layer then starts, and stays, as the identity. A fit starts a layer anew that was
-    only looked at, and never trained. The pixels of an image share the numbers of their channel.
+    only looked at, and never trained. The pixels of an image share the numbers of their channel, and a fit on several
+    processes starts the layer from the rows of all of them.
 
     Args:
         features: number of features, or an event shape; ``(C, H, W)`` is an image's.
@@ -87,7 +89,8 @@ class ActNorm(Bijection):
         if y is not None:
             rows = y.reshape(-1, *self.latent_shape)
             shared = [0] if self.pixels == 1 else [0, 2, 3]
-            scale, mean = (t.view_as(self.shift) for t in torch.std_mean(rows, shared, correction=0))
+            variance, mean = (t.view_as(self.shift) for t in var_mean(rows, shared))
+            scale = variance.sqrt()
             # Rounding alone gives a constant feature a tiny spread.
             varies = scale > 8 * torch.finfo(y.dtype).eps * mean.abs()
             self.shift.copy_(mean)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from pyroflows.arguments import check_number
 from pyroflows.bijection import Bijection, inside_functorch
+from pyroflows.distributed import var_mean, world_size
 
 __all__ = ["BatchNorm"]
 
@@ -17,9 +18,10 @@ class BatchNorm(Bijection):
     .. math:: x = e^s \frac{y - \mu}{\sqrt{v + \epsilon}} + t, \quad
               \log|\det dy/dx| = \sum_i \tfrac12\log(v_i + \epsilon) - s_i
 
-    In training :math:`\mu, v` are those of the batch, and running averages follow them. At evaluation, and
-    from latent to data, the stored statistics are used, and the map is invertible: the running averages, or those of
-    the whole train set after :meth:`set_statistics`, which :func:`~pyroflows.fit` calls before it validates.
+    In training :math:`\mu, v` are those of the batch, over all processes of a fit, and running averages follow them.
+    At evaluation, and from latent to data, the stored statistics are used, and the map is invertible: the running
+    averages, or those of the whole train set after :meth:`set_statistics`, which :func:`~pyroflows.fit` calls before
+    it validates.
 
     Args:
         features: number of features.
@@ -64,8 +66,8 @@ class BatchNorm(Bijection):
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         mean, variance = self.mean, self.variance
         # A single row has no variance: it takes the stored statistics.
-        if self.training and y.shape[:-1].numel() > 1:
-            variance, mean = torch.var_mean(y.flatten(0, -2), 0, correction=0)
+        if self.training and (y.shape[:-1].numel() > 1 or world_size() > 1):
+            variance, mean = var_mean(y.flatten(0, -2), [0])
             if not inside_functorch():
                 self._follow(mean.detach(), variance.detach())
         spread = variance + self.eps
@@ -93,7 +95,7 @@ class BatchNorm(Bijection):
     def set_statistics(self, y: Tensor) -> None:
         """Take the stored statistics from data, shape ``(rows, features)``, as they reach this layer."""
         self._check(y, self.data_shape, None)
-        variance, mean = torch.var_mean(y.flatten(0, -2), 0, correction=0)
+        variance, mean = var_mean(y.flatten(0, -2), [0])
         self.mean.copy_(mean)
         self.variance.copy_(variance)
 
