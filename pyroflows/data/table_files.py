@@ -24,6 +24,9 @@ from pyroflows.arguments import check_sizes
 __all__ = ["TableFile", "open_table", "write_table"]
 
 _ENDINGS = (".csv", ".parquet", ".npy", ".npz")
+# Which columns are written as integers (None), or as the labels whose places in a list their numbers are.
+_Kinds = Mapping[str, Sequence[str] | None]
+
 _MAX_CATEGORIES = 1000
 # From here on a float64 may be the rounding of another integer.
 _EXACT = 2**53
@@ -49,18 +52,25 @@ class TableFile:
         for column in source.columns:
             if column and source.columns.count(column) > 1:
                 raise ValueError(f"expected columns of different names in {self.name}; got {column!r} twice")
-        self.columns = list(source.columns if columns is None else columns)
-        for column in self.columns:
-            if column not in source.columns:
-                got = ", ".join(map(repr, source.columns[:20])) + (", ..." if len(source.columns) > 20 else "")
-                raise ValueError(f"expected a column {column!r} in {self.name}; got {got}")
-        if "" in self.columns:
-            number = source.columns.index("") + 1
-            raise ValueError(f"expected a name for each column of {self.name}; got none for column {number}")
-        self.categories = {name: list(labels or ()) for name, labels in categories.items() if name in self.columns}
-        self._found = {name for name in self.categories if categories[name] is None}
+        self.categories = {name: list(labels or ()) for name, labels in categories.items()}
+        self._found = {name for name in categories if categories[name] is None}
+        self.select(source.columns if columns is None else columns)
+        self._check_names(categories)
         if self.num_rows == 0:
             raise self._no_rows()
+
+    def select(self, columns: Sequence[str]) -> TableFile:
+        """Take these columns alone, in this order."""
+        self._check_names(columns)
+        self.columns = list(columns)
+        return self
+
+    def _check_names(self, columns: Iterable[str]) -> None:
+        known = self._source.columns
+        for column in columns:
+            if column not in known:
+                got = ", ".join(map(repr, known[:20])) + (", ..." if len(known) > 20 else "")
+                raise ValueError(f"expected a column {column!r} in {self.name}; got {got}")
 
     def chunks(self, rows: int = 65536) -> Iterator[np.ndarray[Any, Any]]:
         """Give the rows in parts of at most so many, as float64 of shape ``(rows, columns)``.
@@ -69,6 +79,11 @@ class TableFile:
         are added on the way.
         """
         check_sizes(rows=rows)
+        if "" in self.columns:
+            number = self._source.columns.index("") + 1
+            raise ValueError(
+                f"expected a name for each column of {self.name}; got none for column {number}: choose columns by name"
+            )
         start = 0
         for frame in self._source.frames(rows, self.columns, self.categories):
             yield self._numbers(frame, start)
@@ -182,6 +197,7 @@ def write_table(
     columns: Sequence[str],
     chunks: Iterable[np.ndarray[Any, Any]],
     integers: Iterable[str] = (),
+    categories: Mapping[str, Sequence[str]] | None = None,
 ) -> int:
     """Write a table from chunks as they come, and put it in the file's place when it is whole.
 
@@ -191,6 +207,7 @@ def write_table(
         columns: a name for each column.
         chunks: arrays of float32 or of float64.
         integers: the names of columns that are written as integers, where the format tells.
+        categories: for columns whose numbers are places in a list of labels, the labels; an array keeps the numbers.
 
     Shapes:
         chunks: ``(rows, columns)``.
@@ -209,7 +226,8 @@ def write_table(
         ...     write_table(path, ["count", "size"], chunks, integers=["count"]), Path(path).read_text()
         (2, 'count,size\\n1,0.5\\n2,0.25\\n')
     """
-    columns, integers, text = list(columns), set(integers), os.fspath(path)
+    columns, text = list(columns), os.fspath(path)
+    kinds = {**dict.fromkeys(integers, None), **(categories or {})}
     write = _write_csv if text == "-" else _WRITERS[_ending(text)]
     rows = 0
 
@@ -222,7 +240,7 @@ def write_table(
             yield chunk
 
     with _replacing(text) as file:
-        write(file, columns, checked(), integers)
+        write(file, columns, checked(), kinds)
     return rows
 
 
@@ -540,17 +558,21 @@ def _replacing(path: str) -> Iterator[Any]:
         new.unlink(missing_ok=True)
 
 
-def _arrow(chunk: np.ndarray[Any, Any], columns: list[str], integers: set[str]) -> Any:
+def _arrow(chunk: np.ndarray[Any, Any], columns: list[str], kinds: _Kinds) -> Any:
     import pyarrow as pa
 
-    arrays = [
-        np.ascontiguousarray(chunk[:, place]).astype(np.int64 if name in integers else chunk.dtype, copy=False)
-        for place, name in enumerate(columns)
-    ]
-    return pa.Table.from_arrays([pa.array(array) for array in arrays], names=columns)
+    arrays = []
+    for place, name in enumerate(columns):
+        array = np.ascontiguousarray(chunk[:, place])
+        labels = kinds.get(name)
+        if labels is not None:
+            arrays.append(pa.array([labels[code] for code in array.astype(np.int64).tolist()], pa.string()))
+        else:
+            arrays.append(pa.array(array.astype(np.int64) if name in kinds else array))
+    return pa.Table.from_arrays(arrays, names=columns)
 
 
-def _write_csv(file: IO[bytes], columns: list[str], chunks: Iterable[Any], integers: set[str]) -> None:
+def _write_csv(file: IO[bytes], columns: list[str], chunks: Iterable[Any], kinds: _Kinds) -> None:
     from pyarrow import csv as arrow_csv
 
     head = io.StringIO()
@@ -558,26 +580,26 @@ def _write_csv(file: IO[bytes], columns: list[str], chunks: Iterable[Any], integ
     file.write(head.getvalue().encode())
     for chunk in chunks:
         text = io.BytesIO()
-        arrow_csv.write_csv(_arrow(chunk, columns, integers), text, arrow_csv.WriteOptions(include_header=False))
+        arrow_csv.write_csv(_arrow(chunk, columns, kinds), text, arrow_csv.WriteOptions(include_header=False))
         file.write(text.getbuffer())
 
 
-def _write_parquet(file: IO[bytes], columns: list[str], chunks: Iterable[Any], integers: set[str]) -> None:
+def _write_parquet(file: IO[bytes], columns: list[str], chunks: Iterable[Any], kinds: _Kinds) -> None:
     from pyarrow import parquet
 
     writer = None
     try:
         for chunk in chunks:
-            rows = _arrow(chunk, columns, integers)
+            rows = _arrow(chunk, columns, kinds)
             writer = writer or parquet.ParquetWriter(file, rows.schema)
             writer.write_table(rows)
-        writer = writer or parquet.ParquetWriter(file, _arrow(np.empty((0, len(columns))), columns, integers).schema)
+        writer = writer or parquet.ParquetWriter(file, _arrow(np.empty((0, len(columns))), columns, kinds).schema)
     finally:
         if writer is not None:
             writer.close()
 
 
-def _write_npy(file: IO[bytes], columns: list[str], chunks: Iterable[Any], integers: set[str]) -> None:
+def _write_npy(file: IO[bytes], columns: list[str], chunks: Iterable[Any], kinds: _Kinds) -> None:
     def head(rows: int, dtype: np.dtype[Any]) -> None:
         # The header leaves room for a longer number of rows, so that it keeps its length.
         described = {"descr": dtype.str, "fortran_order": False, "shape": (rows, len(columns))}
@@ -594,11 +616,11 @@ def _write_npy(file: IO[bytes], columns: list[str], chunks: Iterable[Any], integ
     head(rows, dtype or np.dtype(np.float64))
 
 
-def _write_npz(file: IO[bytes], columns: list[str], chunks: Iterable[Any], integers: set[str]) -> None:
+def _write_npz(file: IO[bytes], columns: list[str], chunks: Iterable[Any], kinds: _Kinds) -> None:
     # The array comes first into a file of its own, since its header, which leads, says how many rows there are.
     folder = os.path.dirname(os.path.abspath(file.name))
     with tempfile.TemporaryFile(dir=folder) as array:
-        _write_npy(array, columns, chunks, integers)
+        _write_npy(array, columns, chunks, kinds)
         array.seek(0)
         with zipfile.ZipFile(file, "w") as archive, archive.open("data.npy", "w", force_zip64=True) as member:
             shutil.copyfileobj(array, member, 2**20)

@@ -1,0 +1,260 @@
+"""``pyroflows fit``: a density of the rows of a table, in a model file."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from typing import Any
+
+from pyroflows.cli.options import (
+    add_device,
+    add_json,
+    add_output,
+    add_quiet,
+    add_seed,
+    count,
+    is_first,
+    names,
+    positive,
+    print_json,
+    say,
+    share,
+    widths,
+)
+
+__all__ = ["add_fit"]
+
+_FLOWS = ("maf", "nsf", "realnvp", "glow", "nice", "iaf", "planar", "radial")
+# The least spread of a column beside the rounding of its numbers.
+_ROUNDING = 1e-3
+
+
+def add_fit(commands: Any) -> None:
+    """Add the command to a parser's."""
+    parser = commands.add_parser(
+        "fit",
+        help="fit a flow to the rows of a table",
+        description="Fit a normalizing flow to the rows of a table, by maximum likelihood, and write it to a file. "
+        "A share of the rows is held out, by which the best weights are kept and training ends. Whole numbers are "
+        "dequantised. Densities are in nats in the units of the columns. Ctrl-C ends training and keeps the best model "
+        "so far.",
+    )
+    parser.add_argument("data", metavar="DATA", help='a table, or "-" for CSV on standard input')
+    add_output(parser, 'the model file, such as model.safetensors, or "-" for standard output')
+    parser.add_argument("--columns", type=names, metavar="A,B", help="the columns to model (default: all not given)")
+    parser.add_argument(
+        "--given", type=names, default=[], metavar="C,D", help="columns to condition on: p(A, B | C, D)"
+    )
+    parser.add_argument(
+        "--categories", type=names, default=[], metavar="D", help="those of the given columns that hold labels"
+    )
+    parser.add_argument(
+        "--integer-columns",
+        default="auto",
+        metavar="NAMES",
+        help='columns of whole numbers, to be dequantised: names, "auto" for those that hold no others, or "none" '
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--flow", choices=_FLOWS, default="maf", help="which flow (default: %(default)s)")
+    parser.add_argument("--num-layers", type=count, metavar="N", help="its number of layers")
+    parser.add_argument("--hidden-features", type=widths, metavar="N,N", help="widths of its networks' hidden layers")
+    parser.add_argument(
+        "--set",
+        type=_setting,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="another of its options, such as dropout=0.1 or, of nsf, num_bins=16; may be repeated",
+    )
+    parser.add_argument("--epochs", type=count, default=100, metavar="N", help="most epochs (default: %(default)s)")
+    parser.add_argument("--minutes", type=positive, metavar="M", help="most minutes; the learning rate falls with them")
+    parser.add_argument("--batch-size", type=count, metavar="N", help="rows a step (default: 256)")
+    parser.add_argument("--learning-rate", type=positive, default=1e-3, metavar="R", help="default: %(default)s")
+    parser.add_argument("--patience", type=count, default=30, metavar="N", help="epochs without gain (default: 30)")
+    parser.add_argument(
+        "--validation", type=share, default=0.1, metavar="P", help="share of rows held out (default: %(default)s)"
+    )
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="default: %(default)s")
+    parser.add_argument("--checkpoint", metavar="FILE", help="where a fit that is killed goes on from")
+    add_seed(parser, 0, "seed of weights, split and shuffles (default: 0)")
+    add_device(parser)
+    add_json(parser)
+    add_quiet(parser)
+    parser.set_defaults(command=_fit, parser=parser)
+
+
+def _fit(options: argparse.Namespace) -> None:
+    _check(options)
+    import numpy as np
+    import torch
+
+    import pyroflows
+    from pyroflows.cli.model import check_target, context_of, save_model
+    from pyroflows.cli.progress import Log
+    from pyroflows.data.table_files import open_table
+    from pyroflows.modes import seeded
+    from pyroflows.tabular import table_flow
+
+    check_target(options.output)
+    table = open_table(options.data, categories=dict.fromkeys(options.categories))
+    columns = options.columns or [name for name in table.columns if name not in options.given]
+    if not columns:
+        raise ValueError(f"expected a column to model in {table.name}; got none that is not given")
+    table.select([*columns, *options.given])
+    rows = table.read()
+    categories = {name: table.categories[name] for name in options.given if name in options.categories}
+    _check_columns(rows, table, columns, options.dtype)
+    x = torch.from_numpy(rows[:, : len(columns)]).to(getattr(torch, options.dtype))
+    integers = _integers(options, x, columns)
+    context = context_of(rows[:, len(columns) :], options.given, categories) if options.given else None
+    if context is not None and context.is_floating_point():
+        context = context.to(x.dtype)
+    sizes = {"num_layers": options.num_layers, "hidden_features": options.hidden_features, **dict(options.set)}
+    with seeded(options.seed):
+        try:
+            flow = table_flow(
+                x,
+                options.flow,
+                context=context,
+                integer_columns=integers,
+                **{name: value for name, value in sizes.items() if value is not None},
+            )
+        except TypeError as error:
+            options.parser.error(str(error))
+    notes: dict[str, Any] = {
+        "columns": columns,
+        "given": options.given,
+        "categories": categories,
+        "integer_columns": [columns[place] for place in integers],
+        "data": table.name,
+        "rows": len(x),
+        "flow": options.flow,
+        "seed": options.seed,
+        "log_prob": "nats, in the units of the columns",
+    }
+    say(options, _what(options.flow, flow, notes))
+    try:
+        result = pyroflows.fit(
+            flow,
+            x,
+            context=context,
+            validation=options.validation,
+            epochs=options.epochs,
+            batch_size=options.batch_size,
+            learning_rate=options.learning_rate,
+            patience=options.patience,
+            max_seconds=None if options.minutes is None else 60 * options.minutes,
+            objective=Log(options.quiet),
+            checkpoint=options.checkpoint,
+            seed=options.seed,
+            accelerator=options.device,
+            progress=False if options.quiet else "fit",
+        )
+    except KeyboardInterrupt:
+        if is_first():
+            save_model(flow.cpu(), options.output, {**notes, "stopped": "interrupted"})
+        raise KeyboardInterrupt(f"the best model so far is in {options.output}") from None
+    if result.best_epoch is None:
+        raise RuntimeError(f"expected a finite loss; got none: {result.stopped}")
+    found = {
+        "best_loss": result.best_loss,
+        "best_epoch": result.best_epoch,
+        "epochs": len(result.history["train"]),
+        "steps": result.steps,
+        "skipped_steps": result.skipped_steps,
+        "seconds": result.seconds,
+        "stopped": result.stopped,
+    }
+    if not is_first():
+        return
+    history = {name: [float(np.float32(value)) for value in values] for name, values in result.history.items()}
+    save_model(flow, options.output, {**notes, **found, "history": history})
+    if options.json:
+        parameters = sum(parameter.numel() for parameter in flow.parameters())
+        print_json({"model": options.output, **notes, "parameters": parameters, **found})
+    held_out = "validation" if result.history.get("validation") else "training"
+    say(
+        options,
+        f"{held_out} loss {result.best_loss:.4f} nats a row, of epoch {result.best_epoch + 1} of {found['epochs']}; "
+        f"{result.stopped}, in {result.seconds:.1f} s\nmodel: {options.output}",
+    )
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse options that do not go together."""
+    both = set(options.columns or ()) & set(options.given)
+    if both:
+        options.parser.error(
+            f"expected columns that are either modelled or given; got {', '.join(sorted(both))} as both"
+        )
+    strange = set(options.categories) - set(options.given)
+    if strange:
+        options.parser.error(f"expected --categories among the columns of --given; got {', '.join(sorted(strange))}")
+    if options.json and options.output == "-":
+        options.parser.error("expected --json, or a model on standard output; got both")
+
+
+def _check_columns(rows: Any, table: Any, columns: list[str], dtype: str) -> None:
+    """Refuse columns without a density, and numbers that rounding blurs."""
+    import numpy as np
+
+    if len(rows) < 2:
+        raise ValueError(f"expected at least 2 rows in {table.name}, to fit to and to hold out; got {len(rows)}")
+    for place, name in enumerate(columns):
+        cells = rows[:, place]
+        if (cells == cells[0]).all():
+            raise ValueError(
+                f"expected columns that vary, since a constant one has no density; "
+                f"got {cells[0]:g} in all {len(cells)} rows of column {name!r} of {table.name}"
+            )
+        # The rounding of numbers far from zero, such as times in seconds, must be small beside their spread.
+        rounding = np.abs(cells).max() * float(np.finfo(dtype).eps)
+        if rounding > _ROUNDING * cells.std():
+            hint = ": --dtype float64 does" if dtype == "float32" else ""
+            raise ValueError(
+                f"expected {dtype} to tell the numbers of a column apart; got numbers up to "
+                f"{np.abs(cells).max():.6g} that spread by {cells.std():.3g} in column {name!r} of {table.name}{hint}"
+            )
+
+
+def _integers(options: argparse.Namespace, x: Any, columns: list[str]) -> list[int]:
+    """Give the places of the columns of whole numbers."""
+    from pyroflows.data.dequantize import ColumnDequantizer
+
+    if options.integer_columns == "none":
+        return []
+    if options.integer_columns == "auto":
+        return ColumnDequantizer.from_data(x).steps.nonzero()[:, 0].tolist()
+    wanted = names(options.integer_columns)
+    for name in wanted:
+        if name not in columns:
+            raise ValueError(f"expected --integer-columns among the columns {', '.join(columns)}; got {name!r}")
+        cells = x[:, columns.index(name)]
+        bad = (cells != cells.round()).nonzero()[:, 0].tolist()
+        if bad:
+            raise ValueError(
+                f"expected whole numbers in column {name!r}; got {float(cells[bad[0]]):g} in row {bad[0] + 1}"
+            )
+    return sorted(columns.index(name) for name in wanted)
+
+
+def _what(name: str, flow: Any, notes: dict[str, Any]) -> str:
+    shown = ", ".join(notes["columns"][:8]) + (", ..." if len(notes["columns"]) > 8 else "")
+    number = len(notes["columns"])
+    text = f"{name} of {number} column{'s' * (number > 1)} ({shown})"
+    if notes["given"]:
+        text += f" given {', '.join(notes['given'])}"
+    if notes["integer_columns"]:
+        text += f", whole numbers in {', '.join(notes['integer_columns'])}"
+    parameters = sum(parameter.numel() for parameter in flow.parameters())
+    return f"{text}: {parameters:,} parameters, {notes['rows']:,} rows of {notes['data']}"
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not name.isidentifier() or not equals:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE; got {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value

@@ -1,0 +1,182 @@
+"""The flow of a table in a model file: which columns it takes, and how their cells become numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import pyroflows
+from pyroflows.data.table_files import TableFile, open_table
+from pyroflows.flow import Flow
+
+__all__ = ["Model", "check_target", "context_of", "device_of", "load_model", "model_file", "save_model", "some_rows"]
+
+_ROWS = 8192
+_NUMBERS = 2**19
+
+
+@dataclass
+class Model:
+    """A flow, and what its notes say of the table it was fitted to.
+
+    Args:
+        flow: the flow, in evaluation mode.
+        columns: the names of its features; None for those of a flow that was saved without.
+        given: the names of the columns of its context.
+        categories: the labels of each of these that holds labels.
+    """
+
+    flow: Flow
+    columns: list[str] | None
+    given: list[str] = field(default_factory=list)
+    categories: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """A name for each feature."""
+        return self.columns or [str(place) for place in range(self.flow.event_shape[0])]
+
+    @property
+    def integers(self) -> list[str]:
+        """The names of the features that are dequantised."""
+        steps = getattr(self.flow.dequantizer, "steps", None)
+        return [] if steps is None else [n for n, step in zip(self.names, steps.tolist(), strict=True) if step]
+
+    @torch.no_grad()
+    def log_prob(self, chunk: np.ndarray[Any, Any], draws: int) -> np.ndarray[Any, Any]:
+        """Score rows, of whole numbers by the logarithm of the mean over draws of noise, a lower bound."""
+        x, context = self.split(chunk)
+        found = []
+        for rows in self._parts(len(x)):
+            part, given = x[rows], None if context is None else context[rows]
+            if self.flow.dequantizer is None:
+                found.append(self.flow.log_prob(part, given))
+            else:
+                each = [self.flow.dequantized_log_prob(part, given) for _ in range(draws)]
+                found.append(torch.stack(each).logsumexp(0) - math.log(draws))
+        return torch.cat(found).cpu().numpy()
+
+    @torch.no_grad()
+    def sample(self, cells: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Draw a row for each row of the given columns, of which there may be none, and put those behind."""
+        context = self.context(cells)
+        found = []
+        for rows in self._parts(len(cells)):
+            if context is None:
+                x = self.flow.sample((rows.stop - rows.start,))
+            else:
+                x = self.flow.sample((), context[rows])
+            found.append(x if self.flow.dequantizer is None else self.flow.dequantizer.quantize(x))  # type: ignore[operator]
+        drawn = torch.cat(found).cpu().numpy()
+        return np.concatenate([drawn, cells.astype(drawn.dtype)], axis=1)
+
+    def _parts(self, rows: int) -> list[slice]:
+        """Give the parts in which rows are evaluated: what a network makes of them has to fit into the caches."""
+        size = max(1, min(_ROWS, _NUMBERS // len(self.names)))
+        return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+    def open(self, path: str, *, given_alone: bool = False) -> TableFile:
+        """Open a table with the model's columns, which of an array without names count in their order."""
+        wanted = self.given if given_alone else [*self.names, *self.given]
+        if self.columns is not None:
+            table = open_table(path, categories=dict(self.categories))
+            return table.select(wanted if table.named or len(table.columns) != len(wanted) else table.columns)
+        table = open_table(path)
+        features = self.flow.event_shape[0] + self.flow.context_features
+        if len(table.columns) != features:
+            raise ValueError(f"expected {features} columns in {table.name}; got {len(table.columns)}")
+        return table
+
+    def split(self, chunk: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor | None]:
+        """Give the data and the context of rows, where the flow is."""
+        features = len(self.names)
+        x = torch.from_numpy(chunk[:, :features]).to(self.flow.device, self.flow.dtype)
+        return x, self.context(chunk[:, features:])
+
+    def context(self, cells: np.ndarray[Any, Any]) -> Tensor | None:
+        """Give the context of rows of the given columns."""
+        if not cells.shape[1]:
+            return None
+        context = context_of(cells, self.given, self.categories)
+        return context.to(self.flow.device, self.flow.dtype if context.is_floating_point() else None)
+
+
+def context_of(cells: np.ndarray[Any, Any], given: list[str], categories: dict[str, list[str]]) -> Tensor:
+    """Give the context of rows: labels where one column of labels is all; else numbers, with labels one-hot."""
+    if list(categories) == given and len(given) == 1:
+        return torch.from_numpy(cells[:, 0].astype(np.int64))
+    parts = []
+    for place, name in enumerate(given):
+        column = cells[:, place]
+        parts.append(np.eye(len(categories[name]))[column.astype(int)] if name in categories else column[:, None])
+    return torch.from_numpy(np.concatenate(parts, axis=1) if parts else cells)
+
+
+def some_rows(table: TableFile, rows: int, seed: int) -> np.ndarray[Any, Any]:
+    """Draw rows of a table at random, in one pass, with memory for these alone."""
+    random = np.random.default_rng(seed)
+    kept, keys = np.empty((0, len(table.columns))), np.empty(0)
+    for chunk in table.chunks():
+        kept, keys = np.concatenate([kept, chunk]), np.concatenate([keys, random.random(len(chunk))])
+        smallest = np.argsort(keys)[:rows]
+        kept, keys = kept[smallest], keys[smallest]
+    return kept
+
+
+@contextlib.contextmanager
+def model_file(path: str) -> Iterator[Path]:
+    """Give the file of a model, also of one on standard input."""
+    if path != "-":
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "standard input"
+        file.write_bytes(sys.stdin.buffer.read())
+        yield file
+
+
+def device_of(name: str) -> torch.device:
+    """Give the device of an option, "auto" that of a GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return torch.device(name)
+
+
+def load_model(path: str | Path, device: str) -> Model:
+    """Load a model of a table."""
+    flow = pyroflows.load(path, device=device_of(device))
+    if not isinstance(flow, Flow) or len(flow.event_shape) != 1:
+        got = f"one of {tuple(flow.event_shape)}" if isinstance(flow, Flow) else type(flow).__name__
+        raise ValueError(f"expected a flow of the rows of a table in {path}; got {got}")
+    notes = flow.notes
+    return Model(flow.eval(), notes.get("columns"), notes.get("given", []), notes.get("categories", {}))
+
+
+def check_target(path: str) -> None:
+    """Refuse a path that cannot be written to, before time goes into what is to be written."""
+    folder = Path(path).absolute().parent
+    if path != "-" and (not folder.is_dir() or Path(path).is_dir() or not os.access(folder, os.W_OK)):
+        raise ValueError(f"expected the path of a file in a folder that can be written to; got {path}")
+
+
+def save_model(flow: Flow, path: str, notes: dict[str, Any]) -> None:
+    """Save a model, also to standard output."""
+    if path != "-":
+        flow.save(path, notes=notes)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.safetensors"
+        flow.save(file, notes=notes)
+        sys.stdout.buffer.write(file.read_bytes())
+        sys.stdout.buffer.flush()

@@ -1,0 +1,120 @@
+"""``pyroflows score``: the log-density of each row of a table."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from pyroflows.cli.options import add_device, add_json, add_output, add_quiet, add_seed, count, print_json, say
+
+__all__ = ["add_score"]
+
+_ROWS = 65536
+
+
+def add_score(commands: Any) -> None:
+    """Add the command to a parser's."""
+    parser = commands.add_parser(
+        "score",
+        help="give the log-density of each row of a table",
+        description="Give the log-density of each row of a table, in nats, in the units of the columns, and the mean. "
+        "Of whole numbers, which a model dequantises, it is a lower bound on the log-probability: the logarithm of the "
+        "mean over draws of noise. Rows are read, scored and written in chunks, so that a file of any size will do.",
+    )
+    parser.add_argument("model", metavar="MODEL", help='a model file, or "-" for standard input')
+    parser.add_argument("data", metavar="DATA", help='a table, or "-" for CSV on standard input')
+    add_output(parser, 'a table of one column, log_prob, or "-" for CSV on standard output', required=False)
+    parser.add_argument("--draws", type=count, default=8, metavar="N", help="draws of noise (default: %(default)s)")
+    parser.add_argument(
+        "--pass-model", action="store_true", help="write the model to standard output, for the next command in a pipe"
+    )
+    add_seed(parser, 0, "seed of the noise (default: 0)")
+    add_device(parser)
+    add_json(parser)
+    add_quiet(parser)
+    parser.set_defaults(command=_score, parser=parser)
+
+
+def _score(options: argparse.Namespace) -> None:
+    if options.model == options.data == "-":
+        options.parser.error("expected the model or the data on standard input; got both")
+    taken = [options.json, options.output == "-", options.pass_model]
+    if sum(taken) > 1:
+        options.parser.error("expected one of --json, --output - and --pass-model, which all write to standard output")
+    import numpy as np
+
+    from pyroflows.cli.model import load_model, model_file
+    from pyroflows.cli.progress import Progress
+    from pyroflows.data.table_files import write_table
+    from pyroflows.modes import seeded
+
+    with model_file(options.model) as file:
+        model = load_model(file, options.device)
+        content = file.read_bytes() if options.pass_model else b""
+    table, moments = model.open(options.data), _Moments()
+
+    def score(part: tuple[int, Any]) -> Any:
+        number, chunk = part
+        seed = int(np.random.SeedSequence([options.seed, number]).generate_state(1)[0])
+        with seeded(seed, model.flow.device):
+            return model.log_prob(chunk, options.draws)
+
+    with Progress("scored", table.num_rows, options.quiet) as progress:
+
+        def scores() -> Iterator[Any]:
+            for found in map(score, enumerate(table.chunks(_ROWS))):
+                moments.add(found)
+                progress.add(len(found))
+                yield found[:, None]
+
+        if options.output is None:
+            for _ in scores():
+                pass
+        else:
+            write_table(options.output, ["log_prob"], scores())
+        speed = progress.rows_per_second
+    sys.stdout.buffer.write(content)
+    sys.stdout.buffer.flush()
+    bound = (
+        f"log-mean-exp over {options.draws} draws of noise on {', '.join(model.integers)}" if model.integers else None
+    )
+    if options.json:
+        print_json(
+            {
+                "rows": moments.rows,
+                "mean_log_prob": moments.mean,
+                "standard_error": moments.standard_error,
+                "unit": "nats",
+                "lower_bound": bound,
+                "rows_per_second": speed,
+            }
+        )
+    what = "mean log-density" if bound is None else "mean log-probability, a lower bound by " + bound + ":"
+    say(
+        options,
+        f"{what} {moments.mean:.4f} +- {moments.standard_error:.4f} nats a row; "
+        f"{moments.rows:,} rows, {speed:,.0f} a second",
+    )
+
+
+class _Moments:
+    """Mean and standard error of numbers that come in parts."""
+
+    def __init__(self) -> None:
+        self.rows, self.mean, self.squares = 0, 0.0, 0.0
+
+    def add(self, found: Any) -> None:
+        """Take in a part, by the difference of its mean, so that no digits cancel."""
+        rows, mean = len(found), float(found.mean(dtype=float))
+        squares = float(((found - mean) ** 2).sum(dtype=float))
+        total, difference = self.rows + rows, mean - self.mean
+        self.mean += difference * rows / total
+        self.squares += squares + difference**2 * self.rows * rows / total
+        self.rows = total
+
+    @property
+    def standard_error(self) -> float:
+        return math.sqrt(self.squares / (self.rows - 1) / self.rows) if self.rows > 1 else math.nan
