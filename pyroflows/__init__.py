@@ -5,6 +5,7 @@ from pyroflows.bijection import Bijection, Compose, Conditioned, Inverse
 from pyroflows.bits import BitsPerDim, bits_per_dim
 from pyroflows.conditioners import MADE, MLP, ConvNet, OneHot, ResNet, ZeroConv
 from pyroflows.diagnostics import CheckReport, check
+from pyroflows.files import load
 from pyroflows.flow import Flow
 from pyroflows.images import interpolate, reconstruct, sample_images
 from pyroflows.inference import (
@@ -102,6 +103,8 @@ __all__ = [  # noqa: RUF022
     "planar",
     "radial",
     "realnvp",
+    # files
+    "load",
     # posteriors
     "AmortizedFlow",
     "AmortizedPosterior",

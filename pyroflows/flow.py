@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
+from typing import Any
 
 import torch
 from pyro.distributions import TransformedDistribution
@@ -35,6 +37,9 @@ class Flow(Recorded, nn.Module):
     Shapes:
         x: ``(*batch, *event_shape)``; context: ``(*batch, context_features)``, or whatever the embedding maps to that;
         log_prob: ``(*batch,)``.
+
+    Attributes:
+        notes: JSON values about the flow, which :meth:`save` writes and :func:`pyroflows.load` reads.
 
     Raises:
         ValueError: the shapes of prior and layers do not follow on one another, or an input or context has another
@@ -84,6 +89,7 @@ class Flow(Recorded, nn.Module):
             raise TypeError(f"expected a dequantizer that is a torch module; got {type(dequantizer).__name__}")
         self.embedding = embedding
         self.dequantizer = dequantizer
+        self.notes: dict[str, Any] = {}
 
     @property
     def layers(self) -> list[Bijection]:
@@ -187,6 +193,24 @@ class Flow(Recorded, nn.Module):
             z, vjp(log_prob, None, z, torch.ones_like(log_prob)), context
         )
         return x, log_prob - log_det, score
+
+    def save(self, path: str | os.PathLike[str], notes: Mapping[str, Any] | None = None) -> None:
+        """Write the flow into one safetensors file, from which :func:`pyroflows.load` makes an equal one.
+
+        The file holds the numbers, how the flow was built, and a checksum; a process that dies while it writes leaves
+        the file that was there.
+
+        Args:
+            path: of the file.
+            notes: JSON values about the flow; by default those it has, :attr:`notes`.
+
+        Raises:
+            TypeError: the notes are no JSON values.
+            ValueError: a part of the flow is of a class that no file can name, or the folder does not exist.
+        """
+        from pyroflows.files import save
+
+        save(self, path, notes)
 
     def _sample_shape(self, shape: int | Sequence[int], context: Tensor | None) -> Size:
         sizes = tuple(shape) if isinstance(shape, Iterable) else (shape,)

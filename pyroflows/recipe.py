@@ -8,15 +8,16 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import import_module
+from itertools import zip_longest
 from numbers import Integral, Real
 from typing import Any, ParamSpec, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-__all__ = ["Recorded", "build", "describe", "recorded"]
+__all__ = ["Recorded", "build", "describe", "recorded", "restore"]
 
 P = ParamSpec("P")
 Made = TypeVar("Made", bound="Recorded")
@@ -97,13 +98,33 @@ def _kept(value: Any) -> Any:
 
 
 def describe(module: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Give the recipe of a module, as JSON, and the tensors among its arguments by name.
+    """Give the recipe of a module, as JSON, and its tensors: the state, and those among the arguments.
 
     Raises:
         ValueError: a part is of a class that is not this package's, ``torch.nn``'s or built on :class:`Recorded`, or
             the module was changed since it was made.
     """
-    return (describer := _Describer()).of(module, type(module).__name__), describer.tensors
+    describer = _Describer()
+    recipe = describer.of(module, type(module).__name__)
+    state = {f"state.{name}": value for name, value in module.state_dict().items()}
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"expected a state of tensors alone; got {type(value).__name__} as {name}")
+    tensors = state | describer.tensors
+    there, again = _structure(module), _structure(build(recipe, tensors, list(describer.own)))
+    changed = [name for name in there.keys() | again.keys() if there.get(name) != again.get(name)]
+    if changed:
+        raise ValueError(
+            f"expected a module as its constructor leaves it; got one changed since, in {min(changed)}: make a new one "
+            f"of its parts"
+        )
+    return recipe, tensors
+
+
+def _structure(module: nn.Module) -> dict[str, Any]:
+    """Give what tells whether two modules were made alike: the classes of the parts, and the tensors' shapes."""
+    kinds = {name or "the whole": type(part) for name, part in module.named_modules(remove_duplicate=False)}
+    return kinds | {name: tensor.shape for name, tensor in module.state_dict().items()}
 
 
 class _Describer:
@@ -113,6 +134,7 @@ class _Describer:
         self.names = {made: name for name, made in _makers().items()}
         self.tensors: dict[str, Tensor] = {}
         self.numbers: dict[int, int] = {}
+        self.own: set[type] = set()
 
     def of(self, value: Any, where: str) -> Any:
         if value is None or isinstance(value, (bool, int, float, str)):
@@ -136,6 +158,8 @@ class _Describer:
         kind = type(value)
         if isinstance(value, Recorded) and hasattr(value, "_arguments"):
             builder, args, kwargs = value._arguments
+            if kind not in self.names:
+                self.own.add(kind)
             maker = builder or self.names.get(kind, f"own.{kind.__name__}")
             return maker, self._bound(value, _makers()[builder] if builder else kind, args, kwargs, where)
         if kind in self.names:
@@ -192,20 +216,43 @@ def _arguments_of_torch(module: nn.Module, where: str) -> dict[str, Any]:
     return found
 
 
-def build(
-    recipe: Any, tensors: Mapping[str, Tensor], *, classes: Sequence[type] = (), memory: float = math.inf
+def restore(
+    recipe: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None, classes: Sequence[type] = ()
 ) -> nn.Module:
-    """Make a module by its recipe, on the CPU, without touching torch's random numbers.
+    """Make a module again, with its state, from what :func:`describe` gave; on the CPU, for evaluation.
 
     Args:
-        recipe: what :func:`describe` gave.
-        tensors: among the arguments.
+        recipe: of the module; it may be anybody's, and is held to the tensors.
+        tensors: the state, and those among the arguments.
+        dtype: of numbers that the state does not hold.
         classes: the user's own that may be made.
-        memory: the bytes that may be taken for it.
 
     Raises:
-        ValueError: the recipe names something unknown, or cannot be followed, or asks for more memory.
+        ValueError: the recipe names something unknown, or cannot be followed, or the tensors are not those of what it
+            makes.
     """
+    module = build(recipe, tensors, classes)
+    state = {name.removeprefix("state."): value for name, value in tensors.items() if name.startswith("state.")}
+    expected = module.state_dict()
+    for name in sorted(state.keys() | expected.keys()):
+        wanted, got = _form(expected.get(name)), _form(state.get(name))
+        if wanted != got:
+            raise ValueError(f"expected {wanted or 'no tensor'} as {name}, by the recipe; got {got or 'none'}")
+    module.to(dtype)
+    module.load_state_dict(state, assign=True)
+    return module.eval()
+
+
+def _form(tensor: Tensor | None) -> str | None:
+    if tensor is None:
+        return None
+    kind = "floating-point" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
+    return f"a {kind} tensor of shape {tuple(tensor.shape)}"
+
+
+def build(recipe: Any, tensors: Mapping[str, Tensor], classes: Sequence[type] = ()) -> nn.Module:
+    """Make the module of a recipe, without its state, and without touching torch's random numbers."""
+    memory = _BASE + _SHARE * sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     makers = _makers() | {f"own.{kind.__name__}": kind for kind in classes}
     made: list[Any] = []
 
@@ -263,29 +310,37 @@ def _makers() -> dict[str, Callable[..., Any]]:
     return makers | _builders
 
 
+# The bytes that may be taken to make a module: so many, and so many times those of its tensors; for each operation
+# some are counted beside those of its numbers. A constructor takes up to about 10 times.
+_BASE, _SHARE, _OBJECT = 2**24, 64, 2**10
+
+
 class _Bounded(TorchDispatchMode):
     """Refuses to make more numbers than would fit into some memory, before they are made."""
 
-    def __init__(self, memory: float):
+    def __init__(self, memory: int):
         super().__init__()
         self.left = memory
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # what is skipped would first be imported, which takes seconds
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        meta = {**kwargs, "device": "meta"} if "device" in [a.name for a in func._schema.arguments] else kwargs
-        try:
-            result = func(*tree_map(_to_meta, args), **tree_map(_to_meta, meta))
-        except (NotImplementedError, RuntimeError):  # its size depends on numbers, or it gives none
-            result = (args, kwargs)
-        sizes = [tensor.numel() * tensor.element_size() for tensor in tree_leaves(result) if isinstance(tensor, Tensor)]
-        self.left -= sum(sizes) + _OBJECT
+        self.left -= 8 * _most_numbers(func.overloadpacket.__name__, args, kwargs) + _OBJECT
         if self.left < 0:
-            raise ValueError("it asks for more memory than the tensors stored with it explain")
+            raise ValueError("it asks for more memory than the tensors beside it account for")
         return func(*args, **kwargs)
 
 
-_OBJECT = 1024  # bytes that a tensor takes beside its numbers, and the objects around it
-
-
-def _to_meta(value: Any) -> Any:
-    return value.to("meta") if isinstance(value, Tensor) else value
+def _most_numbers(name: str, args: Any, kwargs: Any) -> int:
+    """Give at least as many numbers as an operation makes of its arguments."""
+    shapes = [value.shape for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+    sizes = [value for value in args if isinstance(value, (list, tuple)) and all(isinstance(n, int) for n in value)]
+    if not shapes and not sizes:  # such as eye(n), randperm(n), tril_indices(rows, columns)
+        numbers = math.prod(int(abs(value)) + 1 for value in args if isinstance(value, (int, float)))
+        return {"eye": numbers**2, "tril_indices": 2 * numbers, "scalar_tensor": 1}.get(name, numbers)
+    broadcast = math.prod(map(max, zip_longest(*map(reversed, shapes), fillvalue=1)))
+    together = sum(map(math.prod, shapes))  # as of concatenations
+    return max(broadcast, together, *(math.prod(map(abs, size)) for size in sizes))

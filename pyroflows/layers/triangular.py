@@ -53,7 +53,8 @@ class TriangularAffine(Bijection):
         self.shift = nn.Parameter(torch.zeros(features))
         self.log_scale = nn.Parameter(torch.zeros(features))
         self.lower = None if diagonal else nn.Parameter(torch.zeros(features * (features - 1) // 2))
-        self.register_buffer("below", torch.tril_indices(features, features, -1), persistent=False)
+        size = 0 if diagonal else features
+        self.register_buffer("below", torch.tril_indices(size, size, -1), persistent=False)
 
     @torch.no_grad()
     def start_at(self, loc: Tensor, scale: Tensor) -> None:
