@@ -1,5 +1,7 @@
 """Normalizing flows for Pyro: density models, sites of a model, and variational guides from the same layers."""
 
+from typing import TYPE_CHECKING, Any
+
 from pyroflows._version import __version__
 from pyroflows.bijection import Bijection, Compose, Conditioned, Inverse
 from pyroflows.bits import BitsPerDim, bits_per_dim
@@ -50,6 +52,9 @@ from pyroflows.layers import (
 from pyroflows.models import glow, iaf, maf, nice, nsf, planar, radial, realnvp
 from pyroflows.priors import DiagonalNormal, GaussianMixture, LogitNormal, Prior, StandardNormal, StudentT, Uniform
 from pyroflows.training import FitResult, fit
+
+if TYPE_CHECKING:
+    from pyroflows.estimator import FlowClassifier, FlowDensity
 
 __all__ = [  # noqa: RUF022
     # bijection
@@ -132,4 +137,16 @@ __all__ = [  # noqa: RUF022
     "bits_per_dim",
     "check",
     "fit",
+    # estimators
+    "FlowClassifier",
+    "FlowDensity",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import scikit-learn, which takes a second, only where its estimators are asked for."""
+    if name in ("FlowClassifier", "FlowDensity"):
+        from pyroflows import estimator
+
+        return getattr(estimator, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,6 +17,7 @@ from pyroflows.data.dequantize import ColumnDequantizer
 from pyroflows.flow import Flow
 from pyroflows.layers.coupling import Coupling
 from pyroflows.layers.pointwise import Standardize
+from pyroflows.layers.triangular import TriangularAffine
 
 __all__ = ["table_flow"]
 
@@ -86,8 +87,8 @@ def table_flow(
     if context is not None:
         embedding = _embedding(context, len(x)).to(x)
         embedded = embedding(context)
-        scaled = outer[0].inverse_and_log_det(x)[0] if outer else x
-        outer.insert(0, _regression(scaled, embedded))
+    scaled = outer[0].inverse_and_log_det(x)[0] if outer else x
+    outer = [*_start(scaled, embedded), *outer]
     built = flow(features, context_features=0 if embedded is None else embedded.shape[1], **sizes)
     if not isinstance(built, Flow) or tuple(built.event_shape) != (features,):
         got = f"one of {tuple(built.event_shape)}" if isinstance(built, Flow) else type(built).__name__
@@ -151,20 +152,38 @@ def _embedding(context: Tensor, rows: int) -> nn.Module:
 
 
 @torch.no_grad()
-def _regression(x: Tensor, context: Tensor) -> Coupling:
-    """Give an affine layer, linear in the context, that starts as the ridge regression of the rows on it."""
-    features, numbers = x.shape[1], context.shape[1]
-    layer = Coupling(features, mask=[True] * features, context_features=numbers, hidden_features=()).to(x)
-    centre, mean = context.mean(0), x.mean(0)
-    centred = context - centre
-    # The penalty weighs as one row would.
-    gram = centred.T @ centred + torch.eye(numbers).to(x)
-    weight = torch.linalg.solve(gram, centred.T @ (x - mean)).T
-    spread = (x - mean - centred @ weight.T).std(0, correction=0).clamp(min=1e-3)
-    bound = layer.transformer.bound
-    # The network is a linear map, without hidden layers: of the context, and of a constant.
-    layer.conditioner.context.weight.unflatten(0, (features, 2))[:, 0] = weight
-    bias = layer.conditioner.linears[0].bias.unflatten(0, (features, 2))
-    bias[:, 0] = mean - weight @ centre
-    bias[:, 1] = bound * (spread.log() / bound).atanh()
-    return layer
+def _start(x: Tensor, context: Tensor | None) -> list[Bijection]:
+    """Give layers that start as a normal distribution, about the ridge regression of the rows on a context."""
+    features = x.shape[1]
+    shift: list[Bijection] = []
+    if context is not None:
+        numbers = context.shape[1]
+        layer = Coupling(features, mask=[True] * features, context_features=numbers, hidden_features=()).to(x)
+        centre, mean = context.mean(0), x.mean(0)
+        centred = context - centre
+        # The penalty weighs as one row would.
+        gram = centred.T @ centred + torch.eye(numbers).to(x)
+        weight = torch.linalg.solve(gram, centred.T @ (x - mean)).T
+        # The network is a linear map, without hidden layers, to shifts and log-scales: of the context, and of a one.
+        layer.conditioner.context.weight.unflatten(0, (features, 2))[:, 0] = weight
+        layer.conditioner.linears[0].bias.unflatten(0, (features, 2))[:, 0] = mean - weight @ centre
+        x = x - mean - centred @ weight.T
+        shift = [layer]
+    triangular = TriangularAffine(features).to(x)
+    triangular.start_at(x.mean(0), torch.linalg.cholesky(_covariance(x)))
+    return [triangular, *shift]
+
+
+def _covariance(x: Tensor) -> Tensor:
+    """Give the covariance, drawn towards a multiple of the identity as far as there are few rows for it.
+
+    Shrinkage Algorithms for MMSE Covariance Estimation, Chen et al., 2010 (arXiv:0907.4698).
+    """
+    rows, features = x.shape
+    found = x.T.cov(correction=0).reshape(features, features)
+    trace, square = found.trace(), found.square().sum()
+    spread = (rows + 1 - 2 / features) * (square - trace**2 / features)
+    share = ((1 - 2 / features) * square + trace**2) / spread.clamp(min=1e-12 * square)
+    # Columns that depend on others leave a share for the factorisation.
+    share = share.clamp(1e-6, 1)
+    return (1 - share) * found + share * trace / features * torch.eye(features).to(x)
