@@ -116,7 +116,7 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[
         raise ValueError(f"{expected}, which is no file")
     metadata, tensors = _contents(path, expected)
     if "pyroflows" not in metadata and "posterior" in metadata:
-        header = _header_of_format_1(metadata["posterior"], expected)
+        header, tensors = _from_format_1(_header(metadata["posterior"], expected), tensors)
     else:
         header = _header(metadata.get("pyroflows", "null"), expected)
         if metadata.get("sha256") != _checksum(metadata["pyroflows"], tensors):
@@ -154,9 +154,10 @@ def _header(text: str, expected: str) -> dict[str, Any]:
     return header
 
 
-def _header_of_format_1(text: str, expected: str) -> dict[str, Any]:
-    """Give the header of a posterior of format 1, which names the guide's builder and its options."""
-    return {"kind": "posterior", **_header(text, expected)}
+def _from_format_1(header: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Give a posterior of format 1, which names the guide's builder and its options, as one of today's."""
+    tensors = {f"state.{name[5:]}" if name.startswith("flow.") else name: value for name, value in tensors.items()}
+    return {**header, "kind": "posterior", "recipe": None, "builder": header.get("flow")}, tensors
 
 
 def _checksum(header: str, tensors: Mapping[str, Tensor]) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Recorded", "build", "describe", "recorded", "restore"]
+__all__ = ["Recorded", "build", "describe", "is_plain", "recorded", "restore"]
 
 P = ParamSpec("P")
 Made = TypeVar("Made", bound="Recorded")
@@ -97,14 +97,23 @@ def _kept(value: Any) -> Any:
     return torch.as_tensor(value).clone() if hasattr(value, "__array__") else ...
 
 
-def describe(module: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def is_plain(value: Any) -> bool:
+    """Whether a value can be written as JSON."""
+    return all(part is None or isinstance(part, (bool, int, float, str)) for part in tree_leaves(_kept(value)))
+
+
+def describe(module: nn.Module, *, own: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Give the recipe of a module, as JSON, and its tensors: the state, and those among the arguments.
+
+    Args:
+        module: the module.
+        own: whether parts may be of the user's own classes, built on :class:`Recorded`.
 
     Raises:
         ValueError: a part is of a class that is not this package's, ``torch.nn``'s or built on :class:`Recorded`, or
             the module was changed since it was made.
     """
-    describer = _Describer()
+    describer = _Describer(own)
     recipe = describer.of(module, type(module).__name__)
     state = {f"state.{name}": value for name, value in module.state_dict().items()}
     for name, value in state.items():
@@ -130,7 +139,8 @@ def _structure(module: nn.Module) -> dict[str, Any]:
 class _Describer:
     """Walks through a module and its arguments; a module that comes again is named by its number."""
 
-    def __init__(self) -> None:
+    def __init__(self, own: bool) -> None:
+        self.takes_own = own
         self.names = {made: name for name, made in _makers().items()}
         self.tensors: dict[str, Tensor] = {}
         self.numbers: dict[int, int] = {}
@@ -156,13 +166,13 @@ class _Describer:
     def _maker(self, value: Any, where: str) -> tuple[str, dict[str, Any]]:
         """Give the name of what made a module, and the arguments by name."""
         kind = type(value)
-        if isinstance(value, Recorded) and hasattr(value, "_arguments"):
+        known = kind in self.names
+        if isinstance(value, Recorded) and hasattr(value, "_arguments") and (known or self.takes_own):
             builder, args, kwargs = value._arguments
-            if kind not in self.names:
-                self.own.add(kind)
+            self.own |= set() if known else {kind}
             maker = builder or self.names.get(kind, f"own.{kind.__name__}")
             return maker, self._bound(value, _makers()[builder] if builder else kind, args, kwargs, where)
-        if kind in self.names:
+        if known and is_dataclass(value):
             return self.names[kind], {field.name: getattr(value, field.name) for field in fields(value)}
         if isinstance(value, nn.Sequential) and kind is nn.Sequential:
             return "nn.Sequential", {"args": list(value)}

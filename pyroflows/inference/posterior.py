@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,8 +12,8 @@ import torch
 from pyro.infer.enum import config_enumerate
 from torch import Tensor
 
-from pyroflows._version import __version__
 from pyroflows.arguments import check_sizes
+from pyroflows.files import read, write
 from pyroflows.flow import Flow
 from pyroflows.inference.density import LogJoint
 from pyroflows.inference.diagnostics import psis
@@ -22,6 +21,7 @@ from pyroflows.inference.guide import AutoFlow
 from pyroflows.inference.neutra import run_chains
 from pyroflows.inference.weights import CHUNK, SETS, Weights, judge, missed_modes, weigh, weights_of
 from pyroflows.modes import seeded
+from pyroflows.recipe import describe, is_plain, restore
 from pyroflows.training import FitResult
 
 __all__ = ["Posterior", "whole_log_joint"]
@@ -299,21 +299,20 @@ class Posterior:
     # Files
 
     def save(self, path: str | Path) -> None:
-        """Write the guide's weights, the weighed draws or chains, and what they are of, as one safetensors file."""
-        from safetensors.torch import save_file
-
-        flow, options = self.guide._recipe
+        """Write the guide's flow, the weighed draws or chains, and what they are of, as one safetensors file."""
+        flow: Flow = self.guide.flow
+        try:
+            recipe, tensors = describe(flow, own=False)
+        except ValueError:  # a part of the user's own, whose builder has to be given again
+            recipe, tensors = None, {f"state.{name}": value for name, value in flow.state_dict().items()}
         header = {
-            "format": 1,
-            "pyroflows": __version__,
-            "flow": _name_of(flow),
-            "options": options,
+            "recipe": recipe,
+            "options": {name: value for name, value in self.guide._recipe[1].items() if is_plain(value)},
             "max_triangular": self.guide.max_triangular,
             "latents": [[site.name, list(site.shape)] for site in self.guide.latents],
             "notes": self.notes,
             "seconds": self.seconds,
         }
-        tensors = {f"flow.{name}": value for name, value in self.guide.flow.state_dict().items()}
         if self.chains is not None:
             tensors["chains"] = self.chains
         else:
@@ -322,7 +321,7 @@ class Posterior:
         tensors["log_joint"] = self._log_joint.value(_few_of(tensors))
         if self.missed:
             tensors["missed"] = torch.stack(self.missed)
-        save_file({k: v.contiguous() for k, v in tensors.items()}, str(path), {"posterior": json.dumps(header)})
+        write(path, "posterior", header, tensors)
 
     @staticmethod
     def load(
@@ -338,24 +337,19 @@ class Posterior:
             path: of the file.
             model: the model that was fitted.
             args: its arguments.
-            flow: the ready flow or the builder of one's own that the guide was made with, where there was one.
+            flow: the ready flow or the builder that the guide was made with; needed only where a part of it is of a
+                class of one's own.
             kwargs: its keyword arguments.
 
         Raises:
-            ValueError: the file is no posterior, or one of another model or flow.
+            FileNotFoundError: there is no such file.
+            ValueError: the file is no posterior, or is damaged, or is one of another model or flow.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(path), "pt") as file:
-                header = json.loads((file.metadata() or {}).get("posterior", "null"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, json.JSONDecodeError) as error:
-            raise ValueError(f"expected a posterior written by save; got a file that is none: {error}") from None
-        if not isinstance(header, dict) or header.get("format") != 1:
-            raise ValueError(f"expected a posterior of format 1; got {header and header.get('format')!r} in {path}")
+        header, tensors = read(path, "posterior")
+        if lacking := {"recipe", "options", "max_triangular", "latents", "notes", "seconds"} - header.keys():
+            raise ValueError(f"expected a posterior written by save; got {path}, whose header lacks {min(lacking)}")
         if flow is None:
-            flow = _builder(header["flow"])
+            flow, header["options"] = _flow_of(header, tensors)
         guide = AutoFlow(
             config_enumerate(model),
             flow,
@@ -363,12 +357,13 @@ class Posterior:
             max_triangular=header["max_triangular"],
             args=args,
             kwargs=kwargs,
-            **header["options"],
+            **({} if isinstance(flow, Flow) else header["options"]),
         )
+        tensors = {name: value.to(guide.flow.device) for name, value in tensors.items()}
         latents = [[site.name, list(site.shape)] for site in guide.latents]
         if latents != header["latents"]:
             raise ValueError(f"expected a model with the latents {header['latents']}; got {latents}")
-        state = {name.removeprefix("flow."): v for name, v in tensors.items() if name.startswith("flow.")}
+        state = {name.removeprefix("state."): v for name, v in tensors.items() if name.startswith("state.")}
         try:
             guide.flow.load_state_dict(state)
         except RuntimeError:
@@ -404,23 +399,22 @@ def _few_of(tensors: Mapping[str, Tensor]) -> Tensor:
     return draws[:: max(1, len(draws) // 10)]
 
 
-def _name_of(flow: Callable[..., Flow] | Flow) -> str:
-    """Give the name of a builder of this package, or that the flow is the user's own."""
+def _flow_of(
+    header: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[Callable[..., Flow] | Flow, dict[str, Any]]:
+    """Give what the guide in a file is to be made with: its flow, but for the layer that a guide adds, or a builder."""
     from pyroflows import models
 
-    name = getattr(flow, "__name__", "")
-    return name if name in models.__all__ and flow is getattr(models, name) else "given"
-
-
-def _builder(name: str) -> Callable[..., Flow]:
-    from pyroflows import models
-
-    if name not in models.__all__:
+    if header["recipe"] is not None:
+        whole = restore(header["recipe"], tensors)
+        if not isinstance(whole, Flow) or len(whole.layers) < 2:
+            raise ValueError(f"expected the recipe of a guide's flow; got that of {type(whole).__name__}")
+        return Flow(whole.prior, whole.layers[:-1]), {}
+    if header.get("builder") not in models.__all__:  # as files of format 1 have
         raise ValueError(
             "expected flow=, since the posterior was fitted with a flow or a builder of the user's own; got none"
         )
-    builder: Callable[..., Flow] = getattr(models, name)
-    return builder
+    return getattr(models, header["builder"]), header["options"]
 
 
 def _inference_data(groups: Mapping[str, Any]) -> Any:
