@@ -110,15 +110,10 @@ def _fit(options: argparse.Namespace) -> None:
     if context is not None and context.is_floating_point():
         context = context.to(x.dtype)
     sizes = {"num_layers": options.num_layers, "hidden_features": options.hidden_features, **dict(options.set)}
+    sizes = {name: value for name, value in sizes.items() if value is not None}
     with seeded(options.seed):
         try:
-            flow = table_flow(
-                x,
-                options.flow,
-                context=context,
-                integer_columns=integers,
-                **{name: value for name, value in sizes.items() if value is not None},
-            )
+            flow = table_flow(x, options.flow, context=context, integer_columns=integers, **sizes)
         except TypeError as error:
             options.parser.error(str(error))
     notes: dict[str, Any] = {

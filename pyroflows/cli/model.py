@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import pyroflows
 from pyroflows.data.table_files import TableFile, open_table
+from pyroflows.distributed import launch
+from pyroflows.files import load
 from pyroflows.flow import Flow
 
 __all__ = ["Model", "check_target", "context_of", "device_of", "load_model", "model_file", "save_model", "some_rows"]
@@ -147,18 +148,15 @@ def model_file(path: str) -> Iterator[Path]:
 
 
 def device_of(name: str) -> torch.device:
-    """Give the device of an option, "auto" that of a GPU where there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return torch.device(name)
+    """Give the device of an option, "auto" that of a GPU where there is one; of several processes each has its own."""
+    return torch.device(launch(name, torch.device("cpu"), "32-true").device)
 
 
 def load_model(path: str | Path, device: str) -> Model:
     """Load a model of a table."""
-    flow = pyroflows.load(path, device=device_of(device))
-    if not isinstance(flow, Flow) or len(flow.event_shape) != 1:
-        got = f"one of {tuple(flow.event_shape)}" if isinstance(flow, Flow) else type(flow).__name__
-        raise ValueError(f"expected a flow of the rows of a table in {path}; got {got}")
+    flow = load(path, device=device_of(device))
+    if len(flow.event_shape) != 1:
+        raise ValueError(f"expected a flow of the rows of a table in {path}; got one of {tuple(flow.event_shape)}")
     notes = flow.notes
     return Model(flow.eval(), notes.get("columns"), notes.get("given", []), notes.get("categories", {}))
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from pyroflows.cli.options import add_device, add_output, add_quiet, add_seed, count, say
+from pyroflows.cli.options import add_device, add_output, add_quiet, add_seed, count, is_first, say
 
 if TYPE_CHECKING:
     from pyroflows.cli.model import Model
@@ -23,7 +23,7 @@ def add_sample(commands: Any) -> None:
         "sample",
         help="draw new rows",
         description="Draw new rows from a model, with the columns of its data, whole numbers whole again. They are "
-        "drawn and written in chunks, so that any number will do.",
+        "drawn and written in chunks, so that any number will do; the processes of torchrun take turns.",
     )
     parser.add_argument("model", metavar="MODEL", help='a model file, or "-" for standard input')
     parser.add_argument(
@@ -50,30 +50,34 @@ def _sample(options: argparse.Namespace) -> None:
     from pyroflows.cli.model import check_target, load_model, model_file
     from pyroflows.cli.progress import Progress
     from pyroflows.data.table_files import write_table
+    from pyroflows.distributed import from_first, in_turn, together
     from pyroflows.modes import seeded
 
     check_target(options.output)
     with model_file(options.model) as file:
         model = load_model(file, options.device)
     given, total = _given(model, options.given)
-    base = int.from_bytes(os.urandom(4), "big") if options.seed is None else options.seed
-
-    def draw(part: tuple[int, Any]) -> Any:
-        number, cells = part
-        seed = int(np.random.SeedSequence([base, number]).generate_state(1)[0])
-        with seeded(seed, model.flow.device):
-            return model.sample(cells)
-
     total = None if total is None else total * options.num_samples
-    with Progress("drawn", total, options.quiet) as progress:
+    with together(model.flow.device), Progress("drawn", total, options.quiet) as progress:
+        base = from_first(int.from_bytes(os.urandom(4), "big") if options.seed is None else options.seed)
+
+        def draw(part: tuple[int, Any]) -> Any:
+            number, cells = part
+            seed = int(np.random.SeedSequence([base, number]).generate_state(1)[0])
+            with seeded(seed, model.flow.device):
+                return model.sample(cells)
 
         def chunks() -> Iterator[Any]:
-            for found in map(draw, enumerate(_repeated(given, options.num_samples))):
+            for found in in_turn(draw, enumerate(_repeated(given, options.num_samples))):
                 progress.add(len(found))
                 yield found
 
         columns = [*model.names, *model.given]
-        write_table(options.output, columns, chunks(), integers=model.integers, categories=model.categories)
+        if is_first():
+            write_table(options.output, columns, chunks(), integers=model.integers, categories=model.categories)
+        else:
+            for _ in chunks():
+                pass
         if options.output != "-":
             say(options, f"{progress.rows:,} rows in {options.output}, {progress.rows_per_second:,.0f} a second")
 

@@ -8,7 +8,17 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from pyroflows.cli.options import add_device, add_json, add_output, add_quiet, add_seed, count, print_json, say
+from pyroflows.cli.options import (
+    add_device,
+    add_json,
+    add_output,
+    add_quiet,
+    add_seed,
+    count,
+    is_first,
+    print_json,
+    say,
+)
 
 __all__ = ["add_score"]
 
@@ -22,7 +32,8 @@ def add_score(commands: Any) -> None:
         help="give the log-density of each row of a table",
         description="Give the log-density of each row of a table, in nats, in the units of the columns, and the mean. "
         "Of whole numbers, which a model dequantises, it is a lower bound on the log-probability: the logarithm of the "
-        "mean over draws of noise. Rows are read, scored and written in chunks, so that a file of any size will do.",
+        "mean over draws of noise. Rows are read, scored and written in chunks, so that a file of any size will do; "
+        "the processes of torchrun take turns.",
     )
     parser.add_argument("model", metavar="MODEL", help='a model file, or "-" for standard input')
     parser.add_argument("data", metavar="DATA", help='a table, or "-" for CSV on standard input')
@@ -49,6 +60,7 @@ def _score(options: argparse.Namespace) -> None:
     from pyroflows.cli.model import load_model, model_file
     from pyroflows.cli.progress import Progress
     from pyroflows.data.table_files import write_table
+    from pyroflows.distributed import in_turn, together
     from pyroflows.modes import seeded
 
     with model_file(options.model) as file:
@@ -62,22 +74,23 @@ def _score(options: argparse.Namespace) -> None:
         with seeded(seed, model.flow.device):
             return model.log_prob(chunk, options.draws)
 
-    with Progress("scored", table.num_rows, options.quiet) as progress:
+    with together(model.flow.device), Progress("scored", table.num_rows, options.quiet) as progress:
 
         def scores() -> Iterator[Any]:
-            for found in map(score, enumerate(table.chunks(_ROWS))):
+            for found in in_turn(score, enumerate(table.chunks(_ROWS))):
                 moments.add(found)
                 progress.add(len(found))
                 yield found[:, None]
 
-        if options.output is None:
+        if options.output is None or not is_first():
             for _ in scores():
                 pass
         else:
             write_table(options.output, ["log_prob"], scores())
         speed = progress.rows_per_second
-    sys.stdout.buffer.write(content)
-    sys.stdout.buffer.flush()
+    if content and is_first():
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
     bound = (
         f"log-mean-exp over {options.draws} draws of noise on {', '.join(model.integers)}" if model.integers else None
     )

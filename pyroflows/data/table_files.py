@@ -20,6 +20,7 @@ from typing import IO, Any
 import numpy as np
 
 from pyroflows.arguments import check_sizes
+from pyroflows.files import replacing
 
 __all__ = ["TableFile", "open_table", "write_table"]
 
@@ -239,7 +240,7 @@ def write_table(
             rows += len(chunk)
             yield chunk
 
-    with _replacing(text) as file:
+    with _writing(text) as file:
         write(file, columns, checked(), kinds)
     return rows
 
@@ -535,27 +536,15 @@ def _ending(path: str) -> str:
 
 
 @contextmanager
-def _replacing(path: str) -> Iterator[Any]:
-    """Give a binary file that takes the place of another when it is whole, and is gone if it does not get that far."""
-    if path == "-":
-        sys.stdout.flush()
-        yield sys.stdout.buffer
-        sys.stdout.buffer.flush()
-        return
-    target = Path(path)
-    if target.exists() and not target.is_file():  # a pipe or a device, in whose place no file may come
-        with target.open("wb") as file:
+def _writing(path: str) -> Iterator[Any]:
+    """Give a binary file that takes the place of another when it is whole, or standard output."""
+    if path != "-":
+        with replacing(path) as file:
             yield file
         return
-    new = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    try:
-        with new.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, target)
-    finally:
-        new.unlink(missing_ok=True)
+    sys.stdout.flush()
+    yield sys.stdout.buffer
+    sys.stdout.buffer.flush()
 
 
 def _arrow(chunk: np.ndarray[Any, Any], columns: list[str], kinds: _Kinds) -> Any:
