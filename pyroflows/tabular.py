@@ -33,9 +33,10 @@ def table_flow(
 ) -> Flow:
     r"""Build a named flow for the rows of a table, whose densities are in nats in the units of the columns.
 
-    At the data end stands a :class:`Standardize` layer. A flow given a context starts as the regression of the columns
-    on it: under that layer stands an affine one, linear in the context. Numbers of a context are standardised by the
-    embedding, so that the flow takes them in their own units; class labels become one-hot vectors.
+    At the data end stands a :class:`Standardize` layer; under it a triangular one, and, given a context, an affine one
+    that is linear in that. These start as the normal distribution of the rows, about their regression on the context,
+    and train with the rest. Numbers of a context are standardised by the embedding, so that the flow takes them in
+    their own units; class labels become one-hot vectors.
 
     A single column leaves the layers of "maf", "realnvp", "glow", "nice" and "iaf" nothing to see, and without a
     context they are a normal distribution: "nsf" bends, as do "planar" and "radial" a little.
@@ -80,15 +81,19 @@ def table_flow(
         raise TypeError(f"expected standardize as True, False or a layer; got {type(standardize).__name__}")
     features = x.shape[1]
     dequantizer = _dequantizer(x, integer_columns) if len(integer_columns) else None
+    rows = x if dequantizer is None else dequantizer(x)[0]
+    constant = (rows == rows[0]).all(0).nonzero()[:, 0].tolist()
+    if constant:
+        raise ValueError(f"expected columns that vary; got a constant in column {', '.join(map(str, constant))}")
     outer: list[Bijection] = []
     if standardize:
-        outer = [_standardize(x, dequantizer) if standardize is True else standardize]
+        outer = [Standardize.from_data(rows) if standardize is True else standardize]
+        rows = outer[0].inverse_and_log_det(rows)[0]
     embedding = embedded = None
     if context is not None:
         embedding = _embedding(context, len(x)).to(x)
         embedded = embedding(context)
-    scaled = outer[0].inverse_and_log_det(x)[0] if outer else x
-    outer = [*_start(scaled, embedded), *outer]
+    outer = [*_start(rows, embedded), *outer]
     built = flow(features, context_features=0 if embedded is None else embedded.shape[1], **sizes)
     if not isinstance(built, Flow) or tuple(built.event_shape) != (features,):
         got = f"one of {tuple(built.event_shape)}" if isinstance(built, Flow) else type(built).__name__
@@ -121,18 +126,6 @@ def _dequantizer(x: Tensor, columns: Sequence[int]) -> ColumnDequantizer:
     return dequantizer
 
 
-def _standardize(x: Tensor, dequantizer: ColumnDequantizer | None) -> Standardize:
-    """Give the layer of the data's means and standard deviations, the noise on whole numbers counted in."""
-    if dequantizer is None:
-        return Standardize.from_data(x)
-    whole = dequantizer.steps > 0
-    constant = ((x == x[0]).all(0) & ~whole).nonzero()[:, 0].tolist()
-    if constant:
-        raise ValueError(f"expected columns that vary; got a constant in column {', '.join(map(str, constant))}")
-    # Uniform noise has mean 1/2 and variance 1/12.
-    return Standardize(x.mean(0) + whole / 2, (x.var(0, correction=0) + whole / 12).sqrt())
-
-
 def _embedding(context: Tensor, rows: int) -> nn.Module:
     """Give what makes the context that the layers take of numbers, or of class labels."""
     if isinstance(context, Tensor) and context.is_floating_point():
@@ -154,8 +147,8 @@ def _embedding(context: Tensor, rows: int) -> nn.Module:
 @torch.no_grad()
 def _start(x: Tensor, context: Tensor | None) -> list[Bijection]:
     """Give layers that start as a normal distribution, about the ridge regression of the rows on a context."""
-    features = x.shape[1]
-    shift: list[Bijection] = []
+    features, least = x.shape[1], 1e-3 * x.std(0)
+    regression: list[Bijection] = []
     if context is not None:
         numbers = context.shape[1]
         layer = Coupling(features, mask=[True] * features, context_features=numbers, hidden_features=()).to(x)
@@ -168,22 +161,22 @@ def _start(x: Tensor, context: Tensor | None) -> list[Bijection]:
         layer.conditioner.context.weight.unflatten(0, (features, 2))[:, 0] = weight
         layer.conditioner.linears[0].bias.unflatten(0, (features, 2))[:, 0] = mean - weight @ centre
         x = x - mean - centred @ weight.T
-        shift = [layer]
+        regression = [layer]
+    std = torch.maximum(x.std(0), least)
     triangular = TriangularAffine(features).to(x)
-    triangular.start_at(x.mean(0), torch.linalg.cholesky(_covariance(x)))
-    return [triangular, *shift]
+    triangular.start_at(x.mean(0), std[:, None] * torch.linalg.cholesky(_correlation((x - x.mean(0)) / std)))
+    return [triangular, *regression]
 
 
-def _covariance(x: Tensor) -> Tensor:
-    """Give the covariance, drawn towards a multiple of the identity as far as there are few rows for it.
+def _correlation(x: Tensor) -> Tensor:
+    """Give the covariance of standardised rows, drawn towards the identity as far as they are few for it.
 
     Shrinkage Algorithms for MMSE Covariance Estimation, Chen et al., 2010 (arXiv:0907.4698).
     """
     rows, features = x.shape
-    found = x.T.cov(correction=0).reshape(features, features)
+    found = x.T @ x / rows
     trace, square = found.trace(), found.square().sum()
-    spread = (rows + 1 - 2 / features) * (square - trace**2 / features)
-    share = ((1 - 2 / features) * square + trace**2) / spread.clamp(min=1e-12 * square)
-    # Columns that depend on others leave a share for the factorisation.
-    share = share.clamp(1e-6, 1)
+    excess = (square - trace**2 / features).clamp(min=1e-12)
+    share = ((1 - 2 / features) * square + trace**2) / ((rows + 1 - 2 / features) * excess)
+    share = share.clamp(1e-6, 1)  # columns that depend on others leave something to factorise
     return (1 - share) * found + share * trace / features * torch.eye(features).to(x)
