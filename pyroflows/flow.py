@@ -212,6 +212,30 @@ class Flow(Recorded, nn.Module):
 
         save(self, path, notes)
 
+    def export(self, x: Tensor, context: Tensor | None = None) -> torch.export.ExportedProgram:
+        """Give the log-density as a program that runs without this package, for any number of rows.
+
+        Args:
+            x: rows such as the program is to score, at least two; their numbers do not matter.
+            context: their context, of a flow that takes one.
+
+        Example:
+            >>> from pyroflows import realnvp
+            >>> flow = realnvp(3, num_layers=2).eval()
+            >>> program = flow.export(torch.zeros(2, 3))  # to be written by torch.export.save(program, "flow.pt2")
+            >>> x = torch.randn(5, 3)
+            >>> torch.allclose(program.module()(x), flow.log_prob(x))
+            True
+        """
+        from pyroflows.modes import evaluating
+
+        inputs = (x,) if context is None else (x, context)
+        if min(len(tensor) for tensor in inputs) < 2:
+            raise ValueError(f"expected at least two rows to export by; got shape {tuple(x.shape)}")
+        rows = torch.export.Dim("rows")
+        with evaluating(self):
+            return torch.export.export(_Density(self), inputs, dynamic_shapes=tuple({0: rows} for _ in inputs))
+
     def _sample_shape(self, shape: int | Sequence[int], context: Tensor | None) -> Size:
         sizes = tuple(shape) if isinstance(shape, Iterable) else (shape,)
         if not all(isinstance(size, Integral) and not isinstance(size, bool) and size >= 0 for size in sizes):
@@ -245,3 +269,14 @@ class Flow(Recorded, nn.Module):
                 raise TypeError(f"expected {name} of the flow's {number.dtype}; got {tensor.dtype}")
             if isinstance(tensor, Tensor) and tensor.device != number.device:
                 raise ValueError(f"expected {name} on the flow's device, {number.device}; got {tensor.device}")
+
+
+class _Density(nn.Module):
+    """A module whose call gives the log-density, as an export needs one."""
+
+    def __init__(self, flow: Flow):
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.flow.log_prob(x, context)
