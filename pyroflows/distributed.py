@@ -19,6 +19,7 @@ __all__ = [
     "alike",
     "apart",
     "from_first",
+    "from_first_in_place",
     "gathered",
     "in_turn",
     "launch",
@@ -55,21 +56,24 @@ def launch(accelerator: str, device: torch.device, precision: str) -> Any:
 
 
 @contextmanager
-def together(device: torch.device) -> Iterator[None]:
+def together(device: torch.device, streams: Any = None) -> Iterator[Any]:
     """Work on one thing with all processes for the length of a block.
 
-    The random numbers of the first process are those of all, but for what is drawn :func:`apart`.
+    The random numbers of the first process are those of all, but for what is drawn :func:`apart`. The block gets the
+    streams of random numbers, with which another can go on.
     """
     global _together, _random
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        yield
+        yield None
         return
     before = _together, _random
     _together = True
     try:
-        set_random_state(from_first(random_state(device)), device)
-        _random = _Random(device)
-        yield
+        if streams is None:
+            set_random_state(from_first(random_state(device)), device)
+            streams = _Random(device)
+        _random = streams
+        yield streams
     finally:
         _together, _random = before
 
@@ -110,6 +114,13 @@ def from_first(thing: Any) -> Any:
     return things[0]
 
 
+@torch.no_grad()
+def from_first_in_place(x: Tensor) -> None:
+    """Put the first process's numbers into a tensor."""
+    if _together:
+        dist.broadcast(x, 0)
+
+
 def gathered(thing: Any) -> list[Any]:
     """Give what each process has, in order."""
     if not _together:
@@ -143,7 +154,7 @@ def same_everywhere(module: nn.Module) -> None:
     state = module.state_dict()
     for value in state.values():
         if isinstance(value, Tensor):
-            dist.broadcast(value, 0)
+            from_first_in_place(value)
     module.load_state_dict(state)  # for what a module keeps beside its tensors
 
 

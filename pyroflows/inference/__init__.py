@@ -13,6 +13,7 @@ from pyroflows.inference.diagnostics import (
     sbc_ranks,
     sliced_wasserstein,
 )
+from pyroflows.inference.distributed_elbo import DistributedELBO
 from pyroflows.inference.elbo import ImportanceWeightedELBO, PathELBO, TemperedELBO
 from pyroflows.inference.fitting import fit_posterior
 from pyroflows.inference.guide import AutoFlow
@@ -26,6 +27,7 @@ __all__ = [
     "AmortizedPosterior",
     "AutoFlow",
     "Calibration",
+    "DistributedELBO",
     "ImportanceWeightedELBO",
     "MomentTable",
     "PathELBO",

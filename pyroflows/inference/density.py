@@ -24,7 +24,7 @@ from torch.distributions import biject_to
 
 from pyroflows.arguments import check_option
 
-__all__ = ["LatentSite", "LogJoint", "checked_values", "constrain", "initial_value", "unconstrain"]
+__all__ = ["LatentSite", "LogJoint", "checked_values", "constrain", "device_of", "initial_value", "unconstrain"]
 
 _SITE = ("type", "name", "fn", "value", "is_observed", "infer", "cond_indep_stack", "scale", "mask", "args", "kwargs")
 _CHUNK = 2048  # points evaluated at once
@@ -83,6 +83,11 @@ def _floating_tensors(arguments: Any) -> Iterator[Tensor]:
     elif isinstance(arguments, (tuple, list)):
         for argument in arguments:
             yield from _floating_tensors(argument)
+
+
+def device_of(*arguments: Any) -> torch.device:
+    """Give the device of the first tensor of floating-point numbers among arguments; the CPU where there is none."""
+    return next(_floating_tensors(arguments), torch.empty(())).device
 
 
 def _is_deterministic(site: Any) -> bool:

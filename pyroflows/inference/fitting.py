@@ -6,17 +6,19 @@ import functools
 import inspect
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from pyro.infer.enum import config_enumerate
-from torch import Tensor
+from torch import Size, Tensor
 
+from pyroflows import distributed
 from pyroflows.arguments import check_number, check_sizes
 from pyroflows.flow import Flow
-from pyroflows.inference.density import LogJoint
+from pyroflows.inference.density import LogJoint, device_of
 from pyroflows.inference.guide import AutoFlow
 from pyroflows.inference.posterior import Posterior, whole_log_joint
 from pyroflows.models import realnvp
@@ -51,12 +53,15 @@ def fit_posterior(
     standard deviations, where the one before had left them, or when that spread is small. It then draws afresh, and
     what the importance weights of those draws say is the verdict.
 
+    Under ``torchrun`` the processes share the draws of each step, and come to the same posterior as one process but for
+    rounding. All are to be given the same model and data, on the device of each.
+
     Args:
         model: a Pyro model; discrete latents are summed out.
         args: its arguments.
         flow: builder of the flow, or a ready one, as in :class:`AutoFlow`.
         init: the Gaussian to start at, as in :class:`AutoFlow`.
-        num_draws: draws a step.
+        num_draws: draws a step, over all processes.
         max_steps: the most steps taken, the search for a learning rate left out.
         max_seconds: a limit of wall time for the training.
         seed: seeds all draws and weights, and leaves torch's random numbers as they were; None to go on from those.
@@ -95,7 +100,11 @@ def fit_posterior(
     if max_seconds is not None:
         check_number("max_seconds", max_seconds, "(0, inf)")
     began = time.perf_counter()
-    with seeded(seed):
+    device = device_of(args, kwargs)
+    distributed.launch(device.type, device, "32-true")
+    with seeded(seed), distributed.together(device):
+        if num_draws < distributed.world_size():
+            raise ValueError(f"expected at least a draw a step for each process; got num_draws={num_draws}")
         guide = AutoFlow(config_enumerate(model), flow, init, args=args, kwargs=kwargs)
         log_joint = whole_log_joint(guide)
         training = _Training(guide, log_joint, num_draws, max_seconds, progress)
@@ -121,6 +130,25 @@ def _refuse_names(model: Callable[..., Any]) -> None:
             f"expected a model whose arguments have other names than fit_posterior's options; got "
             f"{', '.join(map(repr, taken))}: bind them by functools.partial"
         )
+
+
+@contextmanager
+def _own_draws(flow: Flow) -> Iterator[None]:
+    """Have this process's part of the prior's draws in the place of all, which all processes draw alike."""
+    if distributed.world_size() == 1:
+        yield
+        return
+    whole = flow.prior.rsample
+
+    def own(shape: Size) -> Tensor:
+        with distributed.alike():
+            return whole(shape)[distributed.own(shape[0])]
+
+    object.__setattr__(flow.prior, "rsample", own)
+    try:
+        yield
+    finally:
+        object.__delattr__(flow.prior, "rsample")
 
 
 @dataclass
@@ -189,10 +217,13 @@ class _Training:
                 self.notes.append(f"the fit ended at max_steps={max_steps}, perhaps before it had settled")
 
     def _out_of_time(self) -> bool:
-        return self.max_seconds is not None and time.perf_counter() - self.began >= self.max_seconds
+        return self.max_seconds is not None and self._seconds() >= self.max_seconds
+
+    def _seconds(self) -> float:
+        return float(distributed.from_first(time.perf_counter() - self.began))
 
     def _fit(self, steps: int, rate: float, label: str) -> None:
-        left = None if self.max_seconds is None else max(self.max_seconds - time.perf_counter() + self.began, 0.01)
+        left = None if self.max_seconds is None else max(self.max_seconds - self._seconds(), 0.01)
         result = fit(
             self.flow,
             None,
@@ -216,21 +247,24 @@ class _Training:
             rows = []
             for _ in range(_GRADIENTS):
                 loss = objective(self.flow)
-                rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
+                gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+                rows.append(distributed.summed(gradient) / distributed.world_size())
             noise = float(torch.stack(rows).var(0).sum())
             spread[objective] = noise if math.isfinite(noise) else math.inf
         return min(spread, key=lambda objective: spread[objective])
 
     def total(self, flow: Any, *_: Any) -> Tensor:
         """The negative ELBO with its total gradient."""
-        u, log_q = flow.rsample_and_log_prob(self.num_draws)
+        with _own_draws(flow):
+            u, log_q = flow.rsample_and_log_prob(self.num_draws)
         log_p, score = self.log_joint.value_and_score(u)
         fine = log_p.isfinite()
         return self._loss(log_p, log_q, (score * (u - u.detach())).sum(-1) - (log_q - log_q.detach()), fine)
 
     def path(self, flow: Any, *_: Any) -> Tensor:
         """The negative ELBO with its path gradient, which is without noise where guide and posterior agree."""
-        u, log_q, score_q = flow.rsample_and_score(self.num_draws)
+        with _own_draws(flow):
+            u, log_q, score_q = flow.rsample_and_score(self.num_draws)
         log_p, score = self.log_joint.value_and_score(u)
         fine = log_p.isfinite()
         return self._loss(log_p, log_q, ((score - score_q) * (u - u.detach())).sum(-1), fine)
@@ -239,7 +273,7 @@ class _Training:
     def _loss(log_p: Tensor, log_q: Tensor, gradient: Tensor, fine: Tensor) -> Tensor:
         """A draw without a density gives no gradient; a batch of such draws gives a loss that is not finite."""
         value = torch.where(fine, log_p - log_q.detach() + gradient, 0.0)
-        return -value.sum() / fine.sum()
+        return -value.sum() / (distributed.summed(fine.sum()) / distributed.world_size())
 
     @torch.no_grad()
     def _evaluate(self, draws: int) -> tuple[float, float, tuple[Tensor, Tensor]]:

@@ -1,0 +1,132 @@
+"""An ELBO over several processes, for Pyro's SVI."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer import ELBO
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+
+from pyroflows import distributed
+from pyroflows.checkpoint import random_state, set_random_state
+from pyroflows.inference.density import device_of
+
+__all__ = ["DistributedELBO"]
+
+
+class DistributedELBO(ELBO):
+    r"""The mean of an ELBO over the processes that ``torchrun`` has started, for ``SVI``.
+
+    .. math:: \frac1R \sum_{r=1}^R \widehat{\mathrm{ELBO}}_r
+
+    Each process draws particles of its own, and of a subsampled plate rows that no other has, as long as there are so
+    many: each term is scaled to the whole plate, and so is their mean. A step of :math:`R` processes is thus that of
+    one process with :math:`R` times the particles, and :math:`R` times the ``subsample_size``. Losses, gradients and
+    parameters are the same in all. A process alone gets what the ELBO gives.
+
+    Args:
+        elbo: an ELBO of Pyro's or of this package.
+
+    Raises:
+        TypeError: that is no ELBO.
+
+    References:
+        Automatic Differentiation Variational Inference, Kucukelbir et al., 2017 (arXiv:1603.00788).
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro.infer import SVI, Trace_ELBO
+        >>> from pyro.infer.autoguide import AutoNormal
+        >>> def model(y):
+        ...     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("rows", len(y), subsample_size=10) as rows:
+        ...         pyro.sample("y", dist.Normal(mean, 1.0), obs=y[rows])
+        >>> svi = SVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.01}), DistributedELBO(Trace_ELBO()))
+        >>> loss = svi.step(torch.ones(100))
+    """
+
+    def __init__(self, elbo: ELBO):
+        if not isinstance(elbo, ELBO):
+            raise TypeError(f"expected an ELBO; got {type(elbo).__name__}")
+        super().__init__(num_particles=elbo.num_particles)
+        self.elbo = elbo
+        self._streams: Any = None  # of random numbers, from the first step on
+
+    def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+        """Give an estimate of the loss, from all processes."""
+        with self._together(model, guide, args, kwargs):
+            with distributed.apart():
+                loss = self.elbo.loss(model, guide, *args, **kwargs)
+            return _mean_number(loss, device_of(args, kwargs))
+
+    def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+        """Give an estimate of the loss, and add its gradient to that of every parameter, from all processes."""
+        with self._together(model, guide, args, kwargs):
+            with distributed.apart(), poutine.trace(param_only=True) as capture:
+                loss = self.elbo.loss_and_grads(model, guide, *args, **kwargs)
+            parameters = _parameters(capture)
+            if distributed.world_size() > 1:
+                for parameter in parameters:
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+                for parameter in parameters:
+                    _mean(parameter.grad)
+            return _mean_number(loss, device_of(args, kwargs))
+
+    def _get_trace(self, *args: Any) -> Any:
+        return self.elbo._get_trace(*args)
+
+    @contextmanager
+    def _together(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        device = device_of(args, kwargs)
+        first = self._streams is None
+        if first:
+            distributed.launch(device.type, device, "32-true")
+        with distributed.together(device, self._streams) as self._streams, _OwnRows():
+            if first and distributed.world_size() > 1:
+                self._start(model, guide, args, kwargs, device)
+            yield
+
+    def _start(self, model: Any, guide: Any, args: Any, kwargs: Any, device: torch.device) -> None:
+        """Give all processes the first one's parameters, which a first run makes."""
+        before = random_state(device)
+        with torch.no_grad(), poutine.trace(param_only=True) as capture:
+            self.elbo.loss(model, guide, *args, **kwargs)
+        set_random_state(before, device)
+        for part in (model, guide):
+            if isinstance(part, nn.Module):
+                distributed.same_everywhere(part)
+        for parameter in _parameters(capture):
+            distributed.from_first_in_place(parameter)
+
+
+class _OwnRows(Messenger):
+    """Gives each process, in the place of a subsample of a plate, rows that the others have not."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["done"] or not site_is_subsample(msg) or distributed.world_size() == 1:
+            return
+        size, number = msg["fn"].size, msg["fn"].subsample_size
+        if number is None or number >= size:
+            return
+        with distributed.alike():
+            rows = torch.randperm(size, device=msg["fn"].device)
+        msg["value"], msg["done"] = rows.roll(-distributed.rank() * number)[:number], True
+
+
+def _parameters(capture: Any) -> list[Tensor]:
+    return [site["value"].unconstrained() for site in capture.trace.nodes.values()]
+
+
+def _mean(x: Any) -> Any:
+    return distributed.summed(x).div_(distributed.world_size())
+
+
+def _mean_number(x: float, device: torch.device) -> float:
+    return float(_mean(torch.tensor(x, dtype=torch.float64, device=device)))
