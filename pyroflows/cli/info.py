@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from itertools import groupby
+from collections import Counter
 from typing import Any
 
 from pyroflows.cli.options import add_json, print_json
@@ -36,16 +36,14 @@ def _info(options: argparse.Namespace) -> None:
     if options.json:
         print_json({"model": options.model, "parameters": parameters, **header})
         return
-    kinds = [(kind, len(list(group))) for kind, group in groupby(type(layer).__name__ for layer in flow.layers)]
+    kinds = Counter(type(layer).__name__ for layer in flow.layers)
     lines = {"columns": ", ".join(model.names)}
     if model.integers:
         lines["whole numbers"] = ", ".join(model.integers)
-    for name in model.given:
-        labels = model.categories.get(name)
-        shown = "" if labels is None else ": " + ", ".join(labels[:20]) + (", ..." if len(labels) > 20 else "")
-        lines["given"] = ", ".join(filter(None, [lines.get("given"), name])) + shown
+    if model.given:
+        lines["given"] = ", ".join(name + _labels(model.categories.get(name)) for name in model.given)
     lines["flow"] = notes.get("flow", type(flow).__name__)
-    lines["layers"] = ", ".join(kind if number == 1 else f"{number} {kind}" for kind, number in kinds)
+    lines["layers"] = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
     lines["parameters"] = f"{parameters:,}, {header['dtype']}"
     if "rows" in notes:
         lines["fitted to"] = f"{notes['rows']:,} rows of {notes['data']}"
@@ -55,3 +53,7 @@ def _info(options: argparse.Namespace) -> None:
     lines["written by"] = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
     for name, value in lines.items():
         print(f"{name:<14}{value}")
+
+
+def _labels(labels: list[str] | None) -> str:
+    return "" if labels is None else f" ({', '.join(labels[:20])}{', ...' if len(labels) > 20 else ''})"
