@@ -154,18 +154,18 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         seed = int(rng.randint(np.iinfo(np.int32).max))
         order = torch.from_numpy(np.random.RandomState(seed).permutation(len(x)))
         held, kept = order.tensor_split([int(self.validation * len(x))])
-        data, given = torch.from_numpy(x), None if y is None else torch.from_numpy(y)
+        data, given = _tensor(x), None if y is None else _tensor(y)
         scale = None
         if self.standardize:
             mean = np.average(x, axis=0, weights=weight)
             std = np.sqrt(np.average((x - mean) ** 2, axis=0, weights=weight))
-            scale = Standardize(torch.from_numpy(mean), torch.from_numpy(std))
+            scale = Standardize(_tensor(mean), _tensor(std))
         own = {"num_layers": self.num_layers, "hidden_features": self.hidden_features}
         sizes: dict[str, Any] = {name: size for name, size in own.items() if size is not None}
         sizes.update(self.flow_options or {})
         with seeded(seed):
             flow = table_flow(data, self.flow, context=given, standardize=scale or False, **sizes)
-        weights = None if (weight == weight[0]).all() else torch.from_numpy(weight)
+        weights = None if (weight == weight[0]).all() else _tensor(weight)
         training = _Training(flow, scale, weights)
         options: dict[str, Any] = {
             "epochs": self.epochs,
@@ -238,7 +238,7 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         if z.shape[1] != self.n_features_in_:
             raise ValueError(f"expected latents of {self.n_features_in_} columns; got {z.shape[1]}")
         _refuse_nonfinite("X", z)
-        return self._map("decode", torch.from_numpy(z), self._context(y, len(z)))
+        return self._map("decode", _tensor(z), self._context(y, len(z)))
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -298,7 +298,7 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
     def _read(self, X: Any, y: Any) -> tuple[Tensor, Tensor | None]:
         check_is_fitted(self)
         x = self._rows(X, reset=False)
-        return torch.from_numpy(x), self._context(y, len(x))
+        return _tensor(x), self._context(y, len(x))
 
     def _context(self, y: Any, rows: int) -> Tensor | None:
         """Give what the flow takes of ``y``, for so many rows."""
@@ -311,13 +311,13 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         if self.conditional == "number":
             if given.shape[1] != self._numbers_of_y:
                 raise ValueError(f"expected {self._numbers_of_y} numbers a row in y; got {given.shape[1]}")
-            return torch.from_numpy(given)
+            return _tensor(given)
         unknown = ~np.isin(given, self.classes_)
         if unknown.any():
             raise ValueError(
                 f"expected class labels among {', '.join(map(str, self.classes_))}; got {given[unknown][0]}"
             )
-        return torch.from_numpy(np.searchsorted(self.classes_, given))
+        return _tensor(np.searchsorted(self.classes_, given))
 
     def _refuse_missing(self, y: Any) -> None:
         if y is None:
@@ -493,6 +493,11 @@ def _merged(
     first = np.flatnonzero(np.r_[True, (table[1:] != table[:-1]).any(1)])
     order = order[first]
     return x[order], None if y is None else y[order], np.add.reduceat(weight, first)
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    # A copy, since torch takes neither an array that is not to be written to nor one that is read backwards.
+    return torch.from_numpy(np.array(array, order="C"))
 
 
 def _labels(y: Any) -> np.ndarray:
