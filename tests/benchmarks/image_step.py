@@ -216,7 +216,7 @@ def main() -> None:
         default="wall",
         help="wall time, or the processor's time for this process, which a busy machine disturbs less (one thread)",
     )
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder for JSON and table")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
@@ -247,16 +247,21 @@ def main() -> None:
         }
 
     sizes = {name: sum(p.numel() for p in c.module.parameters()) for name, c in contestants.items()}
-    print("| | parameters | " + " | ".join(f"{operation} ms | x networks (plain)" for operation in results) + " |")
-    print("| --- |" + " ---: |" * (1 + 2 * len(results)))
+    lines = [
+        "| | parameters | " + " | ".join(f"{operation} ms | x networks (plain)" for operation in results) + " |",
+        "| --- |" + " ---: |" * (1 + 2 * len(results)),
+    ]
     for name, size in sizes.items():
         cells = [
             f"{1e3 * row[name]['median_seconds']:.1f} | "
             f"{row[name]['over_networks']:.2f} ({row[name]['over_plain_networks']:.2f})"
             for row in results.values()
         ]
-        print(f"| {name} | {size:,} | " + " | ".join(cells) + " |")
-    options.output.write_text(
+        lines.append(f"| {name} | {size:,} | " + " | ".join(cells) + " |")
+    print("\n".join(lines))
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "image_step.md").write_text("\n".join(lines) + "\n")
+    (options.output / "image_step.json").write_text(
         json.dumps(
             {
                 "setting": {key: str(value) if key == "output" else value for key, value in vars(options).items()},

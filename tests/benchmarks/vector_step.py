@@ -112,6 +112,13 @@ def pyroflows(case: Case) -> Contestant:
     return Contestant(flow, flow.log_prob, flow.sample)
 
 
+def pyroflows_compiled(case: Case) -> Contestant:
+    """The same through torch.compile, but for the sampling of a MAF, whose blocks it cannot see."""
+    flow = our_flow(case)
+    sample = flow.sample if case.autoregressive else torch.compile(flow.sample)
+    return Contestant(flow, torch.compile(flow.log_prob), sample)
+
+
 def networks(case: Case) -> Contestant:
     return alone(case, [part for part in our_flow(case).modules() if isinstance(part, MADE | MLP) and outermost(part)])
 
@@ -311,9 +318,13 @@ def freia(case: Case) -> Contestant | None:
 FLOORS = {"networks": networks, "networks, plain": networks_plain, "networks, plain Adam": networks_adam}
 PEERS = {"Pyro": pyro, "zuko": zuko, "nflows": nflows, "normflows": normflows, "FrEIA": freia}
 PACKAGES = {"Pyro": "pyro-ppl"}
+COMPILED = "pyroflows, compiled"
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def measure(steps: dict[str, Callable[[], object]], repeats: int, seconds: float) -> dict[str, list[float]]:
+def measure(
+    steps: dict[str, Callable[[], object]], repeats: int, seconds: float, clock: Callable[[], float]
+) -> dict[str, list[float]]:
     """Time each once a round, the rounds in different orders, so that other work on the machine meets all alike.
 
     As many rounds as asked for, or those that fit the seconds, but three.
@@ -328,10 +339,10 @@ def measure(steps: dict[str, Callable[[], object]], repeats: int, seconds: float
                 break
             continue
         for name in random.sample(list(steps), len(steps)):
-            began = time.perf_counter()
+            began = clock()
             steps[name]()
             if number >= 0:
-                times[name].append(time.perf_counter() - began)
+                times[name].append(clock() - began)
         warm += 1
     return times
 
@@ -351,8 +362,10 @@ def summary(times: dict[str, list[float]], bases: list[str]) -> dict[str, dict[s
     }
 
 
-def contestants_of(case: Case, peers: list[str], floors: bool = True) -> dict[str, Contestant]:
+def contestants_of(case: Case, peers: list[str], floors: bool = True, compiled: bool = False) -> dict[str, Contestant]:
     builders: dict[str, Callable[[Case], Contestant | None]] = {"pyroflows": pyroflows}
+    if compiled:
+        builders[COMPILED] = pyroflows_compiled
     builders |= (FLOORS if floors else {}) | {name: PEERS[name] for name in peers}
     made = {name: build(case) for name, build in builders.items()}
     return {name: contestant for name, contestant in made.items() if contestant is not None}
@@ -369,7 +382,7 @@ def round_trip(case: Case, dtype: torch.dtype) -> float:
 
 def compare(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     data = torch.randn(case.batch, case.features)
-    contestants = contestants_of(case, options.peers)
+    contestants = contestants_of(case, options.peers, compiled=options.compile)
     result: dict[str, Any] = {
         "parameters": {n: sum(p.numel() for p in c.module.parameters()) for n, c in contestants.items()},
         "round_trip": {str(dtype)[6:]: round_trip(case, dtype) for dtype in (torch.float32, torch.float64)},
@@ -380,7 +393,9 @@ def compare(case: Case, options: argparse.Namespace) -> dict[str, Any]:
             for name, contestant in contestants.items()
             if operation == "train" or name != "networks, plain Adam"
         }
-        result[operation] = summary(measure(steps, options.repeats, options.seconds), ["pyroflows", *FLOORS])
+        result[operation] = summary(
+            measure(steps, options.repeats, options.seconds, options.clock), ["pyroflows", *FLOORS]
+        )
     return result
 
 
@@ -422,7 +437,7 @@ def growth(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         made = contestants_of(case, peers if features <= 64 else peers[:1], floors=False)
         steps = {name: contestant.operation("sample", data) for name, contestant in made.items()}
         steps["log_prob"] = made["pyroflows"].operation("log_prob", data)
-        result = summary(measure(steps, options.repeats, options.seconds), ["pyroflows", "log_prob"])
+        result = summary(measure(steps, options.repeats, options.seconds, options.clock), ["pyroflows", "log_prob"])
         results[f"D={features}, {rows} rows"] = result
         cells = [
             f"{1e3 * result[name]['median_seconds']:.1f} ms ({result[name]['over']['pyroflows']:.1f})"
@@ -462,7 +477,7 @@ def rule(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         steps["chosen"] = invert(inversion._STEP, inversion._BLOCK)
         with mock.patch.object(type(made), "forward", autospec=True, side_effect=type(made).forward) as forward:
             steps["passes"]()
-        result = summary(measure(steps, options.repeats, options.seconds / 20), ["64"])
+        result = summary(measure(steps, options.repeats, options.seconds / 20, options.clock), ["64"])
         results[f"D={features}, hidden {width}, noise {noise}, {rows} rows"] = {"passes": forward.call_count} | result
         cells = [features, width, noise, rows, forward.call_count]
         cells += [f"{1e3 * row['median_seconds']:.2f}" for row in result.values()]
@@ -477,7 +492,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     names = [name for name in results if name in CASES]
     figure, axes = pyplot.subplots(1, len(OPERATIONS), figsize=(4.5 * len(OPERATIONS), 4), sharey=False, squeeze=False)
     for axis, operation in zip(axes[0], OPERATIONS, strict=True):
-        for name in ("pyroflows", *PEERS):
+        for name in ("pyroflows", COMPILED, *PEERS):
             points = [
                 (place, results[case][operation][name]["over"]["networks"])
                 for place, case in enumerate(names)
@@ -498,6 +513,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--seconds", type=float, default=30.0, help="for each operation of a case, at least 3 rounds")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: beside other work, of one thread")
+    parser.add_argument("--compile", action="store_true", help="pyroflows through torch.compile too (minutes)")
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS))
     parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
@@ -506,6 +523,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder for JSON, table and plot")
     options = parser.parse_args()
+    setting = {key: str(value) if key == "output" else value for key, value in vars(options).items()}
+    options.clock = CLOCKS[options.clock]
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     random.seed(options.seed)
@@ -523,7 +542,7 @@ def main() -> None:
     path = options.output / "vector_step.json"
     packages = ("torch", *(PACKAGES.get(name, name) for name in options.peers))
     record = {
-        "setting": {key: str(value) if key == "output" else value for key, value in vars(options).items()},
+        "setting": setting,
         "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
         "machine": {
             "platform": platform.platform(),
