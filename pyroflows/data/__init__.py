@@ -12,6 +12,7 @@ from pyroflows.data.images import (
     random_flips,
     random_shifts,
 )
+from pyroflows.data.parquet import ParquetBatches
 from pyroflows.data.power import load_power
 from pyroflows.data.table_files import TableFile, open_table, write_table
 from pyroflows.data.tables import TABLES, Table, load_table, make_table
@@ -61,6 +62,8 @@ __all__ = [  # noqa: RUF022 - grouped by file
     "pad_images",
     "random_flips",
     "random_shifts",
+    # parquet
+    "ParquetBatches",
     # power, bsds300
     "load_bsds300",
     "load_power",

@@ -1,0 +1,116 @@
+"""Batches of a Parquet file that does not fit into memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from pyroflows import distributed
+from pyroflows.arguments import check_sizes
+
+__all__ = ["ParquetBatches"]
+
+Array = np.ndarray[Any, Any]
+
+
+class ParquetBatches:
+    """Shuffled batches of the rows of a Parquet file, for ``fit``, of which a few row groups are in memory at a time.
+
+    Each pass goes through the row groups in another order, shuffles rows among those read together, and leaves out the
+    last rows, which give no whole batch. Of several processes each reads its own part of the rows, and no other's.
+
+    Args:
+        path: the file.
+        batch_size: rows of a batch, over all processes.
+        columns: names of the columns of the data; None for all but those of the context.
+        context: names of the columns of the context.
+        buffer_rows: rows among which is shuffled, in memory at a time; a row group is read whole.
+
+    Shapes:
+        batches: ``(rows, columns)``, or pairs of that and ``(rows, context)``.
+
+    Raises:
+        ValueError: there is no such file or column, or the file has fewer rows than a batch.
+
+    Example:
+        >>> import tempfile, pyarrow as pa, pyarrow.parquet as pq
+        >>> path = tempfile.mktemp(suffix=".parquet")
+        >>> pq.write_table(pa.table({"a": np.arange(100.0), "b": np.arange(100.0)}), path, row_group_size=30)
+        >>> [batch.shape for batch in ParquetBatches(path, 40)]
+        [(40, 2), (40, 2)]
+    """
+
+    sharded = True
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        batch_size: int,
+        *,
+        columns: Sequence[str] | None = None,
+        context: Sequence[str] = (),
+        buffer_rows: int = 2**18,
+    ):
+        check_sizes(batch_size=batch_size, buffer_rows=buffer_rows)
+        self.path, self.batch_size, self.buffer_rows = os.fspath(path), batch_size, buffer_rows
+        self.context = list(context)
+        with self._open() as file:
+            names = file.schema_arrow.names
+            self.columns = [n for n in names if n not in self.context] if columns is None else list(columns)
+            for name in (*self.columns, *self.context):
+                if name not in names:
+                    raise ValueError(f"expected a column {name!r} in {path}; got {', '.join(map(repr, names[:20]))}")
+            self.sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        if sum(self.sizes) < batch_size:
+            raise ValueError(f"expected at least batch_size={batch_size} rows in {path}; got {sum(self.sizes)}")
+
+    def _open(self) -> Any:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+
+        try:
+            return ParquetFile(self.path)
+        except (OSError, ArrowException) as error:
+            raise ValueError(f"expected a Parquet file; got {self.path}: {str(error).splitlines()[0]}") from None
+
+    def __len__(self) -> int:
+        return sum(self.sizes) // self.batch_size
+
+    def __iter__(self) -> Iterator[Any]:
+        seed, steps = int(torch.randint(2**62, ())), len(self)  # the same in all processes
+        order = np.random.default_rng(seed).permutation(len(self.sizes))
+        # In the order of this pass each process has the rows of its part of every batch, in one piece.
+        mine = distributed.own(self.batch_size)
+        size = mine.stop - mine.start
+        waiting: list[Array] = []
+        generator = np.random.default_rng((seed, distributed.rank()))
+        for rows in self._read(order, steps * mine.start, steps * mine.stop):
+            waiting.append(rows)
+            if sum(map(len, waiting)) >= max(self.buffer_rows, size):
+                waiting = yield from self._batches(waiting, size, generator)
+        if waiting:
+            yield from self._batches(waiting, size, generator)
+
+    def _read(self, order: Array, start: int, stop: int) -> Iterator[Array]:
+        """Give the rows from start to stop of the row groups in this order."""
+        with self._open() as file:
+            for group in order:
+                size = self.sizes[group]
+                if start < size and stop > 0:
+                    table = file.read_row_group(int(group), columns=[*self.columns, *self.context])
+                    table = table.slice(max(start, 0), min(stop, size) - max(start, 0))
+                    names = (*self.columns, *self.context)
+                    yield np.stack([table.column(name).to_numpy().astype(np.float64) for name in names], 1)
+                start, stop = start - size, stop - size
+
+    def _batches(self, waiting: list[Array], size: int, generator: Any) -> Generator[Any, None, list[Array]]:
+        rows = generator.permutation(np.concatenate(waiting))
+        whole = len(rows) - len(rows) % size
+        for first in range(0, whole, size):
+            batch, number = rows[first : first + size], len(self.columns)
+            yield (batch[:, :number], batch[:, number:]) if self.context else batch
+        return [rows[whole:]] if whole < len(rows) else []
