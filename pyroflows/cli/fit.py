@@ -13,6 +13,7 @@ from pyroflows.cli.options import (
     add_quiet,
     add_seed,
     count,
+    finite,
     is_first,
     names,
     positive,
@@ -85,7 +86,6 @@ def add_fit(commands: Any) -> None:
 
 def _fit(options: argparse.Namespace) -> None:
     _check(options)
-    import numpy as np
     import torch
 
     import pyroflows
@@ -162,8 +162,7 @@ def _fit(options: argparse.Namespace) -> None:
     }
     if not is_first():
         return
-    history = {name: [float(np.float32(value)) for value in values] for name, values in result.history.items()}
-    save_model(flow, options.output, {**notes, **found, "history": history})
+    save_model(flow, options.output, finite({**notes, **found, "history": result.history}))
     if options.json:
         parameters = sum(parameter.numel() for parameter in flow.parameters())
         print_json({"model": options.output, **notes, "parameters": parameters, **found})

@@ -16,6 +16,7 @@ __all__ = [
     "add_quiet",
     "add_seed",
     "count",
+    "finite",
     "is_first",
     "names",
     "positive",
@@ -124,12 +125,13 @@ def say(options: argparse.Namespace, text: str) -> None:
 def print_json(values: dict[str, Any]) -> None:
     """Print values as one line of JSON, with null for a number that is not finite."""
     if is_first():
-        print(json.dumps(_finite(values), allow_nan=False))
+        print(json.dumps(finite(values), allow_nan=False))
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Give a JSON value with None for each number in it that is not finite."""
     if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
+        return {key: finite(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(part) for part in value]
+        return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

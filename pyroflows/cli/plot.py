@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ def _plot(options: argparse.Namespace) -> None:
             raise ValueError(
                 f"expected a model with its training in the notes, or DATA; got neither in {options.model}"
             )
-        fitted = FitResult(history, model.flow.notes["best_epoch"])
+        losses = {name: [math.nan if loss is None else loss for loss in values] for name, values in history.items()}
+        fitted = FitResult(losses, model.flow.notes["best_epoch"])
         plots.training_curves({model.flow.notes["flow"]: fitted})
     else:
         chunk = some_rows(model.open(options.data), options.rows, options.seed)

@@ -73,5 +73,8 @@ class Log:
         self.steps += flow.training
         if self.lines and flow.training and now - self.said >= _SECONDS:
             self.said = now
-            print(f"fit: step {self.steps:,}, {now - self.began:.0f} s, loss {float(loss):.4f} nats", file=sys.stderr)
+            print(
+                f"fit: step {self.steps:,}, {now - self.began:.0f} s, loss {float(loss.detach()):.4f} nats",
+                file=sys.stderr,
+            )
         return loss

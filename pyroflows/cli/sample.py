@@ -95,11 +95,10 @@ def _given(model: Model, text: str | None) -> tuple[Iterable[Any], int | None]:
     if "=" not in text:
         table = model.open(text, given_alone=True)
         return table.chunks(_ROWS), table.num_rows
-    values = dict(part.partition("=")[::2] for part in text.split(","))
+    values = dict(map(str.strip, part.split("=", 1)) for part in text.split(",") if "=" in part)
     if set(values) != set(model.given):
-        got = ", ".join(values)
-        raise ValueError(f"expected --given with a value of each of {', '.join(model.given)}; got those of {got}")
-    return [np.array([[_cell(model, name, values[name].strip()) for name in model.given]])], 1
+        raise ValueError(f"expected --given with a value of each of {', '.join(model.given)}; got {text}")
+    return [np.array([[_cell(model, name, values[name]) for name in model.given]])], 1
 
 
 def _cell(model: Model, name: str, value: str) -> float:

@@ -106,11 +106,9 @@ def _score(options: argparse.Namespace) -> None:
             }
         )
     what = "mean log-density" if bound is None else "mean log-probability, a lower bound by " + bound + ":"
-    say(
-        options,
-        f"{what} {moments.mean:.4f} +- {moments.standard_error:.4f} nats a row; "
-        f"{moments.rows:,} rows, {speed:,.0f} a second",
-    )
+    error = "" if moments.rows == 1 else f" +- {moments.standard_error:.4f}"
+    number = "1 row" if moments.rows == 1 else f"{moments.rows:,} rows"
+    say(options, f"{what} {moments.mean:.4f}{error} nats a row; {number}, {speed:,.0f} a second")
 
 
 class _Moments:

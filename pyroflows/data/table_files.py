@@ -87,8 +87,9 @@ class TableFile:
             )
         start = 0
         for frame in self._source.frames(rows, self.columns, self.categories):
-            yield self._numbers(frame, start)
-            start += len(frame)
+            if len(frame):
+                yield self._numbers(frame, start)
+                start += len(frame)
         if not start:
             raise self._no_rows()
 
