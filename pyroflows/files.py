@@ -93,15 +93,16 @@ def write(path: str | os.PathLike[str], kind: str, header: Mapping[str, Any], te
     from safetensors.torch import save as to_bytes
 
     versions = {"pyroflows": __version__, "torch": torch.__version__, "pyro": pyro.__version__}
-    text = json.dumps({"format": FORMAT, "kind": kind, "versions": versions, **header})
     stored, seen = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
         memory = tensor.untyped_storage().data_ptr()
         stored[name] = tensor.clone() if memory in seen else tensor  # the file shares no memory between tensors
         seen.add(memory)
+    whole = {"format": FORMAT, "kind": kind, "versions": versions, **header}
+    text = json.dumps({**whole, "sha256": _checksum(whole, stored)})
     with replacing(path) as file:
-        file.write(to_bytes(stored, {"pyroflows": text, "sha256": _checksum(text, stored)}))
+        file.write(to_bytes(stored, {"pyroflows": text}))
 
 
 def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -119,7 +120,7 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[
         header, tensors = _from_format_1(_header(metadata["posterior"], expected), tensors)
     else:
         header = _header(metadata.get("pyroflows", "null"), expected)
-        if metadata.get("sha256") != _checksum(metadata["pyroflows"], tensors):
+        if header.pop("sha256", None) != _checksum(header, tensors):
             raise ValueError(f"{expected}, which is damaged: its checksum is not that of its contents")
     if header.get("kind") != kind:
         raise ValueError(f"{expected}, which holds a {str(header.get('kind'))[:40]}")
@@ -160,9 +161,9 @@ def _from_format_1(header: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[
     return {**header, "kind": "posterior", "recipe": None, "builder": header.get("flow")}, tensors
 
 
-def _checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
-    """Give the SHA-256 of the header and of every tensor's name, dtype, shape and bytes."""
-    mark = hashlib.sha256(header.encode())
+def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Give the SHA-256 of the header, its keys in order, and of every tensor's name, dtype, shape and bytes."""
+    mark = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         mark.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())

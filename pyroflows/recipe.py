@@ -173,7 +173,7 @@ class _Describer:
             maker = builder or self.names.get(kind, f"own.{kind.__name__}")
             return maker, self._bound(value, _makers()[builder] if builder else kind, args, kwargs, where)
         if known and is_dataclass(value):
-            return self.names[kind], {field.name: getattr(value, field.name) for field in fields(value)}
+            return self.names[kind], {field.name: _kept(getattr(value, field.name)) for field in fields(value)}
         if isinstance(value, nn.Sequential) and kind is nn.Sequential:
             return "nn.Sequential", {"args": list(value)}
         if getattr(nn, kind.__name__, None) is kind and isinstance(value, nn.Module):
@@ -297,14 +297,15 @@ class _UnknownError(ValueError):
 
 
 def _maker_of(name: Any, makers: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    name = str(name)
     if name in makers:
         return makers[name]
-    kind = getattr(nn, str(name).removeprefix("nn."), None) if str(name).startswith("nn.") else None
+    kind = getattr(nn, name[3:], None) if name.startswith("nn.") else None
     if isinstance(kind, type) and issubclass(kind, nn.Module):
         return kind
-    if str(name).startswith("own."):
+    if name.startswith("own."):
         raise _UnknownError(f"expected classes=[{name[4:]}], a class of the user's own in this file; got none")
-    raise _UnknownError(f"expected builders and classes of pyroflows and torch.nn; got {str(name)[:100]!r}")
+    raise _UnknownError(f"expected builders and classes of pyroflows and torch.nn; got {name[:100]!r}")
 
 
 @functools.cache
