@@ -488,7 +488,9 @@ def _merged(
 ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
     """Take equal rows together, with the sum of their weights, in sorted order."""
     table = x if y is None else np.column_stack((x, y))
-    order = np.lexsort(table.T[::-1])
+    order = np.argsort(table[:, 0], kind="stable")
+    if (np.diff(table[order, 0]) == 0).any():  # the other columns decide, which takes as many sorts
+        order = np.lexsort(table.T[::-1])
     table, weight = table[order], weight[order]
     first = np.flatnonzero(np.r_[True, (table[1:] != table[:-1]).any(1)])
     order = order[first]
