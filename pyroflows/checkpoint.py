@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyroflows.files import replacing
+
 __all__ = ["Checkpoint", "fingerprint", "random_state", "set_random_state"]
 
 _FORMAT = "pyroflows fit 2"
@@ -61,12 +63,8 @@ class Checkpoint:
 
     def save(self, state: dict[str, Any]) -> None:
         """Put the state in the file's place at once: a process that dies while it writes leaves the last file."""
-        new = self.path.with_name(self.path.name + ".tmp")
-        with new.open("wb") as file:
+        with replacing(self.path) as file:
             torch.save({"format": _FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, self.path)
 
     def check(self, found: dict[str, Any], expected: dict[str, Any]) -> None:
         """Refuse the checkpoint of a fit with other options, of another flow or of other data."""

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
-from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -82,7 +81,9 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu", *, cl
         for name in header["frozen"]:
             flow.get_parameter(name).requires_grad_(False)
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"expected a flow written by save; got {path}, whose header lacks {error}") from None
+        raise ValueError(f"expected a flow written by save; got {path}, whose header makes no sense: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{error}, in {path}") from None
     flow.notes = header["notes"]
     return flow.to(device)
 
@@ -181,7 +182,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir() or (target.exists() and not target.is_file()):
         raise ValueError(f"expected the path of a file in a folder that exists; got {path}")
-    new = target.with_name(f".{uuid4().hex}.tmp")
+    new = target.with_name(f"{target.name[:100]}.{os.getpid()}.tmp")
     try:
         with new.open("wb") as file:
             yield file
