@@ -215,6 +215,13 @@ def test_check_info_bench_and_plot(capsys, folder, tmp_path):
     assert set(said_in_json(capsys, "bench", "--flows", "nice", "--rows", 8, "--seconds", 0.01)["flows"]) == {"nice"}
 
 
+def test_pairs_are_drawn(capsys, folder, tmp_path):
+    for name, data in (("given", "iris"), ("whole", "diabetes")):
+        picture = tmp_path / f"{name}.png"
+        said(capsys, "plot", folder / name, folder / f"{data}.csv", "-o", picture, "--rows", 100, "--columns", 2)
+        assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
 def test_a_flow_saved_without_notes_takes_columns_in_their_order(capsys, folder, tmp_path):
     flow = load(folder / "iris")
     flow.save(tmp_path / "m", notes={})
@@ -430,6 +437,22 @@ def test_a_pipe_of_three_commands(folder, tmp_path):
     assert done.stderr.startswith("mean log-density ")
     assert done.stderr.count("\n") == 1
     assert len(open_table(tmp_path / "scores.csv").read()) == 442
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(folder, tmp_path):
+    data = tmp_path / "data.parquet"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
+    for name, run in (("one", [sys.executable, "-m"]), ("two", torchrun)):
+        for command in (
+            ["sample", f"{folder}/whole", "-n", "200000", "--given", "target=120", "--seed", "1", "-o", str(data)],
+            ["score", f"{folder}/whole", str(data), "-o", f"{tmp_path}/{name}.npy"],
+        ):
+            done = subprocess.run([*run, "pyroflows", *command], capture_output=True, timeout=300, check=False)
+            assert done.returncode == 0, done.stderr
+        data.rename(tmp_path / f"{name}.parquet")
+    assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
+    assert (tmp_path / "one.npy").read_bytes() == (tmp_path / "two.npy").read_bytes()
 
 
 def test_ctrl_c_leaves_the_best_model_so_far(folder, tmp_path):

@@ -128,6 +128,7 @@ def _fit(options: argparse.Namespace) -> None:
         "log_prob": "nats, in the units of the columns",
     }
     say(options, _what(options.flow, flow, notes))
+    objective = Log(options.quiet)
     try:
         result = pyroflows.fit(
             flow,
@@ -139,13 +140,15 @@ def _fit(options: argparse.Namespace) -> None:
             learning_rate=options.learning_rate,
             patience=options.patience,
             max_seconds=None if options.minutes is None else 60 * options.minutes,
-            objective=Log(options.quiet),
+            objective=objective,
             checkpoint=options.checkpoint,
             seed=options.seed,
             accelerator=options.device,
             progress=False if options.quiet else "fit",
         )
     except KeyboardInterrupt:
+        if not objective.steps:
+            raise
         if is_first():
             save_model(flow.cpu(), options.output, {**notes, "stopped": "interrupted"})
         raise KeyboardInterrupt(f"the best model so far is in {options.output}") from None

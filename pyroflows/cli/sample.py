@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["add_sample"]
 
+# What a chunk has at most.
 _ROWS = 65536
+_NUMBERS = 2**22
 
 
 def add_sample(commands: Any) -> None:
@@ -56,6 +58,7 @@ def _sample(options: argparse.Namespace) -> None:
     check_target(options.output)
     with model_file(options.model) as file:
         model = load_model(file, options.device)
+    columns = [*model.names, *model.given]
     given, total = _given(model, options.given)
     total = None if total is None else total * options.num_samples
     with together(model.flow.device), Progress("drawn", total, options.quiet) as progress:
@@ -68,11 +71,11 @@ def _sample(options: argparse.Namespace) -> None:
                 return model.sample(cells)
 
         def chunks() -> Iterator[Any]:
-            for found in in_turn(draw, enumerate(_repeated(given, options.num_samples))):
+            size = max(1, min(_ROWS, _NUMBERS // len(columns)))
+            for found in in_turn(draw, enumerate(_repeated(given, options.num_samples, size))):
                 progress.add(len(found))
                 yield found
 
-        columns = [*model.names, *model.given]
         if is_first():
             write_table(options.output, columns, chunks(), integers=model.integers, categories=model.categories)
         else:
@@ -95,7 +98,8 @@ def _given(model: Model, text: str | None) -> tuple[Iterable[Any], int | None]:
     if "=" not in text:
         table = model.open(text, given_alone=True)
         return table.chunks(_ROWS), table.num_rows
-    values = dict(map(str.strip, part.split("=", 1)) for part in text.split(",") if "=" in part)
+    pairs = (part.partition("=") for part in text.split(","))
+    values = {name.strip(): value.strip() for name, _, value in pairs}
     if set(values) != set(model.given):
         raise ValueError(f"expected --given with a value of each of {', '.join(model.given)}; got {text}")
     return [np.array([[_cell(model, name, values[name]) for name in model.given]])], 1
@@ -117,11 +121,11 @@ def _cell(model: Model, name: str, value: str) -> float:
     return number
 
 
-def _repeated(given: Iterable[Any], times: int) -> Iterator[Any]:
-    """Repeat each row so many times, in chunks that are not large."""
+def _repeated(given: Iterable[Any], times: int, size: int) -> Iterator[Any]:
+    """Repeat each row so many times, in chunks of at most this size."""
     for cells in given:
-        step = max(1, _ROWS // times)
+        step = max(1, size // times)
         for start in range(0, len(cells), step):
             part = cells[start : start + step]
-            for first in range(0, times, _ROWS):
-                yield part.repeat(min(_ROWS, times - first), axis=0)
+            for first in range(0, times, size):
+                yield part.repeat(min(size, times - first), axis=0)

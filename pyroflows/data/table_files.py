@@ -28,6 +28,7 @@ _ENDINGS = (".csv", ".parquet", ".npy", ".npz")
 # Which columns are written as integers (None), or as the labels whose places in a list their numbers are.
 _Kinds = Mapping[str, Sequence[str] | None]
 
+_NUMBERS = 2**22  # that a chunk has at most
 _MAX_CATEGORIES = 1000
 # From here on a float64 may be the rounding of another integer.
 _EXACT = 2**53
@@ -74,7 +75,7 @@ class TableFile:
                 raise ValueError(f"expected a column {column!r} in {self.name}; got {got}")
 
     def chunks(self, rows: int = 65536) -> Iterator[np.ndarray[Any, Any]]:
-        """Give the rows in parts of at most so many, as float64 of shape ``(rows, columns)``.
+        """Give the rows in parts of at most so many, fewer of a wide table, as float64 of shape ``(rows, columns)``.
 
         The cells of a column of labels are the labels' places in ``categories``, to which those that are to be found
         are added on the way.
@@ -85,6 +86,7 @@ class TableFile:
             raise ValueError(
                 f"expected a name for each column of {self.name}; got none for column {number}: choose columns by name"
             )
+        rows = max(1, min(rows, _NUMBERS // len(self._source.columns)))
         start = 0
         for frame in self._source.frames(rows, self.columns, self.categories):
             if len(frame):
