@@ -1,17 +1,20 @@
-"""Checks of a flow: does it invert, and are its log-determinants those of its Jacobian?"""
+"""Checks of a flow: does it invert, are its log-determinants those of its Jacobian, is its latent normal?"""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from pyroflows.arguments import check_number, check_sizes
 from pyroflows.bijection import Bijection
 from pyroflows.flow import Flow
 
-__all__ = ["CheckReport", "check"]
+__all__ = ["CheckReport", "NormalQuantiles", "check", "normal_quantiles"]
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,70 @@ def check(
         tolerance=tolerance,
         rows=len(x),
     )
+
+
+@dataclass(frozen=True)
+class NormalQuantiles:
+    """What :func:`normal_quantiles` found.
+
+    Args:
+        expected: the medians of order statistics of a standard normal sample, ``(points,)``.
+        observed: those of the latent, ``(points, features)``.
+        low: below which chance takes them seldom, ``(points,)``.
+        high: above which it takes them seldom, ``(points,)``.
+        distance: Kolmogorov and Smirnov's, of each feature from the normal, ``(features,)``.
+        level: the probability with which each is between ``low`` and ``high``.
+    """
+
+    expected: np.ndarray[Any, Any]
+    observed: np.ndarray[Any, Any]
+    low: np.ndarray[Any, Any]
+    high: np.ndarray[Any, Any]
+    distance: np.ndarray[Any, Any]
+    level: float
+
+
+def normal_quantiles(z: Tensor | np.ndarray[Any, Any], *, points: int = 200, level: float = 0.99) -> NormalQuantiles:
+    r"""Compare the quantiles of a latent with those of a standard normal, feature by feature.
+
+    The k-th smallest of n standard normal numbers is
+
+    .. math:: z_{(k)} = \Phi^{-1}(u), \qquad u \sim \mathrm{Beta}(k, n + 1 - k)
+
+    Args:
+        z: the latent of data, such as ``flow.encode(x)``, of a flow whose prior is a standard normal.
+        points: order statistics to look at, at most: all, or spread evenly over the normal's range.
+        level: the probability with which each one of a normal latent is in the band.
+
+    Shapes:
+        z: ``(rows, features)``.
+
+    Raises:
+        TypeError: not numbers.
+        ValueError: another shape, no rows, numbers that are not finite, or a level that is no probability.
+
+    Example:
+        >>> found = normal_quantiles(np.random.default_rng(0).normal(size=(1000, 2)))
+        >>> found.observed.shape, bool((found.distance < 0.05).all())
+        ((160, 2), True)
+    """
+    from scipy.stats import beta, norm
+
+    from pyroflows.inference.diagnostics import as_array
+
+    check_sizes(points=points)
+    check_number("level", level, "(0, 1)")
+    rows = np.sort(as_array("z", z, 2), axis=0)
+    if 0 in rows.shape:
+        raise ValueError(f"expected at least one row and one feature; got shape {rows.shape}")
+    num = len(rows)
+    far = norm.isf(0.5 / num) if num > 1 else 0.0
+    ranks = np.arange(num) if num <= points else np.rint(norm.cdf(np.linspace(-far, far, points)) * num - 0.5)
+    ranks = np.unique(ranks.astype(int))
+    quantiles = norm.ppf(beta.ppf(np.array([[0.5], [(1 - level) / 2], [(1 + level) / 2]]), ranks + 1, num - ranks))
+    cdf, steps = norm.cdf(rows), np.arange(num + 1)[:, None] / num
+    distance = np.maximum(steps[1:] - cdf, cdf - steps[:-1]).max(0)
+    return NormalQuantiles(quantiles[0], rows[ranks], quantiles[1], quantiles[2], distance, level)
 
 
 def _slogdet(function, row: Tensor) -> Tensor:  # type: ignore[no-untyped-def]

@@ -19,9 +19,15 @@ __all__ = [
     "MomentTable",
     "calibration",
     "coverage",
+    "expected_band",
     "importance_ess",
+    "kde",
+    "khat_by_size",
+    "khat_threshold",
     "moment_table",
+    "pit",
     "psis",
+    "rank_counts",
     "sbc_p_values",
     "sbc_ranks",
     "sliced_wasserstein",
@@ -109,6 +115,68 @@ def _smoothed(weights: NumPyArray) -> tuple[NumPyArray, float]:
     return smoothed + (weights[lowest] - smoothed[lowest]), khat
 
 
+def khat_threshold(num_draws: int) -> float:
+    r"""Give the k-hat up to which this many weighted draws can be trusted.
+
+    .. math:: \min(1 - 1 / \log_{10} n, \; 0.7)
+
+    Args:
+        num_draws: of the target's guide.
+
+    Raises:
+        ValueError: fewer than 30 draws, of which no k-hat is estimated.
+
+    References:
+        Pareto Smoothed Importance Sampling, Vehtari et al., 2024 (arXiv:1507.02646).
+
+    Example:
+        >>> khat_threshold(100), khat_threshold(10_000)
+        (0.5, 0.7)
+    """
+    check_sizes(num_draws=num_draws)
+    if num_draws < _FEWEST_DRAWS:
+        raise ValueError(f"expected at least {_FEWEST_DRAWS} draws; got {num_draws}")
+    return min(1 - 1 / math.log10(num_draws), 0.7)
+
+
+def khat_by_size(log_weights: Array, sizes: Sequence[int] | None = None) -> dict[int, NumPyArray]:
+    """Give k-hat of as many sets of draws as there are, for each of several sizes of a set.
+
+    A tail that is heavier than it looks shows itself as a k-hat that grows with the size.
+
+    Args:
+        log_weights: as of :func:`psis`, in the order in which they were drawn.
+        sizes: draws of one set; by default 100 and its doublings, up to all draws.
+
+    Shapes:
+        log_weights: ``(n,)``.
+
+    Returns:
+        For each size the k-hats of ``n // size`` sets that share no draw.
+
+    Raises:
+        TypeError: not numbers.
+        ValueError: another shape, a size below 30 or above the number of draws, a weight that is NaN or infinite, or a
+            set without a weight above zero.
+
+    Example:
+        >>> log_weights = np.random.default_rng(0).normal(size=400)
+        >>> {size: len(values) for size, values in khat_by_size(log_weights).items()}
+        {100: 4, 200: 2, 400: 1}
+    """
+    weights = as_array("log weights", log_weights, 1, finite=False)
+    if sizes is None:
+        sizes = [100 * 2**i for i in range(max(0, int(math.log2(max(len(weights), 1) / 100))) + 1)]
+    for size in sizes:
+        check_sizes(size=size)
+        if not _FEWEST_DRAWS <= size <= len(weights):
+            raise ValueError(f"expected sizes from {_FEWEST_DRAWS} to the {len(weights)} draws; got {size}")
+    return {
+        int(size): np.array([psis(part)[1] for part in weights[: len(weights) // size * size].reshape(-1, size)])
+        for size in sizes
+    }
+
+
 def importance_ess(log_weights: Array) -> float:
     r"""Give Kish's effective sample size of importance weights.
 
@@ -140,7 +208,7 @@ def importance_ess(log_weights: Array) -> float:
 
 def _log_weights(log_weights: Array) -> NumPyArray:
     """Give a copy in float64 whose largest is 0, or say what is wrong."""
-    weights = _array("log weights", log_weights, 1, finite=False)
+    weights = as_array("log weights", log_weights, 1, finite=False)
     bad = np.isnan(weights) | (weights == math.inf)
     if bad.any():
         row = int(bad.argmax())
@@ -184,7 +252,7 @@ def sliced_wasserstein(x: Array, y: Array, *, num_projections: int = 128, seed: 
         0.5
     """
     check_sizes(num_projections=num_projections)
-    x, y = _array("x", x, 2), _array("y", y, 2)
+    x, y = as_array("x", x, 2), as_array("y", y, 2)
     if x.shape[1] != y.shape[1] or 0 in x.shape or 0 in y.shape:
         raise ValueError(f"expected samples of shapes (n, d) and (m, d), not empty; got {x.shape} and {y.shape}")
     scale = _scale("y", y)
@@ -277,7 +345,7 @@ def moment_table(draws: Values, reference: Values, names: Sequence[str] | None =
         if missing:
             raise ValueError(f"expected draws and reference of the same names; got {missing[0]!r} in one alone")
         reference = {name: reference[name] for name in draws}
-    (found, found_names), (wanted, wanted_names) = _columns("draws", draws), _columns("reference", reference)
+    (found, found_names), (wanted, wanted_names) = as_columns("draws", draws), as_columns("reference", reference)
     if found.shape[1] != wanted.shape[1]:
         raise ValueError(f"expected as many columns as the reference's {wanted.shape[1]}; got {found.shape[1]}")
     if names is None:
@@ -355,8 +423,38 @@ def sbc_p_values(ranks: Array, num_draws: int, *, num_bins: int | None = None) -
     """
     from scipy.stats import chisquare
 
+    counts, expected = rank_counts(ranks, num_draws, num_bins=num_bins)
+    return np.array([chisquare(column, expected).pvalue for column in counts.T])
+
+
+def rank_counts(ranks: Array, num_draws: int, *, num_bins: int | None = None) -> tuple[NumPyArray, NumPyArray]:
+    """Count ranks in the bins of a histogram, column by column, and say how many each bin expects of uniform ranks.
+
+    Bins may hold one rank more or less than others where their number does not divide the ranks', and expect as much
+    more.
+
+    Args:
+        ranks: of simulation-based calibration.
+        num_draws: the posterior draws among which they were counted.
+        num_bins: of the histogram; by default such that a bin expects 25 simulations, but at most 40.
+
+    Shapes:
+        ranks: ``(simulations, d)``, integers from 0 to ``num_draws``.
+
+    Returns:
+        Counts, shape ``(num_bins, d)``, and expected counts, shape ``(num_bins,)``.
+
+    Raises:
+        TypeError: not numbers.
+        ValueError: another shape, a rank out of range, fewer than 10 simulations, or more bins than ranks.
+
+    Example:
+        >>> counts, expected = rank_counts(np.arange(10)[:, None], 9, num_bins=3)
+        >>> counts[:, 0], expected
+        (array([4, 3, 3]), array([4., 3., 3.]))
+    """
     check_sizes(num_draws=num_draws)
-    counted = _array("ranks", ranks, 2)
+    counted = as_array("ranks", ranks, 2)
     if len(counted) < 10:
         raise ValueError(f"expected at least 10 simulations; got {len(counted)}")
     if counted.min() < 0 or counted.max() > num_draws:
@@ -366,11 +464,115 @@ def sbc_p_values(ranks: Array, num_draws: int, *, num_bins: int | None = None) -
     check_sizes(num_bins=num_bins)
     if not 2 <= num_bins <= num_draws + 1:
         raise ValueError(f"expected 2 to {num_draws + 1} bins, one for each rank at most; got {num_bins}")
-    # Bins may hold one rank more or less than others, and expect as much more.
     bin_of_rank = np.arange(num_draws + 1) * num_bins // (num_draws + 1)
     expected = np.bincount(bin_of_rank, minlength=num_bins) * (len(counted) / (num_draws + 1))
     bins = bin_of_rank[counted.astype(int)]
-    return np.array([chisquare(np.bincount(column, minlength=num_bins), expected).pvalue for column in bins.T])
+    return np.stack([np.bincount(column, minlength=num_bins) for column in bins.T], 1), expected
+
+
+def pit(draws: Array, truth: Array) -> NumPyArray:
+    r"""Give the probability integral transform of true values, by draws of what predicts them.
+
+    .. math:: u_{sj} = \frac{r_{sj} + 1/2}{n + 1}, \qquad r_{sj} = \#\{l : \theta^{(l)}_{sj} < \theta^*_{sj}\}
+
+    Args:
+        draws: of each prediction: posterior draws for a simulated data set, or samples of a flow given a row's context.
+        truth: the values that came.
+
+    Shapes:
+        draws: ``(simulations, num_draws, d)``; truth: ``(simulations, d)``.
+
+    Returns:
+        Numbers in (0, 1), shape ``(simulations, d)``; of right predictions, uniform up to steps of ``1 / (n + 1)``.
+
+    Raises:
+        TypeError: not numbers.
+        ValueError: shapes that do not match, or numbers that are not finite.
+
+    References:
+        Present Position and Potential Developments: The Prequential Approach, Dawid, 1984.
+
+    Example:
+        >>> pit(np.array([[[1.0], [2.0], [3.0]]]), np.array([[2.5]]))
+        array([[0.625]])
+    """
+    num_draws = int(np.shape(draws)[1]) if np.ndim(draws) == 3 else 0
+    return (sbc_ranks(draws, truth) + 0.5) / (num_draws + 1)
+
+
+def expected_band(shares: Array | Sequence[float], num: int, *, level: float = 0.99) -> tuple[NumPyArray, NumPyArray]:
+    """Give the band in which observed shares of independent trials lie by chance: a binomial's central interval.
+
+    It holds for each share alone, so that of a hundred shares one may be outside.
+
+    Args:
+        shares: the true ones, such as nominal coverages or a bin's share of ranks.
+        num: of trials.
+        level: the probability with which an observed share is in the band.
+
+    Shapes:
+        shares: ``(k,)``.
+
+    Returns:
+        The lowest and the highest share, each of shape ``(k,)``.
+
+    Raises:
+        TypeError: not numbers.
+        ValueError: a share or a level that is no probability, or ``num`` is not positive.
+
+    Example:
+        >>> low, high = expected_band([0.5], 400, level=0.95)
+        >>> low, high
+        (array([0.45]), array([0.55]))
+    """
+    from scipy.stats import binom
+
+    check_sizes(num=num)
+    check_number("level", level, "(0, 1)")
+    true = as_array("shares", shares, 1)
+    if ((true < 0) | (true > 1)).any():
+        raise ValueError(f"expected shares from 0 to 1; got {true.min():g} to {true.max():g}")
+    low, high = binom.interval(level, num, true)
+    return low / num, high / num
+
+
+def kde(x: Array, *, points: int = 200, limits: tuple[float, float] | None = None) -> tuple[NumPyArray, NumPyArray]:
+    """Give a density of draws by ArviZ's kernel estimate, which knows of hard bounds at their ends.
+
+    Args:
+        x: the draws.
+        points: of the grid.
+        limits: where to estimate it, from the draws within; by default from the lowest draw to the highest.
+
+    Shapes:
+        x: ``(n,)``.
+
+    Returns:
+        The grid and the density of all draws on it, each of shape ``(points,)``.
+
+    Raises:
+        TypeError: not numbers.
+        ValueError: another shape, numbers that are not finite, or fewer than two different draws within the limits.
+
+    Example:
+        >>> grid, density = kde(np.random.default_rng(0).normal(size=4000), limits=(-2.0, 2.0))
+        >>> bool(abs(np.interp(0.0, grid, density) - 0.399) < 0.05)  # of a standard normal
+        True
+    """
+    check_sizes(points=points)
+    draws = as_array("draws", x, 1)
+    low, high = (-math.inf, math.inf) if limits is None else limits
+    within = draws[(draws >= low) & (draws <= high)]
+    if len(np.unique(within)) < 2:
+        where = "" if limits is None else f" from {low:g} to {high:g}"
+        raise ValueError(f"expected at least two different draws{where}; got {len(np.unique(within))}")
+    try:
+        estimate = import_module("arviz_stats.base").array_stats.kde
+    except ImportError:
+        estimate = import_module("arviz").kde
+    grid, density = estimate(within)[:2]
+    finer = np.linspace(within.min(), within.max(), points)
+    return finer, np.interp(finer, grid, density) * (len(within) / len(draws))
 
 
 def coverage(draws: Array, truth: Array, levels: Sequence[float] = (0.5, 0.8, 0.9, 0.95)) -> NumPyArray:
@@ -481,7 +683,7 @@ def calibration(
     return Calibration(names, ranks, num_draws, p_values, tuple(map(float, levels)), coverage(draws, truth, levels))
 
 
-def _array(name: str, values: Any, dims: int, *, finite: bool = True) -> NumPyArray:
+def as_array(name: str, values: Any, dims: int, *, finite: bool = True) -> NumPyArray:
     """Give numbers as an array in float64, or say what is wrong with them."""
     try:
         given = values.detach().cpu().double().numpy() if isinstance(values, Tensor) else np.asarray(values)
@@ -504,10 +706,10 @@ def _scale(name: str, rows: NumPyArray) -> NumPyArray:
     return scale
 
 
-def _columns(name: str, values: Values) -> tuple[NumPyArray, list[str]]:
+def as_columns(name: str, values: Values) -> tuple[NumPyArray, list[str]]:
     """Give values as rows of columns, with the columns' names."""
     if not isinstance(values, Mapping):
-        rows = _array(name, values, 2)
+        rows = as_array(name, values, 2)
         return rows, [f"x[{i}]" for i in range(rows.shape[1])]
     if not values:
         raise ValueError(f"expected {name} of at least one name; got none")
@@ -516,7 +718,7 @@ def _columns(name: str, values: Values) -> tuple[NumPyArray, list[str]]:
         shape = tuple(np.shape(value.detach().cpu() if isinstance(value, Tensor) else value))
         if not shape:
             raise ValueError(f"expected {name} of {key!r} of shape (n, *shape); got a single number")
-        parts.append(_array(f"{name} of {key!r}", value, len(shape)).reshape(shape[0], -1))
+        parts.append(as_array(f"{name} of {key!r}", value, len(shape)).reshape(shape[0], -1))
         names += labels(key, shape[1:])
     lengths = {len(part) for part in parts}
     if len(lengths) > 1:
@@ -530,7 +732,7 @@ def labels(name: str, shape: Sequence[int]) -> list[str]:
 
 
 def _simulations(draws: Array, truth: Array) -> tuple[NumPyArray, NumPyArray]:
-    draws, truth = _array("draws", draws, 3), _array("truth", truth, 2)
+    draws, truth = as_array("draws", draws, 3), as_array("truth", truth, 2)
     if draws.shape[::2] != truth.shape or 0 in draws.shape:
         raise ValueError(
             "expected draws of shape (simulations, num_draws, d) and a truth of (simulations, d), not empty; "

@@ -1,0 +1,120 @@
+"""Images: grids of them, and ways between them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from torch import Tensor
+
+from pyroflows.arguments import check_sizes
+from pyroflows.plots.canvas import drawing
+
+__all__ = ["image_grid", "interpolations", "save_image_grid"]
+
+_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def image_grid(
+    images: Tensor, ax: Axes | None = None, *, columns: int = 8, num_levels: int = 256, title: str = ""
+) -> Axes:
+    """Draw images in a grid, row by row.
+
+    Args:
+        images: levels of pixels, of one channel or three.
+        ax: the axes; new ones by default.
+        columns: images a row.
+        num_levels: the number of levels; the highest is white.
+        title: of the axes.
+
+    Shapes:
+        images: ``(num, C, H, W)``.
+
+    Raises:
+        ValueError: there is no image, it has another number of channels, or a number is not positive.
+
+    Example:
+        >>> import torch
+        >>> image_grid(torch.randint(17, (4, 1, 8, 8)), num_levels=17, title="Noise").get_title()
+        'Noise'
+    """
+    grid = _grid(images, columns, num_levels).permute(1, 2, 0).numpy()
+    with drawing(ax) as ax:
+        ax.imshow(grid, interpolation="nearest")
+        ax.set(title=title, xticks=[], yticks=[])
+    return ax
+
+
+def interpolations(
+    images: Tensor, ax: Axes | None = None, *, num_levels: int = 256, title: str = "Straight lines in the latent"
+) -> Axes:
+    """Draw ways between images, one a row, as :func:`pyroflows.interpolate` gives them.
+
+    Args:
+        images: levels of pixels, of one channel or three; both ends of each way among them.
+        ax: the axes; new ones by default.
+        num_levels: the number of levels; the highest is white.
+        title: of the axes.
+
+    Shapes:
+        images: ``(pairs, num, C, H, W)``.
+
+    Raises:
+        ValueError: images of another shape, fewer than two on a way, or a number out of range.
+
+    Example:
+        >>> import torch
+        >>> interpolations(torch.randint(17, (3, 6, 1, 8, 8)), num_levels=17).get_xlabel()
+        'share of the way'
+    """
+    if not isinstance(images, Tensor) or images.dim() != 5 or images.shape[1] < 2:
+        got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"expected images of shape (pairs, num, C, H, W), num of at least 2; got {got}")
+    num, width = images.shape[1], images.shape[-1] + 1  # of an image and the line beside it
+    ax = image_grid(images.flatten(0, 1), ax, columns=num, num_levels=num_levels, title=title)
+    ax.set_xticks([width * (0.5 + share * (num - 1)) for share in _SHARES], [f"{share:g}" for share in _SHARES])
+    ax.set_xlabel("share of the way")
+    return ax
+
+
+def save_image_grid(
+    images: Tensor, path: str | Path, *, columns: int = 8, num_levels: int = 256, enlarge: int = 1
+) -> None:
+    """Save images in a grid as a PNG of their own pixels.
+
+    Args:
+        images: levels of pixels, of one channel or three.
+        path: the file.
+        columns: images a row.
+        num_levels: the number of levels; the highest is white.
+        enlarge: pixels of the file for one of the images, along each side.
+
+    Shapes:
+        images: ``(num, C, H, W)``.
+
+    Raises:
+        ValueError: there is no image, it has another number of channels, or a number is not positive.
+
+    Example:
+        >>> import torch
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_image_grid(torch.randint(256, (4, 3, 8, 8)), f"{folder}/grid.png")
+    """
+    from torchvision.utils import save_image
+
+    check_sizes(enlarge=enlarge)
+    grid = _grid(images, columns, num_levels)
+    save_image(grid.repeat_interleave(enlarge, 1).repeat_interleave(enlarge, 2), path, format="png")
+
+
+def _grid(images: Tensor, columns: int, num_levels: int) -> Tensor:
+    from torchvision.utils import make_grid  # here, because the import is slow and few plots need it
+
+    check_sizes(columns=columns)
+    if num_levels < 2:
+        raise ValueError(f"expected num_levels of at least 2; got {num_levels}")
+    if images.dim() != 4 or not len(images) or images.shape[1] not in (1, 3):
+        raise ValueError(f"expected images of shape (num, 1 or 3, H, W), at least one; got {tuple(images.shape)}")
+    levels = images.detach().cpu().float() / (num_levels - 1)
+    return make_grid(levels.clamp(0, 1), nrow=columns, padding=1, pad_value=0.5)
