@@ -141,9 +141,7 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         check_sizes(batch_size=self.batch_size)
         device = self._device()
         x = self._rows(X, reset=True)
-        weight = np.ones(len(x))
-        if sample_weight is not None:
-            weight = _check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True)
+        weight = _check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True)
         x, y, weight = x[weight > 0], self._targets(x, y, weight > 0), weight[weight > 0]
         x, y, weight = _merged(x, y, weight)
         if len(x) < 2:
@@ -393,7 +391,7 @@ class FlowClassifier(ClassifierMixin, BaseEstimator):
         density = FlowDensity() if self.density is None else clone(self.density)
         self.density_ = density.set_params(conditional="class").fit(X, labels, sample_weight)
         self.classes_ = self.density_.classes_
-        weight = np.ones(len(rows)) if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
+        weight = _check_sample_weight(sample_weight, rows, dtype=np.float64)
         kept = weight > 0
         counts = np.bincount(np.searchsorted(self.classes_, labels[kept]), weights=weight[kept])
         self.class_prior_ = counts / counts.sum()
