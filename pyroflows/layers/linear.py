@@ -19,7 +19,8 @@ def _start(features: int, start: str) -> Tensor:
     check_option("start", start, ("rotation", "identity"))
     if start == "identity":
         return torch.eye(features)
-    return torch.linalg.qr(torch.randn(features, features, dtype=torch.float64))[0].to(torch.get_default_dtype())
+    rotation = torch.linalg.qr(torch.randn(features, features, dtype=torch.float64))[0]
+    return rotation.to(torch.get_default_dtype()).contiguous()  # it comes by columns
 
 
 def _in_full(x: Tensor) -> AbstractContextManager:
