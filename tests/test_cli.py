@@ -151,7 +151,7 @@ def test_samples_have_the_columns_of_the_data_and_can_be_scored(capsys, folder, 
             assert table.columns == load(folder / "iris").notes["columns"]
         assert table.read() == pytest.approx(open_table(tmp_path / "new.csv").read())
         assert said_in_json(capsys, "score", folder / "iris", new)["rows"] == 200
-    said(capsys, "sample", folder / "iris", "-n", 200, "-o", tmp_path / "other.npy")
+    assert said_in_json(capsys, "sample", folder / "iris", "-n", 200, "-o", tmp_path / "other.npy")["rows"] == 200
     assert not np.array_equal(np.load(tmp_path / "other.npy"), np.load(tmp_path / "new.npy"))
 
 
@@ -331,6 +331,7 @@ def test_a_million_rows(capsys, tmp_path):
         (["score", "m", "x.csv", "--json", "-o", "-"], "which all write to standard output"),
         (["sample", "m", "-o", "x.csv", "-n", "-1"], "expected a positive integer"),
         (["sample", "-", "-o", "x.csv", "--given", "-"], "got both"),
+        (["sample", "m", "-o", "-", "--json"], "expected --json, or a table on standard output; got both"),
         (["plot", "m", "x.csv", "-o", "x.txt"], "expected --output that ends in .png, .pdf or .svg; got x.txt"),
     ],
 )

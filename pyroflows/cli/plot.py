@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from pyroflows.cli.options import add_device, add_output, add_quiet, add_seed, count, say
+from pyroflows.cli.options import add_device, add_json, add_output, add_quiet, add_seed, count, print_json, say
 
 __all__ = ["add_plot"]
 
@@ -27,8 +27,9 @@ def add_plot(commands: Any) -> None:
     parser.add_argument("--columns", type=count, default=8, metavar="N", help="most columns (default: %(default)s)")
     add_seed(parser, 0, "seed of rows and samples (default: 0)")
     add_device(parser)
+    add_json(parser)
     add_quiet(parser)
-    parser.set_defaults(command=_plot, parser=parser, json=False)
+    parser.set_defaults(command=_plot, parser=parser)
 
 
 def _plot(options: argparse.Namespace) -> None:
@@ -67,4 +68,6 @@ def _plot(options: argparse.Namespace) -> None:
         plots.pair_plot(chunk[:, shown], drawn[:, shown], names=model.names[shown])
     plt.savefig(options.output, dpi=150, bbox_inches="tight")
     plt.close("all")
+    if options.json:
+        print_json({"picture": options.output})
     say(options, f"picture: {options.output}")

@@ -7,7 +7,17 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from pyroflows.cli.options import add_device, add_output, add_quiet, add_seed, count, is_first, say
+from pyroflows.cli.options import (
+    add_device,
+    add_json,
+    add_output,
+    add_quiet,
+    add_seed,
+    count,
+    is_first,
+    print_json,
+    say,
+)
 
 if TYPE_CHECKING:
     from pyroflows.cli.model import Model
@@ -40,13 +50,16 @@ def add_sample(commands: Any) -> None:
     )
     add_seed(parser, None, "seed of the draws (default: others each time)")
     add_device(parser)
+    add_json(parser)
     add_quiet(parser)
-    parser.set_defaults(command=_sample, parser=parser, json=False)
+    parser.set_defaults(command=_sample, parser=parser)
 
 
 def _sample(options: argparse.Namespace) -> None:
     if options.model == options.given == "-":
         options.parser.error("expected the model or what is given on standard input; got both")
+    if options.json and options.output == "-":
+        options.parser.error("expected --json, or a table on standard output; got both")
     import numpy as np
 
     from pyroflows.cli.model import check_target, load_model, model_file
@@ -81,8 +94,11 @@ def _sample(options: argparse.Namespace) -> None:
         else:
             for _ in chunks():
                 pass
-        if options.output != "-":
-            say(options, f"{progress.rows:,} rows in {options.output}, {progress.rows_per_second:,.0f} a second")
+        rows, speed = progress.rows, progress.rows_per_second
+    if options.json:
+        print_json({"rows": rows, "output": options.output, "rows_per_second": speed})
+    if options.output != "-":
+        say(options, f"{rows:,} rows in {options.output}, {speed:,.0f} a second")
 
 
 def _given(model: Model, text: str | None) -> tuple[Iterable[Any], int | None]:
