@@ -269,6 +269,36 @@ def test_numbers_that_rounding_blurs_are_refused(capsys, tmp_path):
     assert said_in_json(capsys, "check", tmp_path / "m", tmp_path / "data.csv")["tolerance"] == 1e-6
 
 
+def test_numbers_out_of_range_are_refused(capsys, folder, tmp_path):
+    assert "got 1e+39, beyond the range of float32, in row 41" in fit_of(capsys, tmp_path, f"a,b\n{ROWS}1e39,1\n")
+    assert "expected numbers whose squares float32 holds; got 1e+30" in fit_of(capsys, tmp_path, f"a,b\n{ROWS}1e30,1\n")
+    frame = pd.read_csv(folder / "iris.csv").astype({"petal_width": float})
+    for number, line in ((1e39, "got 1e+39, beyond the range of float32, in row 8 (line 9)"), (1e30, None)):
+        frame.loc[7, "petal_width"] = number
+        frame.to_csv(tmp_path / "x.csv", index=False)
+        if line is None:  # it has a place, but no density that a float holds
+            found = said_in_json(capsys, "score", folder / "iris", tmp_path / "x.csv")
+            assert found["not_finite"] == 1
+            assert found["mean_log_prob"] is None
+            assert "1 of them without a finite value" in said(capsys, "score", folder / "iris", tmp_path / "x.csv")
+        else:
+            assert line in said(capsys, "score", folder / "iris", tmp_path / "x.csv", status=1)
+
+
+def test_what_is_read_is_not_overwritten(capsys, folder, tmp_path):
+    frame = pd.read_csv(folder / "iris.csv")
+    path = tmp_path / "x.csv"
+    frame.to_csv(path, index=False)
+    before = path.read_bytes()
+    for arguments in (
+        ["fit", path, "-o", path],
+        ["score", folder / "iris", path, "-o", path],
+        ["sample", folder / "given", "-o", path, "--given", path],
+    ):
+        assert "expected an output other than what is read" in said(capsys, *arguments, status=1)
+    assert path.read_bytes() == before
+
+
 def test_one_row_is_scored_and_none_is_refused(capsys, folder, tmp_path):
     frame = pd.read_csv(folder / "iris.csv")
     frame[:1].to_csv(tmp_path / "one.csv", index=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import math
 from typing import Any
 
 from pyroflows.cli.options import (
@@ -95,8 +96,8 @@ def _fit(options: argparse.Namespace) -> None:
     from pyroflows.modes import seeded
     from pyroflows.tabular import table_flow
 
-    check_target(options.output)
-    table = open_table(options.data, categories=dict.fromkeys(options.categories))
+    check_target(options.output, options.data)
+    table = open_table(options.data, categories=dict.fromkeys(options.categories), dtype=options.dtype)
     columns = options.columns or [name for name in table.columns if name not in options.given]
     if not columns:
         raise ValueError(f"expected a column to model in {table.name}; got none that is not given")
@@ -204,13 +205,17 @@ def _check_columns(rows: Any, table: Any, columns: list[str], dtype: str) -> Non
                 f"expected columns that vary, since a constant one has no density; "
                 f"got {cells[0]:g} in all {len(cells)} rows of column {name!r} of {table.name}"
             )
+        largest = float(np.abs(cells).max())
+        if largest > math.sqrt(np.finfo(dtype).max):
+            raise ValueError(
+                f"expected numbers whose squares {dtype} holds; got {largest:.6g} in column {name!r} of {table.name}"
+            )
         # The rounding of numbers far from zero, such as times in seconds, must be small beside their spread.
-        rounding = np.abs(cells).max() * float(np.finfo(dtype).eps)
-        if rounding > _ROUNDING * cells.std():
+        if largest * float(np.finfo(dtype).eps) > _ROUNDING * cells.std():
             hint = ": --dtype float64 does" if dtype == "float32" else ""
             raise ValueError(
                 f"expected {dtype} to tell the numbers of a column apart; got numbers up to "
-                f"{np.abs(cells).max():.6g} that spread by {cells.std():.3g} in column {name!r} of {table.name}{hint}"
+                f"{largest:.6g} that spread by {cells.std():.3g} in column {name!r} of {table.name}{hint}"
             )
 
 

@@ -90,11 +90,12 @@ class Model:
 
     def open(self, path: str, *, given_alone: bool = False) -> TableFile:
         """Open a table with the model's columns, which of an array without names count in their order."""
+        dtype = str(self.flow.dtype).removeprefix("torch.")
         wanted = self.given if given_alone else [*self.names, *self.given]
         if self.columns is not None:
-            table = open_table(path, categories=dict(self.categories))
+            table = open_table(path, categories=dict(self.categories), dtype=dtype)
             return table.select(wanted if table.named or len(table.columns) != len(wanted) else table.columns)
-        table = open_table(path)
+        table = open_table(path, dtype=dtype)
         features = self.flow.event_shape[0] + self.flow.context_features
         if len(table.columns) != features:
             raise ValueError(f"expected {features} columns in {table.name}; got {len(table.columns)}")
@@ -162,8 +163,11 @@ def load_model(path: str | Path, device: str) -> Model:
     return Model(flow.eval(), notes.get("columns"), notes.get("given", []), notes.get("categories", {}))
 
 
-def check_target(path: str) -> None:
-    """Refuse a path that cannot be written to, before time goes into what is to be written."""
+def check_target(path: str, *sources: str | None) -> None:
+    """Refuse a path that cannot be written to, or that is read from, before time goes into what is to be written."""
+    for source in sources:
+        if source is not None and os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
+            raise ValueError(f"expected an output other than what is read; got {path} as both")
     folder = Path(path).absolute().parent
     if path != "-" and (not folder.is_dir() or Path(path).is_dir() or not os.access(folder, os.W_OK)):
         raise ValueError(f"expected the path of a file in a folder that can be written to; got {path}")

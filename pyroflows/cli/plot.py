@@ -47,7 +47,7 @@ def _plot(options: argparse.Namespace) -> None:
     from pyroflows.modes import seeded
     from pyroflows.training import FitResult
 
-    check_target(options.output)
+    check_target(options.output, options.model, options.data)
     with model_file(options.model) as file:
         model = load_model(file, options.device)
     if options.data is None:

@@ -68,7 +68,7 @@ def _sample(options: argparse.Namespace) -> None:
     from pyroflows.distributed import from_first, in_turn, together
     from pyroflows.modes import seeded
 
-    check_target(options.output)
+    check_target(options.output, options.model, options.given)
     with model_file(options.model) as file:
         model = load_model(file, options.device)
     columns = [*model.names, *model.given]

@@ -57,12 +57,14 @@ def _score(options: argparse.Namespace) -> None:
         options.parser.error("expected one of --json, --output - and --pass-model, which all write to standard output")
     import numpy as np
 
-    from pyroflows.cli.model import load_model, model_file
+    from pyroflows.cli.model import check_target, load_model, model_file
     from pyroflows.cli.progress import Progress
     from pyroflows.data.table_files import write_table
     from pyroflows.distributed import in_turn, together
     from pyroflows.modes import seeded
 
+    if options.output is not None:
+        check_target(options.output, options.model, options.data)
     with model_file(options.model) as file:
         model = load_model(file, options.device)
         content = file.read_bytes() if options.pass_model else b""
@@ -100,6 +102,7 @@ def _score(options: argparse.Namespace) -> None:
                 "rows": moments.rows,
                 "mean_log_prob": moments.mean,
                 "standard_error": moments.standard_error,
+                "not_finite": moments.not_finite,
                 "unit": "nats",
                 "lower_bound": bound,
                 "rows_per_second": speed,
@@ -108,24 +111,31 @@ def _score(options: argparse.Namespace) -> None:
     what = "mean log-density" if bound is None else "mean log-probability, a lower bound by " + bound + ":"
     error = "" if moments.rows == 1 else f" +- {moments.standard_error:.4f}"
     number = "1 row" if moments.rows == 1 else f"{moments.rows:,} rows"
-    say(options, f"{what} {moments.mean:.4f}{error} nats a row; {number}, {speed:,.0f} a second")
+    lost = f", {moments.not_finite:,} of them without a finite value" if moments.not_finite else ""
+    say(options, f"{what} {moments.mean:.4f}{error} nats a row; {number}{lost}, {speed:,.0f} a second")
 
 
 class _Moments:
-    """Mean and standard error of numbers that come in parts."""
+    """Mean and standard error of numbers that come in parts; none where a number is not finite."""
 
     def __init__(self) -> None:
-        self.rows, self.mean, self.squares = 0, 0.0, 0.0
+        self.rows, self.not_finite, self._mean, self._squares = 0, 0, 0.0, 0.0
 
     def add(self, found: Any) -> None:
         """Take in a part, by the difference of its mean, so that no digits cancel."""
-        rows, mean = len(found), float(found.mean(dtype=float))
-        squares = float(((found - mean) ** 2).sum(dtype=float))
-        total, difference = self.rows + rows, mean - self.mean
-        self.mean += difference * rows / total
-        self.squares += squares + difference**2 * self.rows * rows / total
-        self.rows = total
+        finite = found[abs(found) < math.inf]
+        before, rows = self.rows - self.not_finite, len(finite)
+        self.rows, self.not_finite = self.rows + len(found), self.not_finite + len(found) - rows
+        if rows:
+            difference = float(finite.mean(dtype=float)) - self._mean
+            self._mean += difference * rows / (before + rows)
+            self._squares += rows * float(finite.var(dtype=float)) + difference**2 * before * rows / (before + rows)
+
+    @property
+    def mean(self) -> float:
+        return math.nan if self.not_finite else self._mean
 
     @property
     def standard_error(self) -> float:
-        return math.sqrt(self.squares / (self.rows - 1) / self.rows) if self.rows > 1 else math.nan
+        known = self.rows > 1 and not self.not_finite
+        return math.sqrt(self._squares / (self.rows - 1) / self.rows) if known else math.nan

@@ -41,6 +41,7 @@ class TableFile:
         source: what reads the format.
         columns: the names of the columns wanted, in the order wanted; None for all.
         categories: the labels of each column of labels; None where they are to be found.
+        dtype: in whose range the numbers have to be.
     """
 
     def __init__(
@@ -48,8 +49,10 @@ class TableFile:
         source: _Csv | _Parquet | _Npy | _Npz,
         columns: Sequence[str] | None,
         categories: Mapping[str, Sequence[str] | None],
+        dtype: str,
     ):
         self._source = source
+        self._dtype, self._largest = dtype, float(np.finfo(dtype).max)
         self.name, self.num_rows, self.named = source.name, source.num_rows, source.named
         for column in source.columns:
             if column and source.columns.count(column) > 1:
@@ -104,7 +107,7 @@ class TableFile:
         for place, name in enumerate(self.columns):
             cells = frame.iloc[:, place]
             numbers[:, place] = self._codes(cells, name) if name in self.categories else _as_numbers(cells)
-        bad = np.argwhere(~np.isfinite(numbers))
+        bad = np.argwhere(~(np.abs(numbers) <= self._largest))
         if len(bad):
             row, place = bad[0]
             raise self._refusal(frame.iloc[row, place], self.columns[place], start + int(row))
@@ -127,7 +130,8 @@ class TableFile:
         if missing:
             got = "a missing value"
         elif isinstance(cell, (int, float, np.number)):
-            got = f"{cell}{'' if not np.isfinite(cell) else ', which a float64 does not hold exactly'}"
+            beyond = f", beyond the range of {self._dtype}," if abs(float(cell)) > self._largest else ""
+            got = f"{cell}{beyond or ', which a float64 does not hold exactly,' if np.isfinite(cell) else ''}"
         else:
             got = repr(str(cell)[:60])
         wanted = "numbers"
@@ -147,6 +151,8 @@ def open_table(
     path: str | os.PathLike[str],
     columns: Sequence[str] | None = None,
     categories: Mapping[str, Sequence[str] | None] | None = None,
+    *,
+    dtype: str = "float64",
 ) -> TableFile:
     """Open a table, of which only names and sizes are read until its rows are asked for.
 
@@ -159,6 +165,7 @@ def open_table(
         columns: the names of the columns wanted; by default all.
         categories: for columns that hold labels, such as names of species, these in the order of their codes, or None
             to find them.
+        dtype: to which the numbers will be cast, "float32" or "float64": none may be beyond its range.
 
     Returns:
         The table: ``columns``, ``num_rows`` (None where that takes reading all), ``named`` (whether the file names its
@@ -167,8 +174,8 @@ def open_table(
     Raises:
         OSError: there is no such file, or it cannot be read.
         ValueError: another ending, a file that is not what its ending says, no row, a column that is not there or has
-            no name or that of another; and on reading a missing value, text, an infinity, an unknown label or a row of
-            other length, by row and column.
+            no name or that of another; and on reading a missing value, text, an infinity, a number out of range, an
+            unknown label or a row of other length, by row and column.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -193,7 +200,7 @@ def open_table(
         source = _Npy(Path(text))
     else:
         source = _Npz(Path(text), array)
-    return TableFile(source, columns, categories or {})
+    return TableFile(source, columns, categories or {}, dtype)
 
 
 def write_table(
@@ -376,7 +383,7 @@ class _Parquet:
         from pyarrow import parquet
 
         try:
-            return parquet.ParquetFile(self.path, buffer_size=2**20)
+            return parquet.ParquetFile(self.path, buffer_size=2**20, pre_buffer=False)
         except pa.ArrowException as error:
             raise self._unreadable(error) from None
 
