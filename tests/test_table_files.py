@@ -180,7 +180,7 @@ NUMBERS = "a,b\n" + "1,2\n" * 3
         (NUMBERS + "x y,2\n", "expected numbers in column 'a' of data.csv; got 'x y' in row 4 (line 5)"),
         (NUMBERS + "1,-inf\n", "expected numbers in column 'b' of data.csv; got -inf in row 4 (line 5)"),
         ('a,b\n1,"x\n\ny"\n', r"expected numbers in column 'b' of data.csv; got 'x\n\ny' in row 1 (line 4)"),
-        ("a,b\n1,9007199254740993\n", "9007199254740993, which a float64 does not hold exactly in row 1 (line 2)"),
+        ("a,b\n1,9007199254740993\n", "9007199254740993, which a float64 does not hold exactly, in row 1 (line 2)"),
         ("a,b\n1,2,3\n", "expected 2 cells in each row of data.csv, as in its first line; got 3 in row 1 (line 2)"),
         (
             NUMBERS + "1,2,3\n",
