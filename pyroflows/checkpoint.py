@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import re
@@ -41,6 +42,8 @@ class Checkpoint:
 
     def load(self) -> dict[str, Any] | None:
         """Give the state, on the CPU; None where there is no file yet."""
+        for left in self.path.parent.glob(f"{glob.escape(self.path.name[:100])}.*.tmp"):
+            left.unlink(missing_ok=True)  # by a process that died while it wrote
         if not self.path.exists():
             return None
         with self.path.open("rb") as file:

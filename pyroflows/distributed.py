@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -51,8 +52,26 @@ def launch(accelerator: str, device: torch.device, precision: str) -> Any:
     here = int(os.environ["LOCAL_WORLD_SIZE"])
     fabric = Fabric(accelerator=accelerator, devices=here, num_nodes=world // here, strategy="ddp", precision=precision)
     if not int(os.environ.get("LT_CLI_USED", 0)):  # `fabric run` has done it
+        if world == here and not dist.is_initialized():
+            _connect(fabric.device)
         fabric.launch()
     return fabric
+
+
+def _connect(device: torch.device) -> None:
+    """Find the other processes of this machine in a store of this attempt alone.
+
+    In the one that torchrun keeps there are still the addresses of those that died before a restart (PyTorch's issue
+    135712). Over several machines the attempts have no number in common; there an option of torchrun's, which the
+    README names, gives each attempt its own store.
+    """
+    store, rank, world = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    if device.type == "cuda":
+        dist.init_process_group("nccl", store=store, rank=rank, world_size=world, device_id=device)
+        atexit.register(dist.destroy_process_group)  # or it warns at the end
+    else:
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
 
 
 @contextmanager
