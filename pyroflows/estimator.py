@@ -51,8 +51,9 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
     a row given twice, and no row is both learned from and held out.
 
     Args:
-        flow: "maf", "nsf", "realnvp", "glow", "nice", "iaf", "planar", "radial", or a function that builds a flow, see
-            :func:`table_flow`. Of a single column only "nsf" learns more than a normal distribution.
+        flow: "nsf", "maf", "realnvp", "glow", "nice", "iaf", "planar", "radial", or a function that builds a flow, see
+            :func:`table_flow`. Splines ("nsf") bend within bounds; the affine ones can give a row between clusters a
+            density so low that it ruins a mean, and of a single column learn no more than a normal distribution.
         num_layers: number of its layers; None for the flow's own.
         hidden_features: widths of the hidden layers of its networks; None for the flow's own.
         flow_options: its other options, such as ``{"num_bins": 16}``.
@@ -98,7 +99,7 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
 
     def __init__(
         self,
-        flow: str | Callable[..., Flow] = "maf",
+        flow: str | Callable[..., Flow] = "nsf",
         *,
         num_layers: int | None = None,
         hidden_features: Sequence[int] | None = None,

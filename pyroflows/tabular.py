@@ -24,7 +24,7 @@ __all__ = ["table_flow"]
 
 def table_flow(
     x: Tensor,
-    flow: str | Callable[..., Flow] = "maf",
+    flow: str | Callable[..., Flow] = "nsf",
     *,
     context: Tensor | None = None,
     integer_columns: Sequence[int] = (),

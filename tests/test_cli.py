@@ -497,7 +497,7 @@ def test_ctrl_c_leaves_the_best_model_so_far(folder, tmp_path):
     command = [sys.executable, "-m", "pyroflows", "fit", f"{folder}/diabetes.csv", "--output", str(model)]
     command += ["--columns", "bmi,bp", "--num-layers", "2", "--epochs", "1000000", "--patience", "1000000"]
     fit = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert fit.stdout.readline().startswith("maf of 2 columns")
+    assert fit.stdout.readline().startswith("nsf of 2 columns")
     time.sleep(2)
     fit.send_signal(signal.SIGINT)
     _, err = fit.communicate(timeout=60)

@@ -57,7 +57,7 @@ def add_fit(commands: Any) -> None:
         help='columns of whole numbers, to be dequantised: names, "auto" for those that hold no others, or "none" '
         "(default: %(default)s)",
     )
-    parser.add_argument("--flow", choices=_FLOWS, default="maf", help="which flow (default: %(default)s)")
+    parser.add_argument("--flow", choices=_FLOWS, default="nsf", help="which flow (default: %(default)s)")
     parser.add_argument("--num-layers", type=count, metavar="N", help="its number of layers")
     parser.add_argument("--hidden-features", type=widths, metavar="N,N", help="widths of its networks' hidden layers")
     parser.add_argument(
