@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import os
 import time
@@ -21,6 +22,7 @@ from pyroflows.checkpoint import Checkpoint, fingerprint, random_state, set_rand
 from pyroflows.flow import Flow
 from pyroflows.layers.batchnorm import BatchNorm
 from pyroflows.modes import compiled, laid_out, mixed, recomputing, seeded
+from pyroflows.sharding import gather, shard, spread
 
 Array = Tensor | np.ndarray[Any, Any]
 
@@ -106,6 +108,7 @@ def fit(
     checkpoint_steps: int | None = None,
     seed: int | None = None,
     accelerator: str = "auto",
+    strategy: str = "auto",
     precision: str | None = None,
     progress: bool | str | None = None,
 ) -> FitResult:
@@ -171,6 +174,10 @@ def fit(
         seed: seeds split, shuffles and dropout (not the weights the flow comes with).
         accelerator: Lightning Fabric's: "auto", "cpu", "cuda", "mps"; the flow is moved there and back. Of several
             processes on a machine each has a GPU of its own.
+        strategy: how several processes share the flow: "ddp", which "auto" stands for, has it whole in each; "fsdp"
+            spreads parameters, gradients and the optimizer's numbers over them, for a flow too large for one device, of
+            which an objective may call those methods alone that give a log-density. At the end of an epoch the flow is
+            whole in each process, to be evaluated.
         precision: "bf16-mixed" to train with the networks (conditioners, embedding) in bfloat16, and the maps and
             densities in the flow's precision; by default all is in that.
         progress: whether to show a bar, or its label; by default, and with a label, on a terminal alone.
@@ -211,6 +218,7 @@ def fit(
             check_sizes(**{name: size})
     check_option("schedule", schedule, ("cosine", "constant"))
     check_option("optimizer", optimizer, ("adam", "adamax"))
+    check_option("strategy", strategy, ("auto", "ddp", "fsdp"))
     check_number("learning_rate", learning_rate, "(0, inf)")
     for name, value in (
         ("clip_norm", clip_norm),
@@ -233,6 +241,8 @@ def fit(
         raise ValueError("expected data, or an objective that needs none; got neither")
     if compile and recompute:
         raise ValueError("expected compile or recompute, since torch.compile cannot see through both; got both")
+    if strategy == "fsdp" and (compile or channels_last):
+        raise ValueError("expected strategy='fsdp' without compile and channels_last; got it beside one of them")
     if x is None and augment is not None:
         raise ValueError("expected data for augment; got none")
 
@@ -288,15 +298,26 @@ def fit(
         stack.callback(flow.to, home)
         fabric.to_device(flow)
         distributed.same_everywhere(flow)
+        trained: Any = flow
+        if strategy == "fsdp" and not alone:
+            if state is not None:
+                flow.load_state_dict(state["weights"])
+            # Norms that start write to parameters, which is lost on those that are spread.
+            _start(flow, objective, train, augment, accumulate, fabric.device)
+            trained = copy.deepcopy(flow)
         for mode, wanted in ((laid_out, channels_last), (mixed, precision == "bf16-mixed"), (recomputing, recompute)):
             if wanted:
-                stack.enter_context(mode(flow))
+                stack.enter_context(mode(trained))
+        if trained is not flow:
+            trained = shard(trained)
+            parameters = [p for p in trained.parameters() if p.requires_grad]
         wrapped = fabric.setup_optimizers(_optimizer(options, parameters))
         if compile:
             stack.enter_context(compiled(flow))
         trainer = _Trainer(
             fabric,
             flow,
+            trained,
             wrapped,
             objective,
             augment,
@@ -362,12 +383,32 @@ def _optimizer(options: _Options, parameters: list[nn.Parameter]) -> torch.optim
     return torch.optim.Adam(parameters, rate, weight_decay=weight_decay, fused=True)
 
 
+def _start(flow: Flow, objective: Objective, train: Any, augment: Any, accumulate: int, device: torch.device) -> None:
+    """Have the norms of a flow start from the first batch, as they do in the first step of another strategy."""
+    if all(getattr(part, "_started", True) for part in flow.modules()):
+        return
+    place, state, own = train.place, random_state(device), distributed.own_random_state()
+    x, context, _ = next(iter(train.after(0)))
+    flow.train()
+    with distributed.apart():
+        if x is not None:
+            x = x if augment is None else augment(x)
+            number = min(distributed.gathered(min(accumulate, len(x))))
+            x = x.tensor_split(number)[0]
+            context = None if context is None else context[: len(x)]
+        objective(flow, x, context)
+    train.go_to(place)
+    set_random_state(state, device)
+    distributed.set_own_random_state(own)
+
+
 @dataclass
 class _Trainer:
     """The state of one fit."""
 
     fabric: Any
     flow: Flow
+    trained: Any  # the flow, or a copy of it that is spread over processes
     optimizer: Any
     objective: Objective
     augment: Callable[[Tensor], Tensor] | None
@@ -386,7 +427,8 @@ class _Trainer:
         self.total = self.epochs * self.train.steps if self.train.steps else None
         # Skipped steps are counted where they happen, so that no step waits for the device.
         self.skipped = torch.zeros(2, device=self.fabric.device)  # in all, in a row
-        self.parameters = list(self.flow.parameters())
+        self.parameters = list(self.trained.parameters())
+        self.is_spread = self.trained is not self.flow
         self.averaged = [p.detach().clone() for p in self.parameters] if self.options.average else []
         self.first: dict[str, Tensor] | None = self._weights()  # until there are best ones
         self.best: dict[str, Tensor] | None = None
@@ -411,8 +453,13 @@ class _Trainer:
                     if self.total is None:
                         self.total = self.epochs * result.steps
                     self._exchange()
+                    if self.is_spread:
+                        self.flow.load_state_dict(gather(self.trained.state_dict()))
                     with distributed.apart():
                         loss = self._evaluate(train)
+                    if self.is_spread:
+                        for buffer, value in zip(self.trained.buffers(), self.flow.buffers(), strict=True):
+                            buffer.copy_(value)  # the statistics of norms
                     self._note(train, loss, norm)
                     self._exchange()
                     result.stopped = self._why_stop()
@@ -447,9 +494,9 @@ class _Trainer:
             "done": self.done,
             "sums": self.sums,
             "epoch_steps": self.total // self.epochs if self.total else None,
-            "weights": self.flow.state_dict(),
-            "averaged": self.averaged,
-            "optimizer": self.optimizer.optimizer.state_dict(),
+            "weights": gather(self.trained.state_dict()),
+            "averaged": gather(self.averaged),
+            "optimizer": gather(self.optimizer.optimizer.state_dict()),
             "skipped": self.skipped,
             "first": self.first,
             "best": self.best,
@@ -465,7 +512,11 @@ class _Trainer:
             self.total = self.epochs * state["epoch_steps"]
         self.flow.load_state_dict(state["weights"])
         for average, value in zip(self.averaged, state["averaged"], strict=True):
-            average.copy_(value)
+            average.copy_(spread(value, average))
+        kept = state["optimizer"]["state"]
+        trained = [p for p in self.parameters if p.requires_grad]
+        for number, values in kept.items():
+            kept[number] = {k: v if v.dim() == 0 else spread(v, trained[number]) for k, v in values.items()}
         self.optimizer.optimizer.load_state_dict(state["optimizer"])
         self.skipped.copy_(state["skipped"])
         self.first, self.best = state["first"], state["best"]
@@ -529,7 +580,7 @@ class _Trainer:
         return float(distributed.from_first(time.perf_counter() - self.began))
 
     def _epoch(self, bar: Any) -> tuple[float, float]:
-        self.flow.train()
+        self.trained.train()
         shown, timed = 0.0, self.max_seconds is not None
         # Reading the count makes a GPU wait: there it is looked at now and then.
         often = 1 if self.fabric.device.type == "cpu" else 50
@@ -577,16 +628,17 @@ class _Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
         for part, its_context, its_share in self._parts(x, context):
-            loss = self.objective(self.flow, part, its_context)
+            loss = self.objective(self.trained, part, its_context)
             if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
                 got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
                 raise TypeError(f"expected an objective that gives a scalar tensor with a gradient; got {got}")
             weight = its_share * share
             loss = loss if weight == 1 else loss * weight
-            self.fabric.backward(loss)
+            # What is spread averages its gradients over the processes.
+            self.fabric.backward(loss * distributed.world_size() if self.is_spread else loss)
             losses.append(loss.detach())
         loss = self._over_processes(torch.stack(losses).sum())
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options.clip_norm, foreach=True)
+        norm = gather(torch.nn.utils.clip_grad_norm_(self.parameters, self.options.clip_norm, foreach=True))
         bad = (~(loss.isfinite() & norm.isfinite())).float()
         if self.options.optimizer == "adam":
             # The fused optimizer reads this flag on the device and leaves the step out.
@@ -610,11 +662,13 @@ class _Trainer:
         """
         if distributed.world_size() == 1:
             return loss
+        if self.is_spread:
+            return distributed.summed(loss)
         trained = [p for p in self.parameters if p.requires_grad]
         for parameter in trained:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        gradients = [p.grad.flatten() for p in trained]  # type: ignore[union-attr]
+        gradients = [p.grad.flatten() for p in trained]
         parts = [*gradients, loss.to(gradients[0])[None]]
         sums = distributed.summed(torch.cat(parts)).split([len(part) for part in parts])
         for parameter, gradient in zip(trained, sums, strict=False):

@@ -115,9 +115,27 @@ def subsampled():
     return {"state": {name: value.detach() for name, value in guide.state_dict().items()}, "losses": losses}
 
 
+def spread():
+    """Parameters are in the process that has them alone, but for the time in which they are used."""
+    torch.manual_seed(0)
+    flow = moved(glow((1, 8, 8), num_levels=2, num_steps=1, hidden_channels=8), torch.float64)
+    numbers = {}
+
+    def objective(flow, x, context):
+        if flow.training:
+            numbers["own"] = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in flow.parameters())
+        return negative_log_likelihood(flow, x, context)
+
+    options = {**FIFTY, "epochs": 2, "average": 0.9, "strategy": "fsdp", "objective": objective}
+    found = result_of(flow, fit(flow, pictures().double(), **options))
+    share = numbers["own"] / sum(p.numel() for p in flow.parameters())
+    assert share == 1 if processes() == 1 else 0.4 < share < 0.6
+    return found
+
+
 def parts():
     flow = small("none")
-    return result_of(flow, fit(flow, table(), **{**FIFTY, "accumulate": 3, "batch_size": 31}))
+    return result_of(flow, fit(flow, table(), **{**OPTIONS, "epochs": 2, "accumulate": 3, "batch_size": 31}))
 
 
 def loader():
@@ -129,7 +147,7 @@ def loader():
 
 def mapped(folder):
     flow = small()
-    return result_of(flow, fit(flow, np.load(f"{folder}/table.npy", mmap_mode="r"), **FIFTY))
+    return result_of(flow, fit(flow, np.load(f"{folder}/table.npy", mmap_mode="r"), **{**OPTIONS, "epochs": 2}))
 
 
 def stopped_early():
@@ -146,7 +164,7 @@ def skipping(flow, x, context):
 
 def skipped():
     flow = small()
-    result = fit(flow, table(), **{**FIFTY, "objective": skipping, "steps_per_epoch": None})
+    result = fit(flow, table(), **{**OPTIONS, "objective": skipping, "epochs": 4})
     return {**result_of(flow, result), "skipped": result.skipped_steps}
 
 
@@ -158,6 +176,7 @@ COMPARED = {
     },
     **{f"guide {name}": lambda _, dtype=dtype: guide(dtype) for name, dtype in DTYPES.items()},
     "subsampled float64": lambda _: subsampled(),
+    "spread float64": lambda _: spread(),
     "parts float64": lambda _: parts(),
     "loader float64": lambda _: loader(),
     "mapped float64": mapped,
@@ -257,9 +276,9 @@ def different(folder):
     return {"messages": messages}
 
 
-def interrupted(folder):
+def interrupted(folder, strategy="ddp"):
     """Stop in the middle of the second epoch, and go on from the checkpoint."""
-    options = {**OPTIONS, "epochs": 3}
+    options = {**OPTIONS, "epochs": 2, "strategy": strategy, "average": 0.9}
 
     def fitted(at=None, **more):
         left = [at]
@@ -275,10 +294,14 @@ def interrupted(folder):
         return result_of(flow, fit(flow, table(), objective=objective, **{**options, **more}))
 
     whole = fitted()
-    file = {"checkpoint": f"{folder}/fit.pt", "checkpoint_steps": 3}
+    file = {"checkpoint": f"{folder}/{strategy}.pt", "checkpoint_steps": 3}
     with contextlib.suppress(InterruptedError):
-        fitted(at=14, **file)
+        fitted(at=12, **file)
     return {"whole": whole, "resumed": fitted(**file)}
+
+
+def interrupted_where_spread(folder):
+    return interrupted(folder, "fsdp")
 
 
 def taken_in_turn(folder):
@@ -287,7 +310,8 @@ def taken_in_turn(folder):
 
 
 ALONE = (
-    noise, dequantized, unseeded, out_of_time, shards, uneven, different, interrupted, taken_in_turn,
+    noise, dequantized, unseeded, out_of_time, shards, uneven, different, interrupted, interrupted_where_spread,
+    taken_in_turn,
 )  # fmt: skip
 
 
@@ -410,7 +434,9 @@ def test_processes_about_different_fits_are_refused(two):
 def test_two_processes_go_on_from_a_checkpoint(two, folder):
     for found in two:
         assert equal(found["interrupted"]["whole"], found["interrupted"]["resumed"])
-    assert {path.name for path in folder.glob("fit*")} == {"fit.pt"}
+        where_spread = found["interrupted_where_spread"]
+        assert equal(where_spread["whole"], where_spread["resumed"])
+    assert {path.name for path in folder.glob("*.pt*")} == {"ddp.pt", "fsdp.pt"}
 
 
 def test_work_on_a_stream_comes_back_in_order(two):
