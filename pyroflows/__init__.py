@@ -55,7 +55,8 @@ from pyroflows.priors import DiagonalNormal, GaussianMixture, LogitNormal, Prior
 from pyroflows.training import FitResult, fit
 
 if TYPE_CHECKING:
-    from pyroflows.estimator import FlowClassifier, FlowDensity
+    from pyroflows.estimator import FlowClassifier as FlowClassifier
+    from pyroflows.estimator import FlowDensity as FlowDensity
 
 __all__ = [  # noqa: RUF022
     # bijection
@@ -139,14 +140,11 @@ __all__ = [  # noqa: RUF022
     "bits_per_dim",
     "check",
     "fit",
-    # estimators
-    "FlowClassifier",
-    "FlowDensity",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Import scikit-learn, which takes a second, only where its estimators are asked for."""
+    """Import scikit-learn, which takes a second, only where its estimators are asked for by name, not by a star."""
     if name in ("FlowClassifier", "FlowDensity"):
         from pyroflows import estimator
 
