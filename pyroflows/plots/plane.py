@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -79,7 +80,9 @@ def density_2d(
         )
         ax.set(title=title, xlabel="$x_1$", ylabel="$x_2$", xlim=(left, right), ylim=(bottom, top))
         if colorbar:
-            ax.figure.colorbar(image, ax=ax, label="density", fraction=0.046, pad=0.04)
+            # Within the axes' own coordinates, it stays as tall as the picture.
+            bar = ax.figure.colorbar(image, cax=ax.inset_axes((1.04, 0, 0.05, 1)), label="density")
+            bar.ax.tick_params(labelsize=plt.rcParams["ytick.labelsize"])
     return ax
 
 

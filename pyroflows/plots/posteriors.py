@@ -124,10 +124,13 @@ def khat(
         for i, (name, group) in enumerate(groups.items()):
             color = COLORS[i % len(COLORS)] if by_size[0] else COLORS[0]
             for place, k in group.items():
-                # Sets of one guide are often nearly equal: side by side, their dots can be counted.
-                x = np.full(len(k), float(place)) + (0 if by_size[0] else 0.08 * (np.arange(len(k)) - (len(k) - 1) / 2))
+                # Side by side, dots that are nearly equal can be counted, and those of two guides told apart.
+                if by_size[0]:
+                    x = np.full(len(k), place * 1.08 ** (i - (len(groups) - 1) / 2))
+                else:
+                    x = place + 0.08 * (np.arange(len(k)) - (len(k) - 1) / 2)
                 inside = k <= top
-                ax.plot(x[inside], k[inside], "o", color=color, alpha=0.6, markeredgewidth=0)
+                ax.plot(x[inside], k[inside], "o", color=color, alpha=0.5, markeredgewidth=0)
                 ax.plot(x[~inside], np.full((~inside).sum(), top), "^", color=color, clip_on=False)
             if by_size[0]:
                 medians = [min(float(np.median(group[size])), top) for size in sorted(group)]
@@ -135,9 +138,12 @@ def khat(
         if by_size[0]:
             sizes = sorted({size for group in groups.values() for size in group})
             ax.plot(
-                sizes, [khat_threshold(size) for size in sizes], color="black", linestyle=(0, (1, 1)), label="limit"
+                sizes, [khat_threshold(size) for size in sizes], color="black", linestyle=(0, (1, 1)), label="threshold"
             )
             ax.set(xscale="log", xlabel="draws in a set")
+            if len(sizes) <= 8:
+                ax.set_xticks(sizes, [f"{size:,}" for size in sizes])
+                ax.minorticks_off()
             ax.legend(frameon=False, loc="upper left", ncols=3, columnspacing=1)
             top *= 1.15
         else:

@@ -57,7 +57,7 @@ def marginals(
     with panels(ax, len(names)) as axes:
         for column, (each, name) in enumerate(zip(axes, names, strict=True)):
             outside = _histograms(each, data[:, column], samples[:, column], _bins(data[:, column]), labels)
-            each.set_title(outside and f"{outside} of the bins", loc="right", size="small")
+            each.set_title(outside and f"{outside} of {labels[1]} out", loc="right", size="small")
             each.set(xlabel=name, ylabel="" if column else "density")
             each.locator_params(axis="x", nbins=4)
         axes[0].legend(frameon=False, handlelength=1.2)
@@ -103,7 +103,7 @@ def pair_plot(
     count = len(names)
     inches = float(np.clip(1.7 * count, 3.3, PAGE))
     wrapped = [fill(name, max(9, round(11 * inches / count)), break_long_words=False) for name in names]
-    ticks, size = (3, "medium") if count < 5 else (2, "small")
+    ticks, size = (3, "medium") if count < 4 else (2, "medium" if count < 6 else "small")
     few = [rows[:: -(-len(rows) // _POINTS)] for rows in (data, samples)]
     # In random order, or the samples would hide the data.
     order = np.random.default_rng(0).permutation(sum(map(len, few)))
@@ -119,7 +119,9 @@ def pair_plot(
             if row == column:
                 outside = _histograms(each, data[:, row], samples[:, row], edges[row], labels)
                 if outside:
-                    each.text(0.98, 0.97, outside, transform=each.transAxes, ha="right", va="top", size="x-small")
+                    each.text(
+                        0.98, 0.97, f"{outside} out", transform=each.transAxes, ha="right", va="top", size="small"
+                    )
                 each.set_yticks([])
             else:
                 each.scatter(*points[:, [column, row]].T, s=4, alpha=alpha, c=colors, linewidths=0, rasterized=True)
@@ -149,7 +151,7 @@ def _histograms(ax: Axes, data: NumPyArray, samples: NumPyArray, edges: NumPyArr
     ax.set(xlim=(edges[0], edges[-1]))
     ax.set_ylim(bottom=0, top=1.2 * float(np.max(heights)))
     outside = np.mean((samples < edges[0]) | (samples > edges[-1]))
-    return f"{outside:.0%} out" if outside > 0.005 else ""
+    return f"{outside:.0%}" if outside > 0.005 else ""
 
 
 def _bins(data: NumPyArray) -> NumPyArray:
