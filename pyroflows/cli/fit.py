@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import ast
 import math
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
 from pyroflows.cli.options import (
     add_device,
@@ -23,6 +24,10 @@ from pyroflows.cli.options import (
     share,
     widths,
 )
+
+if TYPE_CHECKING:
+    from pyroflows.flow import Flow
+    from pyroflows.training import FitResult
 
 __all__ = ["add_fit"]
 
@@ -110,6 +115,7 @@ def _fit(options: argparse.Namespace) -> None:
     context = context_of(rows[:, len(columns) :], options.given, categories) if options.given else None
     if context is not None and context.is_floating_point():
         context = context.to(x.dtype)
+    del rows
     sizes = {"num_layers": options.num_layers, "hidden_features": options.hidden_features, **dict(options.set)}
     sizes = {name: value for name, value in sizes.items() if value is not None}
     with seeded(options.seed):
@@ -155,6 +161,14 @@ def _fit(options: argparse.Namespace) -> None:
         raise KeyboardInterrupt(f"the best model so far is in {options.output}") from None
     if result.best_epoch is None:
         raise RuntimeError(f"expected a finite loss; got none: {result.stopped}")
+    if is_first():
+        _finish(options, flow, result, notes)
+
+
+def _finish(options: argparse.Namespace, flow: Flow, result: FitResult, notes: dict[str, Any]) -> None:
+    """Save the model, and say how the fit went."""
+    from pyroflows.cli.model import save_model
+
     found = {
         "best_loss": result.best_loss,
         "best_epoch": result.best_epoch,
@@ -164,17 +178,15 @@ def _fit(options: argparse.Namespace) -> None:
         "seconds": result.seconds,
         "stopped": result.stopped,
     }
-    if not is_first():
-        return
     save_model(flow, options.output, finite({**notes, **found, "history": result.history}))
     if options.json:
-        parameters = sum(parameter.numel() for parameter in flow.parameters())
-        print_json({"model": options.output, **notes, "parameters": parameters, **found})
-    held_out = "validation" if result.history.get("validation") else "training"
+        print_json({"model": options.output, **notes, "parameters": _number_of_parameters(flow), **found})
+    rows = "validation" if result.history.get("validation") else "training"
+    epoch = f"epoch {(result.best_epoch or 0) + 1} of {found['epochs']}"
     say(
         options,
-        f"{held_out} loss {result.best_loss:.4f} nats a row, of epoch {result.best_epoch + 1} of {found['epochs']}; "
-        f"{result.stopped}, in {result.seconds:.1f} s\nmodel: {options.output}",
+        f"{rows} loss {result.best_loss:.4f} nats a row, of {epoch}; {result.stopped}, in {result.seconds:.1f} s\n"
+        f"model: {options.output}",
     )
 
 
@@ -190,6 +202,8 @@ def _check(options: argparse.Namespace) -> None:
         options.parser.error(f"expected --categories among the columns of --given; got {', '.join(sorted(strange))}")
     if options.json and options.output == "-":
         options.parser.error("expected --json, or a model on standard output; got both")
+    if options.output == "-" and sys.stdout.isatty():
+        options.parser.error("expected standard output to lead to a file or a pipe, for a model; got a terminal")
 
 
 def _check_columns(rows: Any, table: Any, columns: list[str], dtype: str) -> None:
@@ -240,7 +254,7 @@ def _integers(options: argparse.Namespace, x: Any, columns: list[str]) -> list[i
     return sorted(columns.index(name) for name in wanted)
 
 
-def _what(name: str, flow: Any, notes: dict[str, Any]) -> str:
+def _what(name: str, flow: Flow, notes: dict[str, Any]) -> str:
     shown = ", ".join(notes["columns"][:8]) + (", ..." if len(notes["columns"]) > 8 else "")
     number = len(notes["columns"])
     text = f"{name} of {number} column{'s' * (number > 1)} ({shown})"
@@ -248,8 +262,11 @@ def _what(name: str, flow: Any, notes: dict[str, Any]) -> str:
         text += f" given {', '.join(notes['given'])}"
     if notes["integer_columns"]:
         text += f", whole numbers in {', '.join(notes['integer_columns'])}"
-    parameters = sum(parameter.numel() for parameter in flow.parameters())
-    return f"{text}: {parameters:,} parameters, {notes['rows']:,} rows of {notes['data']}"
+    return f"{text}: {_number_of_parameters(flow):,} parameters, {notes['rows']:,} rows of {notes['data']}"
+
+
+def _number_of_parameters(flow: Flow) -> int:
+    return sum(parameter.numel() for parameter in flow.parameters())
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -159,8 +159,16 @@ def load_model(path: str | Path, device: str) -> Model:
     flow = load(path, device=device_of(device))
     if len(flow.event_shape) != 1:
         raise ValueError(f"expected a flow of the rows of a table in {path}; got one of {tuple(flow.event_shape)}")
-    notes = flow.notes
-    return Model(flow.eval(), notes.get("columns"), notes.get("given", []), notes.get("categories", {}))
+    columns, given, categories = (flow.notes.get(name) for name in ("columns", "given", "categories"))
+    if not _are_texts(columns) or len(columns) != flow.event_shape[0]:
+        return Model(flow.eval(), None)  # the notes, if any, are another's
+    if not _are_texts(given) or not isinstance(categories, dict) or not all(map(_are_texts, categories.values())):
+        raise ValueError(f"expected given columns and categories among the notes of {path}; got {given}, {categories}")
+    return Model(flow.eval(), columns, given, categories)
+
+
+def _are_texts(value: Any) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(part, str) for part in value)
 
 
 def check_target(path: str, *sources: str | None) -> None:
