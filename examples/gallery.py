@@ -25,12 +25,12 @@ def main() -> None:
     torch.set_num_threads(1)  # networks this small are slower on more
     torch.manual_seed(0)
     plt.switch_backend("agg")
-    plt.rcParams.update({"savefig.dpi": 140, **plots.PAPER})
+    plt.rcParams.update({"savefig.dpi": 130, **plots.PAPER})
 
     def save(name: str) -> None:
         plt.savefig(path := options.output / f"{name}.png")
         plt.close("all")
-        Image.open(path).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+        Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
         print(f"{name}.png", flush=True)
 
     flows, fits, scores = models.moons()
