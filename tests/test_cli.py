@@ -196,7 +196,7 @@ def test_categories_and_numbers_may_be_given_together(capsys, folder, tmp_path):
 
 
 def test_check_info_bench_and_plot(capsys, folder, tmp_path):
-    for name, data in (("iris", "iris"), ("given", "iris"), ("whole", "diabetes")):
+    for name, data in (("given", "iris"), ("whole", "diabetes")):
         assert "ok" in said(capsys, "check", folder / name, folder / f"{data}.csv", "--rows", 20)
         found = said_in_json(capsys, "bench", folder / name, "--rows", 64, "--seconds", 0.01)
         assert all(speed > 0 for speed in found["flows"][str(folder / name)].values())

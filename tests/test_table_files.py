@@ -172,7 +172,7 @@ NUMBERS = "a,b\n" + "1,2\n" * 3
     [
         ("", "expected a first line of column names in data.csv; got none"),
         ("1.5,2\n3,4\n", "expected a first line of column names in data.csv; got numbers: 1.5, 2"),
-        ("a,a\n1,2\n", "expected columns of different names in data.csv; got 'a' twice"),
+        ("a,a\n1,2\n", "expected columns of different names in data.csv; got 'a' 2 times"),
         ("a,b\n", "expected at least one row in data.csv; got none"),
         (NUMBERS + "1,\n", "expected numbers in column 'b' of data.csv; got a missing value in row 4 (line 5)"),
         (NUMBERS + "1\n", "expected numbers in column 'b' of data.csv; got a missing value in row 4 (line 5)"),
@@ -226,7 +226,7 @@ def test_arrays_and_parquet_are_refused_by_row_and_column(tmp_path, ending, bad,
     assert len(open_table(path, ["0", "2"]).read()) == 1000
 
 
-@pytest.mark.parametrize("values", [["x", "y"], pd.to_datetime(["2020-01-01", "2021-01-01"]), [[1], [2]]])
+@pytest.mark.parametrize("values", [["x", "y"], pd.to_datetime(["2020-01-01", "2021-01-01"]), [[1, 2], [2, 3]]])
 def test_columns_of_parquet_that_hold_no_numbers_are_refused(tmp_path, values):
     pd.DataFrame({"a": [1.0, 2.0], "b": values}).to_parquet(tmp_path / "x.parquet")
     with pytest.raises(ValueError, match=r"^expected numbers in column 'b' of x.parquet; got '.*' in row 1$"):

@@ -12,6 +12,7 @@ import tempfile
 import warnings
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,9 +55,9 @@ class TableFile:
         self._source = source
         self._dtype, self._largest = dtype, float(np.finfo(dtype).max)
         self.name, self.num_rows, self.named = source.name, source.num_rows, source.named
-        for column in source.columns:
-            if column and source.columns.count(column) > 1:
-                raise ValueError(f"expected columns of different names in {self.name}; got {column!r} twice")
+        for column, number in Counter(source.columns).items():
+            if column and number > 1:
+                raise ValueError(f"expected columns of different names in {self.name}; got {column!r} {number} times")
         self.categories = {name: list(labels or ()) for name, labels in categories.items()}
         self._found = {name for name in categories if categories[name] is None}
         self.select(source.columns if columns is None else columns)
@@ -126,7 +127,7 @@ class TableFile:
     def _refusal(self, cell: Any, name: str, row: int) -> ValueError:
         import pandas as pd
 
-        missing = cell is None or cell is pd.NaT or cell is pd.NA or cell != cell
+        missing = pd.api.types.is_scalar(cell) and pd.isna(cell)
         if missing:
             got = "a missing value"
         elif isinstance(cell, (int, float, np.number)):
