@@ -506,7 +506,7 @@ def test_draws_are_drawn_over_the_reference_of_the_same_name(rng):
         np.testing.assert_allclose(ax.lines[0].get_xydata(), np.c_[kde(mine, limits=limits)])
         filled = ax.collections[0].get_paths()[0].vertices
         assert filled[:, 1].max() == pytest.approx(kde(theirs, limits=limits)[1].max())
-        assert ax.get_title() == f"mean {table.mean_error[i]:+.2f} sd\nsd ratio {table.sd_ratio[i]:.2f}"
+        assert ax.get_title() == f"mean {table.mean_error[i]:+z.2f} sd\nsd ratio {table.sd_ratio[i]:.2f}"
     assert texts(axes[0].get_legend()) == ["NUTS", "guide"]
 
 

@@ -13,6 +13,8 @@ from pyroflows.plots.canvas import COLORS, STYLES, AxesArray, drawing, panels
 
 __all__ = ["khat", "posterior_draws"]
 
+Khats = float | Sequence[float] | NumPyArray
+
 _HIGHEST = 3.0  # k-hat worth a place in a picture: beyond 1 weights do not even have a mean
 
 
@@ -65,7 +67,7 @@ def posterior_draws(
         for i, (each, (mine, theirs)) in enumerate(zip(axes, curves, strict=True)):
             each.fill_between(*theirs, color="0.8", linewidth=0, label=labels[1])
             each.plot(*mine, color=COLORS[1], label=labels[0])
-            each.set_title(f"mean {table.mean_error[i]:+.2f} sd\nsd ratio {table.sd_ratio[i]:.2f}")
+            each.set_title(f"mean {table.mean_error[i]:+z.2f} sd\nsd ratio {table.sd_ratio[i]:.2f}")
             each.set(xlabel=table.names[i], ylabel="density" if i == 0 else "", yticks=[])
             each.set_ylim(0, 1.35 * max(mine[1].max(), theirs[1].max()))  # room for the legend
             each.locator_params(axis="x", nbins=4)
@@ -74,7 +76,7 @@ def posterior_draws(
 
 
 def khat(
-    values: Mapping[str, float | Sequence[float] | Mapping[int, Sequence[float]]],
+    values: Mapping[str, Khats | Mapping[int, Khats]],
     ax: Axes | None = None,
     *,
     title: str = "Tails of importance weights",
