@@ -19,7 +19,8 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from pyroflows import AutoFlow, DistributedELBO, distributed, fit, glow, maf, realnvp
+from pyroflows import AutoFlow, DistributedELBO, distributed, fit, fit_posterior, glow, maf, realnvp
+from pyroflows.batches import Mapped
 from pyroflows.data import ParquetBatches, UniformDequantizer
 from pyroflows.inference.fitting import _Training
 from pyroflows.inference.posterior import whole_log_joint
@@ -53,9 +54,9 @@ def moved(flow, dtype):
     return flow
 
 
-def small(norm="actnorm", dtype=torch.float64, **options):
+def small(norm="actnorm", dtype=torch.float64, features=3, **options):
     torch.manual_seed(0)
-    return moved(maf(3, num_layers=2, hidden_features=(8,), norm=norm, **options), dtype)
+    return moved(maf(features, num_layers=2, hidden_features=(8,), norm=norm, **options), dtype)
 
 
 def result_of(flow, result):
@@ -278,7 +279,7 @@ def different(folder):
 
 def interrupted(folder, strategy="ddp"):
     """Stop in the middle of the second epoch, and go on from the checkpoint."""
-    options = {**OPTIONS, "epochs": 2, "strategy": strategy, "average": 0.9}
+    options = {**OPTIONS, "batch_size": 64, "epochs": 2, "strategy": strategy, "average": 0.9}
 
     def fitted(at=None, **more):
         left = [at]
@@ -294,9 +295,9 @@ def interrupted(folder, strategy="ddp"):
         return result_of(flow, fit(flow, table(), objective=objective, **{**options, **more}))
 
     whole = fitted()
-    file = {"checkpoint": f"{folder}/{strategy}.pt", "checkpoint_steps": 3}
+    file = {"checkpoint": f"{folder}/{strategy}.pt", "checkpoint_steps": 5}
     with contextlib.suppress(InterruptedError):
-        fitted(at=12, **file)
+        fitted(at=7, **file)
     return {"whole": whole, "resumed": fitted(**file)}
 
 
@@ -454,6 +455,93 @@ def test_a_process_alone_is_in_step_with_itself(folder):
         DistributedELBO(3)
 
 
+# Data in files
+
+
+def test_mapped_data_are_those_in_memory(folder):
+    mapped = np.load(folder / "table.npy", mmap_mode="r")
+    for context in (None, np.array(mapped[:, :2]), np.load(folder / "table.npy", mmap_mode="r")[:, :2]):
+        features = {} if context is None else {"context_features": 2}
+        options = {**OPTIONS, "epochs": 2, "validation": 0.2}
+        first, second = small("batchnorm", **features), small("batchnorm", **features)
+        wanted = fit(first, np.array(mapped), context=None if context is None else np.array(context), **options)
+        found = fit(second, mapped, context=context, **options)
+        assert equal(result_of(first, wanted), result_of(second, found))
+
+
+def test_mapped_data_are_read_a_few_rows_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("pyroflows.batches._CHECKED_NUMBERS", 60)
+    most, read = [0], Mapped.__getitem__
+
+    def counted(self, rows):
+        found = read(self, rows)
+        most[0] = max(most[0], len(found))
+        return found
+
+    monkeypatch.setattr(Mapped, "__getitem__", counted)
+    array = np.lib.format.open_memmap(tmp_path / "x.npy", mode="w+", dtype=np.float32, shape=(1000, 3))
+    array[:] = torch.randn(1000, 3).numpy()
+    fit(small(dtype=torch.float32), array, **{**OPTIONS, "epochs": 1, "validation": 0.05})
+    assert most[0] == 50  # the rows held out; a batch has 32
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda x: x.__setitem__((777, 1), np.nan), "expected finite numbers in data; got nan in row 777, column 1 "),
+        (lambda x: x.__setitem__((slice(None), 2), 3.0), "since a constant one has no density; got column 2"),
+    ],
+)
+def test_what_is_wrong_in_mapped_data_is_named(tmp_path, monkeypatch, spoil, message):
+    monkeypatch.setattr("pyroflows.batches._CHECKED_NUMBERS", 60)
+    array = np.lib.format.open_memmap(tmp_path / "x.npy", mode="w+", dtype=np.float64, shape=(1000, 3))
+    array[:] = torch.randn(1000, 3).numpy()
+    spoil(array)
+    with pytest.raises(ValueError, match=message):
+        fit(small(), array, **OPTIONS)
+    with pytest.raises(ValueError, match="expected a context for each of 1000 rows; got"):
+        fit(small(context_features=1), array, context=torch.zeros(999, 1).double(), **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"columns": ["column 7"]}, "expected a column 'column 7' in .*; got 'column 0', 'column 1', 'column 2'"),
+        ({"batch_size": 301}, "expected at least batch_size=301 rows in .*; got 300"),
+        ({"buffer_rows": 0}, "expected buffer_rows to be a positive integer; got 0"),
+    ],
+)
+def test_messages_of_parquet_batches(folder, options, message):
+    with pytest.raises(ValueError, match=message):
+        ParquetBatches(folder / "table.parquet", **{"batch_size": 30, **options})
+    with pytest.raises(ValueError, match="expected a Parquet file; got .*table.npy: "):
+        ParquetBatches(folder / "table.npy", 30)
+
+
+def test_parquet_batches_of_columns_and_context(folder):
+    torch.manual_seed(0)
+    batches = ParquetBatches(folder / "table.parquet", 100, columns=["column 2"], context=["column 0", "column 1"])
+    pairs = list(batches)
+    assert [(x.shape, context.shape) for x, context in pairs] == [((100, 1), (100, 2))] * 3
+    again = np.concatenate([x for x, _ in batches])
+    assert not np.array_equal(np.concatenate([x for x, _ in pairs]), again)
+    flow = small(context_features=2, features=1)
+    assert fit(flow, batches, **{**OPTIONS, "batch_size": None, "epochs": 2, "validation": None}).steps == 6
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"strategy": "dp"}, "expected strategy to be one of 'auto', 'ddp', 'fsdp'; got 'dp'"),
+        ({"strategy": "fsdp", "compile": True}, "expected strategy='fsdp' without compile and channels_last"),
+        ({"checkpoint_steps": 3}, "expected checkpoint_steps beside a checkpoint; got 3 alone"),
+    ],
+)
+def test_messages_of_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        fit(small(), table(), **OPTIONS, **options)
+
+
 # Killed
 
 
@@ -571,6 +659,33 @@ def worker(folder, when):
     torch.save(flow.state_dict(), f"{folder}/weights.{distributed_rank()}")
 
 
+@pytest.mark.slow
+def test_a_posterior_is_the_same_in_all_processes(tmp_path):
+    torchrun("posterior", tmp_path)
+    first, second = (torch.load(tmp_path / f"posterior.{rank}") for rank in range(2))
+    assert equal(first, second)
+    one = posteriors()
+    assert first["seeded"]["elbo"] == pytest.approx(one["seeded"]["elbo"], abs=0.01)
+    assert first["unseeded"]["elbo"] == pytest.approx(one["unseeded"]["elbo"], abs=0.01)
+    assert first["seeded"]["verdict"] == one["seeded"]["verdict"] == "trust"
+    assert "the fit ended at max_seconds=0.5" in first["timed"]["notes"]
+
+
+def posteriors():
+    y, found = observations(torch.float32), {}
+    torch.manual_seed(distributed_rank())
+    for name, options in {"seeded": {"seed": 0}, "unseeded": {}, "timed": {"max_seconds": 0.5}}.items():
+        posterior = fit_posterior(likelihood, y, max_steps=500, **options)
+        found[name] = {
+            "state": posterior.guide.flow.state_dict(),
+            "elbo": posterior.elbo,
+            "verdict": posterior.verdict,
+            "reason": posterior.reason,
+            "notes": posterior.notes,
+        }
+    return found
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     what, folder, *rest = sys.argv[1:]
@@ -579,6 +694,8 @@ if __name__ == "__main__":
         for name, case in {**COMPARED, **{case.__name__: case for case in ALONE}}.items():
             found[name] = case(folder)
         torch.save(found, f"{folder}/found.{distributed_rank()}")
+    elif what == "posterior":
+        torch.save(posteriors(), f"{folder}/posterior.{distributed_rank()}")
     elif what == "kills":
         killed_fits(folder, int(rest[0]))
     else:
