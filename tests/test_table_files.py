@@ -8,6 +8,7 @@ import pickle
 import re
 import sys
 import zipfile
+from random import Random
 
 import numpy as np
 import pandas as pd
@@ -282,6 +283,32 @@ def test_files_that_are_cut_short_are_refused(tmp_path, ending):
         with pytest.raises(ValueError, match=r"^expected .*; got x\.") as error:
             open_table(path).read()
         assert "\n" not in str(error.value)
+
+
+def spoiled(whole, random):
+    """Change, take out or put in a few bytes, more often near the ends, where headers and indices are."""
+    changed = bytearray(whole)
+    for _ in range(random.choice((1, 1, 2, 5, 20))):
+        places = (random.randrange(130), random.randrange(len(changed)), len(changed) - 1 - random.randrange(700))
+        place = max(0, min(random.choice(places), len(changed) - 1))
+        changed[place : place + random.randrange(6)] = random.randbytes(random.randrange(6))
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("times", [100, pytest.param(5000, marks=pytest.mark.slow)])
+def test_spoiled_files_are_read_or_refused_in_one_sentence(tmp_path, ending, times):
+    path = tmp_path / f"x.{ending}"
+    write_table(path, ["n", "a", "b"], chunks(table(rows=60), 30), integers=["n"])
+    whole, random, refused = path.read_bytes(), Random(times), []
+    for _ in range(times):
+        path.write_bytes(spoiled(whole, random))
+        try:
+            assert all(np.isfinite(part).all() for part in open_table(path).chunks(25))
+        except ValueError as error:
+            refused.append(str(error))
+    assert len(refused) > times / 4
+    assert all(line.startswith("expected ") and "\n" not in line for line in refused)
 
 
 def test_shapes_and_columns_that_are_none_are_refused(tmp_path):

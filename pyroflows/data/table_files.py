@@ -11,10 +11,9 @@ import sys
 import tempfile
 import warnings
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -373,7 +372,7 @@ class _Parquet:
             try:
                 for batch in file.iter_batches(rows, columns=columns, use_threads=False):
                     yield batch.select(columns).to_pandas()
-            except (pa.ArrowException, OSError) as error:
+            except (pa.ArrowException, OSError, ValueError) as error:
                 raise self._unreadable(error) from None
 
     def line(self, row: int) -> int | None:
@@ -383,9 +382,10 @@ class _Parquet:
         import pyarrow as pa
         from pyarrow import parquet
 
+        _check_access(self.path)
         try:
             return parquet.ParquetFile(self.path, buffer_size=2**20, pre_buffer=False)
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise self._unreadable(error) from None
 
     def _unreadable(self, error: Exception) -> ValueError:
@@ -411,15 +411,16 @@ class _Npy:
         return None
 
     def _open(self) -> np.ndarray[Any, Any]:
-        if self.path.stat().st_size == 0:
-            raise self._unreadable("it is empty")
+        _check_access(self.path)
         try:
             return np.lib.format.open_memmap(self.path, mode="r")  # which refuses Python objects
-        except ValueError as error:
-            raise self._unreadable(_one_line(error)) from None
+        except Exception as error:  # what is raised depends on which byte is wrong
+            raise self._unreadable(error) from None
 
-    def _unreadable(self, why: str) -> ValueError:
-        return ValueError(f"expected an array of numbers in an NPY file; got {self.name}, which is none ({why})")
+    def _unreadable(self, why: object) -> ValueError:
+        return ValueError(
+            f"expected an array of numbers in an NPY file; got {self.name}, which is none ({_one_line(why)})"
+        )
 
 
 class _Npz:
@@ -427,10 +428,11 @@ class _Npz:
 
     def __init__(self, path: Path, array: str | None):
         self.path, self.name = path, path.name
+        _check_access(path)
         try:
             with zipfile.ZipFile(path) as archive:
                 arrays = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
-        except zipfile.BadZipFile as error:
+        except Exception as error:
             raise self._unreadable(error) from None
         if array is None and len(arrays) == 1:
             array = arrays[0]
@@ -461,14 +463,15 @@ class _Npz:
     @contextmanager
     def _open(self) -> Iterator[tuple[IO[bytes], tuple[int, ...], bool, np.dtype[Any]]]:
         """Give the array's file, behind the header, with shape, whether it lies column by column, and dtype."""
-        with zipfile.ZipFile(self.path) as archive, archive.open(f"{self.array}.npy") as file:
+        with ExitStack() as stack:
             try:
-                version = np.lib.format.read_magic(file)
-                if version == (1, 0):
+                archive = stack.enter_context(zipfile.ZipFile(self.path))
+                file = stack.enter_context(archive.open(f"{self.array}.npy"))
+                if np.lib.format.read_magic(file) == (1, 0):
                     shape, by_column, dtype = np.lib.format.read_array_header_1_0(file)
                 else:
                     shape, by_column, dtype = np.lib.format.read_array_header_2_0(file)
-            except (ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+            except Exception as error:  # what is raised depends on which byte is wrong
                 raise self._unreadable(error) from None
             yield file, shape, by_column, dtype
 
@@ -476,7 +479,7 @@ class _Npz:
         wanted = int(np.prod(shape)) * dtype.itemsize
         try:
             read = file.read(wanted)
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        except Exception as error:
             raise self._unreadable(error) from None
         if len(read) != wanted:
             raise self._unreadable("it is cut short")
@@ -537,6 +540,11 @@ def _is_number(text: str) -> bool:
 
 def _one_line(error: object) -> str:
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def _check_access(path: Path) -> None:
+    """Leave it to the system to say that a file is not there, or not to be read."""
+    path.open("rb").close()
 
 
 def _ending(path: str) -> str:
