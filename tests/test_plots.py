@@ -585,6 +585,7 @@ def test_khats_by_size_have_a_line_through_medians_and_the_threshold():
 def test_khats_refused(values, error, message):
     with pytest.raises(error, match=message):
         plots.khat(values)
+    assert plt.get_fignums() == []
 
 
 # The gallery

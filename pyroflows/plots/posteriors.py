@@ -108,51 +108,47 @@ def khat(
     """
     if not values:
         raise ValueError("expected at least one k-hat; got none")
-    by_size = [isinstance(given, Mapping) for given in values.values()]
-    if len(set(by_size)) > 1:
+    by_size = {isinstance(given, Mapping) for given in values.values()}
+    if len(by_size) > 1:
         raise TypeError("expected k-hats by the draws in a set for every name or for none; got both")
-    groups = {
-        name: {place: _khats(name, given) for place, given in sets.items()} if isinstance(sets, Mapping) else {}
-        for name, sets in values.items()
-    }
-    if not by_size[0]:
-        groups = {name: {place: _khats(name, given)} for place, (name, given) in enumerate(values.items())}
+    groups: dict[str, dict[int, NumPyArray]] = {}
+    for number, (name, given) in enumerate(values.items()):
+        sets = given if isinstance(given, Mapping) else {number: given}
+        groups[name] = {place: _khats(name, k) for place, k in sets.items()}
     if not all(groups.values()):
         raise ValueError("expected at least one k-hat of each name; got none")
+    sizes = sorted({size for group in groups.values() for size in group}) if True in by_size else []
+    thresholds = [khat_threshold(size) for size in sizes]
     found = np.concatenate([k for group in groups.values() for k in group.values()])
     shown = found[found <= _HIGHEST]
     low, top = min(0.0, shown.min(initial=0.0) - 0.05), max(1.1, shown.max(initial=0.0) + 0.1)
+    dotted: Any = {"color": "black", "linestyle": (0, (1, 1))}
     with drawing(ax) as ax:
-        for i, (name, group) in enumerate(groups.items()):
-            color = COLORS[i % len(COLORS)] if by_size[0] else COLORS[0]
+        for number, (name, group) in enumerate(groups.items()):
+            color = COLORS[number % len(COLORS)] if sizes else COLORS[0]
             for place, k in group.items():
                 # Side by side, dots that are nearly equal can be counted, and those of two guides told apart.
-                if by_size[0]:
-                    x = np.full(len(k), place * 1.08 ** (i - (len(groups) - 1) / 2))
-                else:
-                    x = place + 0.08 * (np.arange(len(k)) - (len(k) - 1) / 2)
+                x = place + 0.08 * (np.arange(len(k)) - (len(k) - 1) / 2)
+                if sizes:
+                    x = np.full(len(k), place * 1.08 ** (number - (len(groups) - 1) / 2))
                 inside = k <= top
                 ax.plot(x[inside], k[inside], "o", color=color, alpha=0.5, markeredgewidth=0)
                 ax.plot(x[~inside], np.full((~inside).sum(), top), "^", color=color, clip_on=False)
-            if by_size[0]:
+            if sizes:
                 medians = [min(float(np.median(group[size])), top) for size in sorted(group)]
-                ax.plot(sorted(group), medians, STYLES[i % len(STYLES)], color=color, label=name)
-        if by_size[0]:
-            sizes = sorted({size for group in groups.values() for size in group})
-            ax.plot(
-                sizes, [khat_threshold(size) for size in sizes], color="black", linestyle=(0, (1, 1)), label="threshold"
-            )
+                ax.plot(sorted(group), medians, STYLES[number % len(STYLES)], color=color, label=name)
+        if sizes:
+            ax.plot(sizes, thresholds, label="threshold", **dotted)
             ax.set(xscale="log", xlabel="draws in a set")
             if len(sizes) <= 8:
                 ax.set_xticks(sizes, [f"{size:,}" for size in sizes])
                 ax.minorticks_off()
             ax.legend(frameon=False, loc="upper left", ncols=3, columnspacing=1)
-            top *= 1.15
         else:
-            ax.axhline(0.7, color="black", linestyle=(0, (1, 1)))
+            ax.axhline(0.7, **dotted)
             ax.set_xticks(range(len(groups)), list(groups))
             ax.set_xlim(-0.5, len(groups) - 0.5)
-        ax.set(title=title, ylabel="Pareto k-hat", ylim=(low, top))
+        ax.set(title=title, ylabel="Pareto k-hat", ylim=(low, 1.15 * top if sizes else top))  # room for the legend
         ax.grid(axis="y", alpha=0.3)
     return ax
 
