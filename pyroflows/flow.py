@@ -117,14 +117,19 @@ class Flow(Recorded, nn.Module):
         return self._number().device
 
     def _number(self) -> Tensor:
-        """The first number found; every call asks, and torch's own walk takes as long as a small network."""
+        """The first parameter, or buffer; every call asks, and torch's own walk takes as long as a small network."""
+        buffers: list[Tensor] = []
         parts: list[nn.Module] = [self]
-        for part in parts:  # which grows
-            for tensor in (*part._parameters.values(), *part._buffers.values()):
-                if tensor is not None and tensor.is_floating_point():
-                    return tensor
-            parts += [child for child in part._modules.values() if child is not None]
-        return torch.empty(())
+        while parts:
+            part = parts.pop()
+            for parameter in part._parameters.values():
+                if parameter is not None and parameter.is_floating_point():
+                    return parameter
+            buffers += [
+                buffer for buffer in part._buffers.values() if buffer is not None and buffer.is_floating_point()
+            ]
+            parts += [child for child in reversed(part._modules.values()) if child is not None]
+        return buffers[0] if buffers else torch.empty(())
 
     def forward(self, context: Tensor | None = None) -> TransformedDistribution:
         """Give the distribution, with the context's batch shape."""

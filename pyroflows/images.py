@@ -133,7 +133,7 @@ def interpolate(flow: Flow, start: Tensor, end: Tensor, num: int = 8, *, context
         raise ValueError(f"expected as many images to end at as to start from, of the same shape; got {shapes}")
     with evaluating(flow):
         first, last = (flow.encode(dequantizer(images)[0], context) for images in (start, end))
-        share = torch.linspace(0, 1, num).to(first)[:, None, None]
+        share = torch.linspace(0, 1, num).to(first).view(-1, *[1] * first.dim())
         # Ends as they are: their difference, added back, would round.
         way = torch.where(share < 1, first + share * (last - first), last)
         walk = flow.decode(way, context)  # (num, pairs, C, H, W)

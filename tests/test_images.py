@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pyroflows import Flow, StudentT, Uniform, fit, glow, plots, realnvp
+from pyroflows import ElementwiseAffine, Flow, StandardNormal, StudentT, Uniform, fit, glow, plots, realnvp
 from pyroflows.data import UniformDequantizer
 from pyroflows.images import interpolate, reconstruct, sample_images
 from pyroflows.layers import Permutation, Sigmoid
@@ -357,3 +357,12 @@ def test_labels_and_numbers_of_another_kind_are_refused(flow):
         sample_images(labelled, 2, labels=torch.arange(3)[:, None])
     with pytest.raises(ValueError, match=r"expected at least 2 images on the way; got 2.5"):
         interpolate(flow, _images(1), _images(1), 2.5)
+
+
+def test_interpolations_of_a_flow_whose_latent_is_an_image():
+    flow = Flow(StandardNormal((1, 2, 2)), ElementwiseAffine((1, 2, 2)), dequantizer=UniformDequantizer((1, 2, 2), 4))
+    images = torch.randint(4, (3, 1, 2, 2), dtype=torch.uint8)
+    walk = interpolate(flow, images, images.flip(0), num=5)
+    assert walk.shape == (3, 5, 1, 2, 2)
+    assert torch.equal(walk[:, 0], images)
+    assert torch.equal(walk[:, -1], images.flip(0))
