@@ -81,12 +81,13 @@ def together(device: torch.device, streams: Any = None) -> Iterator[Any]:
     The random numbers of the first process are those of all, but for what is drawn :func:`apart`. The block gets the
     streams of random numbers, with which another can go on.
     """
-    global _together, _random
+    global _together, _random, _outside_compiled
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         yield None
         return
     before = _together, _random
     _together = True
+    _outside_compiled = torch.compiler.disable(_var_mean)  # here, as the compiler takes seconds to import
     try:
         if streams is None:
             set_random_state(from_first(random_state(device)), device)
@@ -194,16 +195,18 @@ def var_mean(x: Tensor, dims: list[int] | tuple[int, ...]) -> tuple[Tensor, Tens
     """Give variance and mean over these dimensions and over the processes, as ``torch.var_mean`` without correction."""
     if not _together or inside_functorch():
         return torch.var_mean(x, dims, correction=0)
-    return _var_mean(x, tuple(dims))
+    return _outside_compiled(x, tuple(dims))
 
 
-@torch.compiler.disable
 def _var_mean(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     sums = x.sum(dims, keepdim=True)
     found = _Sum.apply(torch.cat([sums.flatten(), x.new_tensor([x.numel() / max(1, sums.numel())])]))
     mean = (found[:-1] / found[-1]).view_as(sums)
     variance = _Sum.apply((x - mean).square().sum(dims, keepdim=True)) / found[-1]
     return variance.squeeze(dims), mean.squeeze(dims)
+
+
+_outside_compiled = _var_mean
 
 
 # Random numbers
