@@ -115,6 +115,8 @@ def _fit(options: argparse.Namespace) -> None:
     context = context_of(rows[:, len(columns) :], options.given, categories) if options.given else None
     if context is not None and context.is_floating_point():
         context = context.to(x.dtype)
+    validation: Any = options.validation
+    held = None if len(integers) == len(columns) else _held_out(rows, validation, options.seed)
     del rows
     sizes = {"num_layers": options.num_layers, "hidden_features": options.hidden_features, **dict(options.set)}
     sizes = {name: value for name, value in sizes.items() if value is not None}
@@ -136,12 +138,15 @@ def _fit(options: argparse.Namespace) -> None:
     }
     say(options, _what(options.flow, flow, notes))
     objective = Log(options.quiet)
+    if held is not None:
+        validation = x[held] if context is None else (x[held], context[held])
+        x, context = x[~held], None if context is None else context[~held]
     try:
         result = pyroflows.fit(
             flow,
             x,
             context=context,
-            validation=options.validation,
+            validation=validation,
             epochs=options.epochs,
             batch_size=options.batch_size,
             learning_rate=options.learning_rate,
@@ -252,6 +257,23 @@ def _integers(options: argparse.Namespace, x: Any, columns: list[str]) -> list[i
                 f"expected whole numbers in column {name!r}; got {float(cells[bad[0]]):g} in row {bad[0] + 1}"
             )
     return sorted(columns.index(name) for name in wanted)
+
+
+def _held_out(rows: Any, share: float, seed: int) -> Any:
+    """Say which rows to hold out where some are copies of others, which go together; None where there are none."""
+    import numpy as np
+    import pandas as pd
+    import torch
+
+    table = pd.DataFrame(rows)
+    if not table.duplicated().any():
+        return None
+    kinds = table.groupby(list(table.columns), sort=False).ngroup().to_numpy()
+    copies, most = np.bincount(kinds), share * len(rows)
+    order = np.random.default_rng(seed).permutation(len(copies))
+    order = order[copies[order] <= most]  # others are too many to learn without
+    held = np.isin(kinds, order[copies[order].cumsum() <= most])
+    return torch.from_numpy(held) if held.any() else None
 
 
 def _what(name: str, flow: Flow, notes: dict[str, Any]) -> str:
