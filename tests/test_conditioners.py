@@ -184,6 +184,25 @@ def test_masked_linear():
     assert torch.equal(layer.weight.grad != 0, mask)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, on its way to forward mode
+def test_made_in_blocks_has_every_kind_of_derivative():
+    made = MADE(3, 1, hidden_features=(130, 130), zero_last=False).double()
+    assert any(isinstance(part, MaskedLinear) and len(part.blocks) > 1 for part in made.modules())
+    x = torch.randn(3, dtype=torch.float64)
+
+    def outputs(x):
+        return made(x).flatten()
+
+    wanted = torch.func.jacrev(outputs)(x)
+    for options in ({}, {"vectorize": True}):
+        torch.testing.assert_close(torch.autograd.functional.jacobian(outputs, x, **options), wanted)
+    with torch.autograd.forward_ad.dual_level():
+        pushed = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        found = torch.autograd.forward_ad.unpack_dual(outputs(pushed)).tangent
+    torch.testing.assert_close(found, wanted.sum(1))
+    assert torch.autograd.gradgradcheck(made, (x.requires_grad_(),))
+
+
 @pytest.mark.parametrize(
     "call, message",
     [

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from pyroflows.arguments import as_widths, check_option, check_sizes
@@ -55,7 +56,8 @@ class MaskedLinear(nn.Linear):
         if self.fixed is not None:
             return F.linear(input, self.fixed, self.bias)
         whole = len(self.blocks) == 1 or not input.is_cpu or torch.compiler.is_compiling()
-        if whole or inside_functorch() or torch.is_autocast_enabled("cpu"):
+        forward_mode = forward_ad._current_level >= 0  # for which the blocks have no derivative
+        if whole or forward_mode or inside_functorch() or torch.is_autocast_enabled("cpu"):
             return F.linear(input, self.weight * self.mask, self.bias)
         rows = _InBlocks.apply(input.reshape(-1, input.shape[-1]), self.weight, self.bias, self.mask, self.blocks)
         return rows.view(*input.shape[:-1], rows.shape[-1])
@@ -80,7 +82,8 @@ class _InBlocks(torch.autograd.Function):
     def backward(ctx: Any, to_y: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor, None, None]:
         x, weight, mask, *weights = ctx.saved_tensors
         to_bias = to_y.sum(0)
-        if torch.is_grad_enabled():  # a gradient of the gradient is asked for
+        several = inside_functorch() or torch._C._functorch.is_legacy_batchedtensor(to_y)
+        if several or torch.is_grad_enabled():  # many gradients at once, or a gradient of the gradient
             return to_y @ (weight * mask), (to_y.T @ x) * mask, to_bias, None, None
         to_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
