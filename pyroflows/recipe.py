@@ -314,9 +314,9 @@ def _makers() -> dict[str, Callable[..., Any]]:
     makers: dict[str, Callable[..., Any]] = {}
     for module in _MODULES:
         for name, value in vars(import_module(f"pyroflows.{module}")).items():
-            own = getattr(value, "__module__", "").startswith("pyroflows.")
+            # torch.compile leaves functions here that have no module, so that this comes second.
             kind = isinstance(value, type) and (issubclass(value, Recorded) or is_dataclass(value))
-            if own and kind:
+            if kind and value.__module__.startswith("pyroflows."):
                 makers[name] = value
     return makers | _builders
 

@@ -64,7 +64,7 @@ from pyroflows import (
 )
 from pyroflows.data import ColumnDequantizer, Dequantizer, UniformDequantizer, VariationalDequantizer
 from pyroflows.files import FORMAT, _checksum, read, replacing
-from pyroflows.recipe import Recorded
+from pyroflows.recipe import Recorded, _makers
 
 SMALL = {"num_layers": 2, "hidden_features": (8,)}
 
@@ -835,3 +835,12 @@ def test_an_export_by_one_row_is_refused():
 def test_load_is_public():
     assert pyroflows.load is load
     assert "load" in pyroflows.__all__
+
+
+def test_a_flow_is_saved_after_a_compiler_left_its_functions_in_our_modules(tmp_path, monkeypatch):
+    left = type(torch.compile)(torch.compile.__code__, {})
+    left.__module__ = None
+    monkeypatch.setattr("pyroflows.flow.__compiled_fn_1", left, raising=False)
+    _makers.cache_clear()
+    realnvp(2, num_layers=1).save(tmp_path / "flow")
+    assert load(tmp_path / "flow").event_shape == (2,)
