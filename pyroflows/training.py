@@ -672,7 +672,7 @@ class _Trainer:
         parts = [*gradients, loss.to(gradients[0])[None]]
         sums = distributed.summed(torch.cat(parts)).split([len(part) for part in parts])
         for parameter, gradient in zip(trained, sums, strict=False):
-            parameter.grad = gradient.view_as(parameter)
+            parameter.grad.copy_(gradient.view_as(parameter))  # in its layout, of which a fused optimizer knows one
         return sums[-1][0]
 
     def _parts(self, x: Tensor | None, context: Tensor | None) -> Iterator[tuple[Tensor | None, Tensor | None, float]]:

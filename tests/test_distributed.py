@@ -67,11 +67,11 @@ def result_of(flow, result):
 # What one process and two come to, case by case
 
 
-def fifty_steps(kind, dtype):
+def fifty_steps(kind, dtype, **options):
     if kind == "glow":
         torch.manual_seed(0)
         flow = moved(glow((1, 8, 8), num_levels=2, num_steps=1, hidden_channels=8), dtype)
-        return result_of(flow, fit(flow, pictures().to(dtype), **FIFTY))
+        return result_of(flow, fit(flow, pictures().to(dtype), **FIFTY, **options))
     flow = small(kind, dtype)
     return result_of(flow, fit(flow, table().to(dtype), **FIFTY))
 
@@ -177,6 +177,7 @@ COMPARED = {
     },
     **{f"guide {name}": lambda _, dtype=dtype: guide(dtype) for name, dtype in DTYPES.items()},
     "subsampled float64": lambda _: subsampled(),
+    "channels last float64": lambda _: fifty_steps("glow", torch.float64, channels_last=True),
     "spread float64": lambda _: spread(),
     "parts float64": lambda _: parts(),
     "loader float64": lambda _: loader(),
