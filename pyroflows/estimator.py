@@ -152,7 +152,12 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         rng = check_random_state(self.random_state)
         seed = int(rng.randint(np.iinfo(np.int32).max))
         order = torch.from_numpy(np.random.RandomState(seed).permutation(len(x)))
-        held, kept = order.tensor_split([int(self.validation * len(x))])
+        # A row of more weight than is held out, such as the zero of most rows, is on either side with a part of it.
+        heavy = torch.from_numpy(weight > (1 + 1e-9) * self.validation * weight.sum())[order]
+        held = order[~heavy][: int(self.validation * len(x))]
+        kept = order[~torch.isin(order, held)]
+        if len(held):
+            held = torch.cat((held, order[heavy]))
         data, given = _tensor(x), None if y is None else _tensor(y)
         scale = None
         if self.standardize:
@@ -165,7 +170,7 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         with seeded(seed):
             flow = table_flow(data, self.flow, context=given, standardize=scale or False, **sizes)
         weights = None if (weight == weight[0]).all() else _tensor(weight)
-        training = _Training(flow, scale, weights)
+        training = _Training(flow, scale, weights is not None)
         options: dict[str, Any] = {
             "epochs": self.epochs,
             "batch_size": min(self.batch_size, len(kept)),
@@ -177,8 +182,11 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         }
         if len(kept) // options["batch_size"] < _STEPS_OF_AN_EPOCH:
             options["steps_per_epoch"] = _STEPS_OF_AN_EPOCH
-        rows, context = training.rows(data, given, kept)
-        held_out: Any = training.rows(data, given, held) if len(held) else None
+        held_out: Any = None
+        if len(held):
+            held_out = training.rows(data, given, _scaled(weights, order[heavy], self.validation), held)
+            weights = _scaled(weights, order[heavy], 1 - self.validation)
+        rows, context = training.rows(data, given, weights, kept)
         self.result_ = fit(
             training.flow.to(device),
             rows,
@@ -426,22 +434,22 @@ class FlowClassifier(ClassifierMixin, BaseEstimator):
 class _Training:
     """A flow without its standardisation and embedding, whose work is done beforehand in double precision."""
 
-    def __init__(self, flow: Flow, scale: Standardize | None, weights: Tensor | None):
-        self.scale, self.embedding, self.weights = scale, flow.embedding, weights
+    def __init__(self, flow: Flow, scale: Standardize | None, weighted: bool):
+        self.scale, self.embedding, self.weighted = scale, flow.embedding, weighted
         layers = flow.layers if scale is None else flow.layers[:-1]
         front = None
-        if weights is not None:
+        if weighted:
             features = max(1, flow.context_features)
             layers, front = [*layers, _Weighted(flow.event_shape[0], features)], _AllButWeight(features)
         self.flow = Flow(flow.prior, layers, embedding=front).float()
         self.offset = 0.0 if scale is None else float(scale.std.log().sum())
 
-    def rows(self, x: Tensor, y: Tensor | None, chosen: Tensor) -> tuple[Tensor, Tensor | None]:
+    def rows(self, x: Tensor, y: Tensor | None, weights: Tensor | None, chosen: Tensor) -> tuple[Tensor, Tensor | None]:
         """Give what the flow is trained on: rows, and the context whose last column is their weights."""
         x = x[chosen]
         parts = [] if y is None or self.embedding is None else [self.embedding(y[chosen])]
-        if self.weights is not None:
-            weights = self.weights[chosen]
+        if weights is not None:
+            weights = weights[chosen]
             parts.append((weights / weights.mean())[:, None])
         if self.scale is not None:
             x = self.scale.inverse_and_log_det(x)[0]
@@ -450,7 +458,7 @@ class _Training:
     def loss(self, flow: Any, x: Tensor | None, context: Tensor | None) -> Tensor:
         """The mean negative log-likelihood, in the units of the columns."""
         log_prob = flow.log_prob(x, context)
-        if self.weights is not None and context is not None:
+        if self.weighted and context is not None:
             log_prob = log_prob * context[..., -1]
         return self.offset - log_prob.mean()
 
@@ -494,6 +502,10 @@ def _merged(
     first = np.flatnonzero(np.r_[True, (table[1:] != table[:-1]).any(1)])
     order = order[first]
     return x[order], None if y is None else y[order], np.add.reduceat(weight, first)
+
+
+def _scaled(weights: Tensor | None, rows: Tensor, factor: float) -> Tensor | None:
+    return None if weights is None else weights.index_copy(0, rows, factor * weights[rows])
 
 
 def _tensor(array: np.ndarray) -> Tensor:

@@ -220,6 +220,14 @@ def test_weight_of_two_is_a_row_twice():
     np.testing.assert_allclose(small().fit(x, sample_weight=np.full(60, 0.3)).score(x), small().fit(x).score(x), 1e-6)
 
 
+def test_a_value_that_most_rows_have_is_learned_from():
+    x = np.where(np.arange(500) < 400, 0.0, np.random.RandomState(0).normal(5, 1, 500))[:, None]
+    for seed in range(3):
+        density = FlowDensity(num_layers=1, hidden_features=(4,), validation=0.5, learning_rate=0.01, epochs=20)
+        drawn = density.set_params(random_state=seed).fit(x).sample(1000, random_state=0)
+        assert 0.5 < (abs(drawn) < 1).mean() < 0.95  # where none of it was learned it was below 0.01
+
+
 def test_weights_reach_the_optimum():
     rng = np.random.RandomState(0)
     x = np.r_[rng.randn(400) * 0.3 - 3, rng.randn(400) * 0.3 + 3][:, None]

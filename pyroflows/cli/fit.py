@@ -260,7 +260,10 @@ def _integers(options: argparse.Namespace, x: Any, columns: list[str]) -> list[i
 
 
 def _held_out(rows: Any, share: float, seed: int) -> Any:
-    """Say which rows to hold out where some are copies of others, which go together; None where there are none."""
+    """Say which rows to hold out where some are copies of others, which go together; None where there are none.
+
+    Copies of a row that alone are more than that share, such as the zero of most rows, are held out one by one.
+    """
     import numpy as np
     import pandas as pd
     import torch
@@ -269,9 +272,11 @@ def _held_out(rows: Any, share: float, seed: int) -> Any:
     if not table.duplicated().any():
         return None
     kinds = table.groupby(list(table.columns), sort=False).ngroup().to_numpy()
-    copies, most = np.bincount(kinds), share * len(rows)
-    order = np.random.default_rng(seed).permutation(len(copies))
-    order = order[copies[order] <= most]  # others are too many to learn without
+    most = share * len(rows)
+    many = np.bincount(kinds)[kinds] > most
+    kinds = np.where(many, len(rows) + np.arange(len(rows)), kinds)
+    copies = np.bincount(kinds)
+    order = np.random.default_rng(seed).permutation(copies.nonzero()[0])
     held = np.isin(kinds, order[copies[order].cumsum() <= most])
     return torch.from_numpy(held) if held.any() else None
 
