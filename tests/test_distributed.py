@@ -519,6 +519,32 @@ def test_messages_of_parquet_batches(folder, options, message):
         ParquetBatches(folder / "table.npy", 30)
 
 
+def test_parquet_batches_of_other_columns_and_of_a_damaged_file(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    cells = {
+        "number": [0.5, None, 1.5],
+        "flag": [True, None, False],
+        "count": [2**62, 1, None],
+        "text": ["a", "b", "c"],
+    }
+    cells["price"] = pa.array([1, 2, 3], pa.decimal128(9, 2))
+    parquet.write_table(pa.table(cells), tmp_path / "table", compression="none")
+    numbers = ["number", "flag", "count", "price"]
+    rows = next(iter(ParquetBatches(tmp_path / "table", 3, columns=numbers)))
+    wanted = np.array([[0.5, 1, 2**62, 1], [np.nan, np.nan, 1, 2], [1.5, 0, np.nan, 3]])
+    np.testing.assert_array_equal(rows[np.argsort(rows[:, 3])], wanted)
+    with pytest.raises(ValueError, match=r"expected columns of numbers in .*; got 'text' of (large_)?string"):
+        ParquetBatches(tmp_path / "table", 3)
+    with pytest.raises(ValueError, match="expected at least one column of data in .*; got none"):
+        ParquetBatches(tmp_path / "table", 3, columns=[], context=["number"])
+    content = (tmp_path / "table").read_bytes()
+    (tmp_path / "damaged").write_bytes(content[:4] + b"\xff" * 60 + content[64:])
+    with pytest.raises(ValueError, match="expected a Parquet file; got .*damaged: "):
+        list(ParquetBatches(tmp_path / "damaged", 3, columns=numbers))
+
+
 def test_parquet_batches_of_columns_and_context(folder):
     torch.manual_seed(0)
     batches = ParquetBatches(folder / "table.parquet", 100, columns=["column 2"], context=["column 0", "column 1"])

@@ -34,13 +34,15 @@ class ParquetBatches:
         batches: ``(rows, columns)``, or pairs of that and ``(rows, context)``.
 
     Raises:
-        ValueError: there is no such file or column, or the file has fewer rows than a batch.
+        ValueError: there is no such file or column, a column holds no numbers, the file is damaged, or it has fewer
+            rows than a batch.
 
     Example:
         >>> import tempfile, pyarrow as pa, pyarrow.parquet as pq
-        >>> path = tempfile.mktemp(suffix=".parquet")
-        >>> pq.write_table(pa.table({"a": np.arange(100.0), "b": np.arange(100.0)}), path, row_group_size=30)
-        >>> [batch.shape for batch in ParquetBatches(path, 40)]
+        >>> table = pa.table({"a": np.arange(100.0), "b": np.arange(100.0)})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     pq.write_table(table, f"{folder}/table.parquet", row_group_size=30)
+        ...     [batch.shape for batch in ParquetBatches(f"{folder}/table.parquet", 40)]
         [(40, 2), (40, 2)]
     """
 
@@ -55,6 +57,8 @@ class ParquetBatches:
         context: Sequence[str] = (),
         buffer_rows: int = 2**18,
     ):
+        from pyarrow.types import is_boolean, is_decimal, is_floating, is_integer
+
         check_sizes(batch_size=batch_size, buffer_rows=buffer_rows)
         self.path, self.batch_size, self.buffer_rows = os.fspath(path), batch_size, buffer_rows
         self.context = list(context)
@@ -64,6 +68,11 @@ class ParquetBatches:
             for name in (*self.columns, *self.context):
                 if name not in names:
                     raise ValueError(f"expected a column {name!r} in {path}; got {', '.join(map(repr, names[:20]))}")
+                kind = file.schema_arrow.field(names.index(name)).type
+                if not any(is_kind(kind) for is_kind in (is_floating, is_integer, is_boolean, is_decimal)):
+                    raise ValueError(f"expected columns of numbers in {path}; got {name!r} of {kind}")
+            if not self.columns:
+                raise ValueError(f"expected at least one column of data in {path}; got none")
             self.sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         if sum(self.sizes) < batch_size:
             raise ValueError(f"expected at least batch_size={batch_size} rows in {path}; got {sum(self.sizes)}")
@@ -75,7 +84,10 @@ class ParquetBatches:
         try:
             return ParquetFile(self.path)
         except (OSError, ArrowException) as error:
-            raise ValueError(f"expected a Parquet file; got {self.path}: {str(error).splitlines()[0]}") from None
+            raise self._unreadable(error) from None
+
+    def _unreadable(self, error: Exception) -> ValueError:
+        return ValueError(f"expected a Parquet file; got {self.path}: {str(error).splitlines()[0]}")
 
     def __len__(self) -> int:
         return sum(self.sizes) // self.batch_size
@@ -97,14 +109,19 @@ class ParquetBatches:
 
     def _read(self, order: Array, start: int, stop: int) -> Iterator[Array]:
         """Give the rows from start to stop of the row groups in this order."""
+        from pyarrow import ArrowException
+
+        names = [*self.columns, *self.context]
         with self._open() as file:
             for group in order:
                 size = self.sizes[group]
                 if start < size and stop > 0:
-                    table = file.read_row_group(int(group), columns=[*self.columns, *self.context])
+                    try:
+                        table = file.read_row_group(int(group), columns=names)
+                    except (OSError, ArrowException) as error:
+                        raise self._unreadable(error) from None
                     table = table.slice(max(start, 0), min(stop, size) - max(start, 0))
-                    names = (*self.columns, *self.context)
-                    yield np.stack([table.column(name).to_numpy().astype(np.float64) for name in names], 1)
+                    yield np.stack([table.column(name).cast("float64", safe=False).to_numpy() for name in names], 1)
                 start, stop = start - size, stop - size
 
     def _batches(self, waiting: list[Array], size: int, generator: Any) -> Generator[Any, None, list[Array]]:
