@@ -29,7 +29,10 @@ _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float16, torch.bfloa
 
 def save(flow: Flow, path: str | os.PathLike[str], notes: Mapping[str, Any] | None = None) -> None:
     """Write a flow into one file; see :meth:`pyroflows.Flow.save`."""
-    notes = dict(flow.notes if notes is None else notes)
+    notes = flow.notes if notes is None else notes
+    if not isinstance(notes, Mapping):
+        raise TypeError(f"expected notes as a dict of JSON values; got {type(notes).__name__}")
+    notes = dict(notes)
     try:
         alike = json.loads(json.dumps(notes, allow_nan=False)) == notes
     except (TypeError, ValueError):
@@ -56,6 +59,7 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu", *, cl
 
     Raises:
         FileNotFoundError: there is no such file.
+        TypeError: ``classes`` is no list of classes.
         ValueError: the file is not one of a flow, or is damaged, or was written in a newer format, or names a class or
             builder that is unknown.
 
@@ -73,6 +77,8 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu", *, cl
     """
     from pyroflows.flow import Flow
 
+    if not isinstance(classes, Sequence) or not all(isinstance(kind, type) for kind in classes):
+        raise TypeError(f"expected classes as a list of classes; got {classes!r}")
     header, tensors = read(path, "flow")
     try:
         flow = restore(header["recipe"], tensors, _DTYPES[header["dtype"]], classes)

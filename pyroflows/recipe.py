@@ -131,9 +131,16 @@ def describe(module: nn.Module, *, own: bool = True) -> tuple[dict[str, Any], di
 
 
 def _structure(module: nn.Module) -> dict[str, Any]:
-    """Give what tells whether two modules were made alike: the classes of the parts, and the tensors' shapes."""
-    kinds = {name or "the whole": type(part) for name, part in module.named_modules(remove_duplicate=False)}
-    return kinds | {name: tensor.shape for name, tensor in module.state_dict().items()}
+    """Give what tells whether two modules were made alike: classes and plain arguments of parts, tensors' shapes."""
+    found: dict[str, Any] = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    for name, part in module.named_modules(remove_duplicate=False):
+        found[name or "the whole"] = type(part)
+        if isinstance(part, Recorded):
+            for argument in inspect.signature(type(part)).parameters:
+                value = getattr(part, argument, None)
+                if isinstance(value, (bool, int, float, str)):
+                    found[f"{name}.{argument}".lstrip(".")] = value
+    return found
 
 
 class _Describer:

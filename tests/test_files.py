@@ -286,6 +286,14 @@ def test_notes_that_json_would_change_are_refused(notes, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_notes_and_classes_of_other_types_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="expected notes as a dict of JSON values; got str"):
+        planar(2).save(tmp_path / "flow", notes="fitted on Monday")
+    planar(2).save(tmp_path / "flow")
+    with pytest.raises(TypeError, match="expected classes as a list of classes; got <class"):
+        load(tmp_path / "flow", classes=Double)
+
+
 def test_the_header_says_what_is_inside(tmp_path):
     maf(3, num_layers=2).save(tmp_path / "flow")
     header, tensors = read(tmp_path / "flow", "flow")
@@ -332,6 +340,12 @@ class Double(Bijection):
 
     def inverse_and_log_det(self, y, context=None):
         return y / self.factor, -(self.factor.log() * y.shape[-1]).expand(y.shape[:-1])
+
+
+class Times(Bijection):
+    def __init__(self, features, factor=2.0):
+        super().__init__(features)
+        self.factor, self.calls = factor, 0
 
 
 class Unseen(nn.Module):
@@ -387,6 +401,17 @@ def test_a_flow_changed_by_hand_is_refused_and_one_made_of_its_parts_saved(tmp_p
     with pytest.raises(ValueError, match="as its constructor leaves it; got one changed since, in bijection.layers"):
         flow.save(tmp_path / "flow")
     assert_comes_back(Flow(flow.prior, flow.layers), tmp_path)
+
+
+def test_an_argument_changed_by_hand_is_refused(tmp_path):
+    layer = Times(2, factor=3.0)
+    layer.calls += 1  # which is no argument
+    flow = Flow(StandardNormal(2), [layer])
+    flow.save(tmp_path / "flow")
+    assert load(tmp_path / "flow", classes=[Times]).layers[0].factor == 3.0
+    layer.factor = 4.0
+    with pytest.raises(ValueError, match=r"got one changed since, in bijection.layers.0.factor: make a new one"):
+        flow.save(tmp_path / "flow")
 
 
 def test_what_layers_are_made_with_is_remembered_without_modules_and_is_not_what_was_passed():
