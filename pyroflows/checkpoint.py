@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
 import re
@@ -42,8 +41,10 @@ class Checkpoint:
 
     def load(self) -> dict[str, Any] | None:
         """Give the state, on the CPU; None where there is no file yet."""
-        for left in self.path.parent.glob(f"{glob.escape(self.path.name[:100])}.*.tmp"):
-            left.unlink(missing_ok=True)  # by a process that died while it wrote
+        name = re.escape(self.path.name[:100])
+        for left in self.path.parent.glob("*.tmp"):
+            if re.fullmatch(rf"{name}\.\d+\.tmp", left.name):
+                left.unlink(missing_ok=True)  # by a process that died while it wrote
         if not self.path.exists():
             return None
         with self.path.open("rb") as file:

@@ -14,6 +14,7 @@ from test_training import Stream, affine, failing, gaussian, same, small
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyroflows import Permutation, fit, realnvp
+from pyroflows.checkpoint import Checkpoint
 
 OPTIONS = {"epochs": 6, "batch_size": 32, "learning_rate": 1e-2, "seed": 0, "accelerator": "cpu"}
 CASES = {
@@ -105,6 +106,14 @@ def test_a_killed_fit_goes_on_to_the_same_numbers(tmp_path):
     assert same(undisturbed, flow)
     assert len(found.history["seconds"]) == 6
     assert found.history["seconds"] == sorted(found.history["seconds"])
+
+
+def test_what_a_killed_process_left_is_removed_and_no_other_file(tmp_path):
+    names = ["fit.123.tmp", "fit.pt.123.tmp", "fit.notes.tmp"]
+    for name in names:
+        (tmp_path / name).touch()
+    assert Checkpoint(tmp_path / "fit").load() is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fit.notes.tmp", "fit.pt.123.tmp"]
 
 
 def test_a_finished_fit_goes_on_for_more_epochs(tmp_path):
