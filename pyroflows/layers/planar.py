@@ -25,9 +25,10 @@ class Planar(Bijection):
         y = x + \hat u \tanh(s), \quad s = w^\top x + b, \qquad
         \log|\det dy/dx| = \log(1 + w^\top \hat u \, (1 - \tanh^2 s))
 
-    The map is invertible where :math:`w^\top \hat u > -1`, which :math:`\hat u = u + (m(w^\top u) - w^\top u) \,
-    w / \|w\|^2` ensures. Here :math:`m` is an ELU with values above -0.999: unlike the paper's softplus it leaves
-    an allowed ``u`` almost as it is, and stays tame as ``w`` goes to zero.
+    The map is invertible where :math:`w^\top \hat u > -1`, which is ensured by
+    :math:`\hat u = u + (m(w^\top u) - w^\top u) \, w / \|w\|^2`.
+    Here :math:`m` is an ELU with values above -0.999: unlike the paper's softplus it leaves an allowed ``u`` almost as
+    it is, and stays tame as ``w`` goes to zero.
 
     The inverse solves one scalar equation a row, :math:`s + w^\top \hat u \tanh s = w^\top y + b`, by Newton's method;
     it is dearer than the forward direction, but as exact, and gives exact first and second derivatives.
