@@ -221,6 +221,14 @@ def heights(ax):
     return [patch.get_data().values for patch in ax.patches], ax.patches[0].get_data().edges
 
 
+def test_a_density_is_drawn_as_after_training():
+    flow = realnvp(2, num_layers=1)
+    before = {name: value.clone() for name, value in flow.state_dict().items()}
+    plots.density_2d(flow, (1, 3), points=5)
+    assert flow.training
+    assert all(torch.equal(value, before[name]) for name, value in flow.state_dict().items())
+
+
 def test_marginals_are_shares_of_all_rows(rng):
     data, samples = rng.normal(size=(400, 2)), 1.5 * rng.normal(size=(900, 2))
     axes = plots.marginals(torch.from_numpy(data), samples, names=["height (m)", "mass (kg)"], labels=("rows", "draws"))
@@ -325,6 +333,11 @@ def test_images_that_are_no_ways(images):
 
 
 # Calibration
+
+
+def test_images_are_a_tensor():
+    with pytest.raises(TypeError, match="expected images as a tensor; got ndarray"):
+        plots.image_grid(np.zeros((1, 1, 4, 4)))
 
 
 def test_quantiles_of_a_normal_in_closed_form(rng):

@@ -31,6 +31,7 @@ def image_grid(
         images: ``(num, C, H, W)``.
 
     Raises:
+        TypeError: not a tensor.
         ValueError: there is no image, it has another number of channels, or a number is not positive.
 
     Example:
@@ -93,6 +94,7 @@ def save_image_grid(
         images: ``(num, C, H, W)``.
 
     Raises:
+        TypeError: not a tensor.
         ValueError: there is no image, it has another number of channels, or a number is not positive.
 
     Example:
@@ -114,6 +116,8 @@ def _grid(images: Tensor, columns: int, num_levels: int) -> Tensor:
     check_sizes(columns=columns)
     if num_levels < 2:
         raise ValueError(f"expected num_levels of at least 2; got {num_levels}")
+    if not isinstance(images, Tensor):
+        raise TypeError(f"expected images as a tensor; got {type(images).__name__}")
     if images.dim() != 4 or not len(images) or images.shape[1] not in (1, 3):
         raise ValueError(f"expected images of shape (num, 1 or 3, H, W), at least one; got {tuple(images.shape)}")
     levels = images.detach().cpu().float() / (num_levels - 1)

@@ -35,7 +35,8 @@ def density_2d(
     """Draw a density in the plane, light where it is high.
 
     Args:
-        density: a flow of two features, or a function from rows to their log-densities in nats.
+        density: a flow of two features, which is evaluated as after training, or a function from rows to their
+            log-densities in nats.
         limits: ``(low, high)`` for both axes, or ``(left, right, bottom, top)``.
         ax: the axes; new ones by default.
         points: grid points along each axis.
@@ -64,7 +65,7 @@ def density_2d(
     )
     grid = torch.cartesian_prod(up, across).flip(-1)  # (points * points, 2), the rows of the picture one by one
     grid = grid.to(torch.get_default_dtype()) if parameter is None else grid.to(parameter)
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(density):
         values = torch.cat([log_prob(part) for part in grid.split(_ROWS)]).double().exp().cpu()
     # imshow, not pcolormesh: a grid of 40,000 cells as one small picture in PDF and SVG too.
     half_x, half_y = (float(values_[1] - values_[0]) / 2 for values_ in (across, up))
