@@ -114,6 +114,7 @@ def pyroflows(case: Case) -> Contestant:
 
 def pyroflows_compiled(case: Case) -> Contestant:
     """The same through torch.compile, but for the sampling of a MAF, whose blocks it cannot see."""
+    torch._dynamo.reset()  # or a flow of another case would count as one more shape of this
     flow = our_flow(case)
     sample = flow.sample if case.autoregressive else torch.compile(flow.sample)
     return Contestant(flow, torch.compile(flow.log_prob), sample)
