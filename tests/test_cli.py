@@ -389,6 +389,25 @@ def test_options_that_the_flow_does_not_take_are_wrong_use(capsys, folder, tmp_p
         assert "bins" in said(capsys, *arguments, status=2)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_device_that_is_not_there_is_refused(capsys, folder, tmp_path):
+    for arguments in (["fit", folder / "iris.csv", "-o", tmp_path / "m"], ["score", folder / "iris", "x.csv"]):
+        assert "expected a device that torch sees; got --device cuda" in said(
+            capsys, *arguments, "--device", "cuda", status=1
+        )
+
+
+def test_truth_is_given_as_a_table_writes_it(capsys, tmp_path):
+    ones = np.arange(40) % 3 == 0
+    pd.DataFrame({"a": np.arange(40) / 7, "flag": ones}).to_csv(tmp_path / "x.csv", index=False)
+    said(capsys, "fit", tmp_path / "x.csv", "-o", tmp_path / "m", "--given", "flag", *SMALL)
+    drawn = [
+        said(capsys, "sample", tmp_path / "m", "--given", f"flag={flag}", "-o", "-", "--seed", "1")
+        for flag in ("True", "1", "false", "0")
+    ]
+    assert drawn[0] == drawn[1] != drawn[2] == drawn[3]
+
+
 def test_failures_are_status_1_and_one_line(capsys, folder, tmp_path):
     data, model, out = folder / "iris.csv", folder / "iris", tmp_path / "x.csv"
     (tmp_path / "text.csv").write_text("hello")
@@ -407,6 +426,8 @@ def test_failures_are_status_1_and_one_line(capsys, folder, tmp_path):
             ["sample", folder / "whole", "-o", out, "--given", "age=1"],
             "expected --given with a value of each of target",
         ),
+        (["fit", data, "-o", out], "in row 1 (line 2): --columns leaves it out, --given with --categories 'species'"),
+        (["fit", data, "-o", out, "--given", "species"], "in row 1 (line 2): --categories 'species' takes labels"),
         (["info", tmp_path / "text.csv"], "expected a flow written by save"),
         (["bench", "--flows", "mfa"], "expected a flow to be one of"),
     ):

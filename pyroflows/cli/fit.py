@@ -95,19 +95,27 @@ def _fit(options: argparse.Namespace) -> None:
     import torch
 
     import pyroflows
-    from pyroflows.cli.model import check_target, context_of, save_model
+    from pyroflows.cli.model import check_device, check_target, context_of, save_model
     from pyroflows.cli.progress import Log
-    from pyroflows.data.table_files import open_table
+    from pyroflows.data.table_files import CellError, open_table
     from pyroflows.modes import seeded
     from pyroflows.tabular import table_flow
 
+    check_device(options.device)
     check_target(options.output, options.data)
     table = open_table(options.data, categories=dict.fromkeys(options.categories), dtype=options.dtype)
     columns = options.columns or [name for name in table.columns if name not in options.given]
     if not columns:
         raise ValueError(f"expected a column to model in {table.name}; got none that is not given")
     table.select([*columns, *options.given])
-    rows = table.read()
+    try:
+        rows = table.read()
+    except CellError as error:
+        if not error.is_text:
+            raise
+        labels = f"--categories {error.column!r} takes labels"
+        hint = labels if error.column in options.given else f"--columns leaves it out, --given with {labels}"
+        raise ValueError(f"{error}: {hint}") from None
     categories = {name: table.categories[name] for name in options.given if name in options.categories}
     _check_columns(rows, table, columns, options.dtype)
     x = torch.from_numpy(rows[:, : len(columns)]).to(getattr(torch, options.dtype))

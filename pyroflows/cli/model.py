@@ -21,7 +21,17 @@ from pyroflows.distributed import launch
 from pyroflows.files import load
 from pyroflows.flow import Flow
 
-__all__ = ["Model", "check_target", "context_of", "device_of", "load_model", "model_file", "save_model", "some_rows"]
+__all__ = [
+    "Model",
+    "check_device",
+    "check_target",
+    "context_of",
+    "device_of",
+    "load_model",
+    "model_file",
+    "save_model",
+    "some_rows",
+]
 
 _ROWS = 8192
 _NUMBERS = 2**19
@@ -151,7 +161,14 @@ def model_file(path: str) -> Iterator[Path]:
 
 def device_of(name: str) -> torch.device:
     """Give the device of an option, "auto" that of a GPU where there is one; of several processes each has its own."""
+    check_device(name)
     return torch.device(launch(name, torch.device("cpu"), "32-true").device)
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that torch does not see."""
+    if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not torch.mps.is_available()):
+        raise ValueError(f"expected a device that torch sees; got --device {name}, of which there is none")
 
 
 def load_model(path: str | Path, device: str) -> Model:

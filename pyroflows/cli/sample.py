@@ -129,7 +129,7 @@ def _cell(model: Model, name: str, value: str) -> float:
             raise ValueError(f"expected one of the categories {known} as {name}; got {value!r}")
         return float(labels.index(value))
     try:
-        number = float(value)
+        number = float({"true": "1", "false": "0"}.get(value.lower(), value))  # as tables are read
     except ValueError:
         number = float("nan")
     if number - number != 0:

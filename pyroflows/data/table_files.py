@@ -22,7 +22,7 @@ import numpy as np
 from pyroflows.arguments import check_sizes
 from pyroflows.files import replacing
 
-__all__ = ["TableFile", "open_table", "write_table"]
+__all__ = ["CellError", "TableFile", "open_table", "write_table"]
 
 _ENDINGS = (".csv", ".parquet", ".npy", ".npz")
 # Which columns are written as integers (None), or as the labels whose places in a list their numbers are.
@@ -32,6 +32,14 @@ _NUMBERS = 2**22  # that a chunk has at most
 _MAX_CATEGORIES = 1000
 # From here on a float64 may be the rounding of another integer.
 _EXACT = 2**53
+
+
+class CellError(ValueError):
+    """A cell that is no number or label; says in which column it is, and whether that holds text from the start."""
+
+    def __init__(self, message: str, column: str, is_text: bool):
+        super().__init__(message)
+        self.column, self.is_text = column, is_text
 
 
 class TableFile:
@@ -123,17 +131,17 @@ class TableFile:
                 )
         return labels.map({label: code for code, label in enumerate(known)}).astype(np.float64)
 
-    def _refusal(self, cell: Any, name: str, row: int) -> ValueError:
+    def _refusal(self, cell: Any, name: str, row: int) -> CellError:
         import pandas as pd
 
-        missing = pd.api.types.is_scalar(cell) and pd.isna(cell)
+        is_text, missing = False, pd.api.types.is_scalar(cell) and pd.isna(cell)
         if missing:
             got = "a missing value"
         elif isinstance(cell, (int, float, np.number)):
             beyond = f", beyond the range of {self._dtype}," if abs(float(cell)) > self._largest else ""
             got = f"{cell}{beyond or ', which a float64 does not hold exactly,' if np.isfinite(cell) else ''}"
         else:
-            got = repr(str(cell)[:60])
+            is_text, got = row == 0, repr(str(cell)[:60])
         wanted = "numbers"
         if name in self.categories:
             known = self.categories[name]
@@ -141,7 +149,7 @@ class TableFile:
             wanted += ", ..." if len(known) > 10 and not missing else ""
         line = self._source.line(row)
         place = f"row {row + 1}" if line is None else f"row {row + 1} (line {line})"
-        return ValueError(f"expected {wanted} in column {name!r} of {self.name}; got {got} in {place}")
+        return CellError(f"expected {wanted} in column {name!r} of {self.name}; got {got} in {place}", name, is_text)
 
     def _no_rows(self) -> ValueError:
         return ValueError(f"expected at least one row in {self.name}; got none")
