@@ -37,7 +37,7 @@ class Mapped:
 
     def __init__(self, array: np.memmap[Any, Any], dtype: torch.dtype, device: torch.device):
         self.array, self.device = array, device
-        first = torch.from_numpy(np.array(array[:0]))
+        first = _numbers(np.array(array[:0]))
         self.dtype = dtype if first.is_floating_point() else first.dtype
         self.rows: Tensor | None = None  # where not all are meant
 
@@ -59,7 +59,7 @@ class Mapped:
         if self.rows is not None:
             wanted = self.rows[wanted]
         found = np.array(self.array[wanted if isinstance(wanted, slice) else wanted.numpy()])
-        return torch.from_numpy(found).to(self.device, self.dtype)
+        return _numbers(found).to(self.device, self.dtype)
 
 
 class Rows:
@@ -299,19 +299,19 @@ def _mapped(flow: Flow, x: Any, context: Any, device: torch.device, name: str) -
         context = _as_tensor(context, flow, device, f"context of {name}", integers=flow.embedding is not None)
     if context is not None and len(context) != len(x):
         raise ValueError(f"expected a context for each of {len(x)} rows; got {tuple(context.shape)}")
-    data = Mapped(x, flow.dtype, device)
     size = max(1, _CHECKED_NUMBERS // max(1, math.prod(x.shape[1:])))
     for start in range(0, len(x), size):
         rows = slice(start, start + size)
         _data(flow, np.array(x[rows]), None if context is None else context[rows], device, name=name, first=start)
-    return data, Mapped(context, flow.dtype, device) if isinstance(context, np.memmap) else context
+    context = Mapped(context, flow.dtype, device) if isinstance(context, np.memmap) else context
+    return Mapped(x, flow.dtype, device), context
 
 
 def _as_tensor(
     x: Any, flow: Flow, device: torch.device, name: str, *, integers: bool = False, first: int = 0
 ) -> Tensor:
     try:
-        given = x.detach() if isinstance(x, Tensor) else torch.from_numpy(np.require(x, requirements=("C", "W")))
+        given = x.detach() if isinstance(x, Tensor) else _numbers(np.asarray(x))
     except TypeError:
         raise TypeError(f"expected {name} as a tensor or an array of numbers; got {type(x).__name__}") from None
     if integers and not given.is_floating_point():
@@ -333,6 +333,11 @@ def _as_tensor(
             f"{f', beyond the range of {flow.dtype}' if number.isfinite() else ''} ({len(where)} such numbers in all)"
         )
     return tensor
+
+
+def _numbers(array: np.ndarray[Any, Any]) -> Tensor:
+    """Give an array's numbers, in the machine's order of bytes, which alone torch takes."""
+    return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ("C", "W")))
 
 
 def _refuse_outside(flow: Flow, data: Tensor, name: str, first: int) -> None:

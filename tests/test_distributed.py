@@ -504,6 +504,17 @@ def test_what_is_wrong_in_mapped_data_is_named(tmp_path, monkeypatch, spoil, mes
         fit(small(context_features=1), array, context=torch.zeros(999, 1).double(), **OPTIONS)
 
 
+def test_numbers_in_another_order_of_bytes_are_the_same(tmp_path):
+    rows = table().numpy()
+    np.save(tmp_path / "x.npy", rows.astype(">f8"))
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    first, second, third = (fit(small(), x, **{**OPTIONS, "epochs": 1}) for x in (rows, rows.astype(">f8"), mapped))
+    assert first.history["validation"] == second.history["validation"] == third.history["validation"]
+    np.save(tmp_path / "pairs.npy", np.zeros((4, 3), [("a", "f8"), ("b", "f8")]))
+    with pytest.raises(TypeError, match="expected data as a tensor or an array of numbers; got ndarray"):
+        fit(small(), np.load(tmp_path / "pairs.npy", mmap_mode="r"), **OPTIONS)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
