@@ -411,6 +411,8 @@ def test_truth_is_given_as_a_table_writes_it(capsys, tmp_path):
 def test_failures_are_status_1_and_one_line(capsys, folder, tmp_path):
     data, model, out = folder / "iris.csv", folder / "iris", tmp_path / "x.csv"
     (tmp_path / "text.csv").write_text("hello")
+    (tmp_path / "half.csv").write_text("age,bmi,bp,target\n3,1,1,1\n3.5,1,1,1\n")
+    (tmp_path / "semi.csv").write_text("a;b\n1,5;2\n")
     for arguments, line in (
         (["fit", data, "-o", tmp_path / "no" / "m"], "in a folder that can be written to"),
         (["fit", tmp_path / "no.csv", "-o", out], "No such file"),
@@ -428,13 +430,18 @@ def test_failures_are_status_1_and_one_line(capsys, folder, tmp_path):
         ),
         (["fit", data, "-o", out], "in row 1 (line 2): --columns leaves it out, --given with --categories 'species'"),
         (["fit", data, "-o", out, "--given", "species"], "in row 1 (line 2): --categories 'species' takes labels"),
+        (
+            ["score", folder / "whole", tmp_path / "half.csv"],
+            "expected whole numbers in column 'age' of half.csv; got 3.5 in row 2 (line 3)",
+        ),
+        (["fit", tmp_path / "semi.csv", "-o", out], "expected commas between the cells of semi.csv; got a first line"),
         (["info", tmp_path / "text.csv"], "expected a flow written by save"),
         (["bench", "--flows", "mfa"], "expected a flow to be one of"),
     ):
         found = said(capsys, *arguments, status=1)
         assert found.startswith("pyroflows: ")
         assert line in found
-    assert os.listdir(tmp_path) == ["text.csv"]
+    assert sorted(os.listdir(tmp_path)) == ["half.csv", "semi.csv", "text.csv"]
 
 
 class Stream(io.StringIO):

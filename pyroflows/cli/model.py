@@ -104,11 +104,20 @@ class Model:
         wanted = self.given if given_alone else [*self.names, *self.given]
         if self.columns is not None:
             table = open_table(path, categories=dict(self.categories), dtype=dtype)
-            return table.select(wanted if table.named or len(table.columns) != len(wanted) else table.columns)
+            table.select(wanted if table.named or len(table.columns) != len(wanted) else table.columns)
+            return table if given_alone else self._whole(table)
         table = open_table(path, dtype=dtype)
         features = self.flow.event_shape[0] + self.flow.context_features
         if len(table.columns) != features:
             raise ValueError(f"expected {features} columns in {table.name}; got {len(table.columns)}")
+        return self._whole(table)
+
+    def _whole(self, table: TableFile) -> TableFile:
+        """Let a table refuse other numbers than whole ones where the flow takes no others."""
+        steps, offset = (getattr(self.flow.dequantizer, name, None) for name in ("steps", "offset"))
+        if isinstance(steps, Tensor) and isinstance(offset, Tensor):
+            places = ((steps == 1) & (offset == 0)).nonzero()[:, 0].tolist()
+            table.whole = {table.columns[place] for place in places}
         return table
 
     def split(self, chunk: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor | None]:

@@ -65,6 +65,8 @@ class TableFile:
         for column, number in Counter(source.columns).items():
             if column and number > 1:
                 raise ValueError(f"expected columns of different names in {self.name}; got {column!r} {number} times")
+        self.whole: set[str] = set()
+        """The columns in which other numbers than whole ones are refused."""
         self.categories = {name: list(labels or ()) for name, labels in categories.items()}
         self._found = {name for name in categories if categories[name] is None}
         self.select(source.columns if columns is None else columns)
@@ -115,7 +117,8 @@ class TableFile:
         for place, name in enumerate(self.columns):
             cells = frame.iloc[:, place]
             numbers[:, place] = self._codes(cells, name) if name in self.categories else _as_numbers(cells)
-        bad = np.argwhere(~(np.abs(numbers) <= self._largest))
+        whole = np.array([name in self.whole for name in self.columns], bool)
+        bad = np.argwhere(~(np.abs(numbers) <= self._largest) | (whole & (numbers != numbers.round())))
         if len(bad):
             row, place = bad[0]
             raise self._refusal(frame.iloc[row, place], self.columns[place], start + int(row))
@@ -138,11 +141,12 @@ class TableFile:
         if missing:
             got = "a missing value"
         elif isinstance(cell, (int, float, np.number)):
-            beyond = f", beyond the range of {self._dtype}," if abs(float(cell)) > self._largest else ""
-            got = f"{cell}{beyond or ', which a float64 does not hold exactly,' if np.isfinite(cell) else ''}"
+            why = ", which a float64 does not hold exactly," if abs(float(cell)) >= _EXACT else ""
+            why = f", beyond the range of {self._dtype}," if abs(float(cell)) > self._largest else why
+            got = f"{cell}{why if np.isfinite(cell) else ''}"
         else:
             is_text, got = row == 0, repr(str(cell)[:60])
-        wanted = "numbers"
+        wanted = "whole numbers" if name in self.whole else "numbers"
         if name in self.categories:
             known = self.categories[name]
             wanted = "labels" if missing else "one of the categories " + ", ".join(map(repr, known[:10]))
@@ -283,6 +287,8 @@ class _Csv:
         self.standard_input = file if path is None else None
         if not self.columns:
             raise ValueError(f"expected a first line of column names in {self.name}; got none")
+        if len(self.columns) == 1 and re.search("[;\t]", self.columns[0]):
+            raise ValueError(f"expected commas between the cells of {self.name}; got a first line {self.columns[0]!r}")
         numbered = [str(place) for place in range(len(self.columns))]
         if self.columns != numbered and all(map(_is_number, self.columns)):
             got = ", ".join(self.columns[:5])
