@@ -123,7 +123,8 @@ class Batches:
     def __init__(self, batches: Iterable[Any], flow: Flow, device: torch.device):
         self.batches, self.flow, self.device = batches, flow, device
         sampler = getattr(batches, "sampler", None)
-        self.sharded = bool(getattr(batches, "sharded", isinstance(sampler, DistributedSampler)))
+        self.sampler = sampler if isinstance(sampler, DistributedSampler) else None
+        self.sharded = bool(getattr(batches, "sharded", self.sampler is not None))
         try:
             self.steps: int | None = min(distributed.gathered(len(batches)))  # type: ignore[arg-type]
         except TypeError:  # a stream, or a DataLoader over one
@@ -140,6 +141,8 @@ class Batches:
             set_random_state(self.place, self.device)  # so that the same batches come first
         else:
             self.place = now
+        if self.sampler is not None:
+            self.sampler.set_epoch(int(torch.randint(2**31, ())))  # or every epoch would have the order of the first
         batches = self._shared(enumerate(self.batches)) if distributed.world_size() > 1 else self._whole()
         for _ in range(done):
             next(batches, None)

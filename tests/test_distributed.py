@@ -504,6 +504,23 @@ def test_what_is_wrong_in_mapped_data_is_named(tmp_path, monkeypatch, spoil, mes
         fit(small(context_features=1), array, context=torch.zeros(999, 1).double(), **OPTIONS)
 
 
+def test_a_distributed_sampler_shuffles_every_epoch_anew():
+    data, seen = TensorDataset(table(60)), []
+
+    def objective(flow, x, context):
+        seen.append(x[:, 0])
+        return negative_log_likelihood(flow, x, context)
+
+    batches = DataLoader(data, batch_size=20, sampler=DistributedSampler(data, num_replicas=1, rank=0))
+    options = {**OPTIONS, "batch_size": None, "epochs": 2, "validation": None, "objective": objective}
+    for _ in range(2):
+        fit(small(), batches, **options)
+    first, second, *again = torch.cat(seen).split(60)
+    assert not torch.equal(first, second)
+    assert torch.equal(first.sort().values, second.sort().values)
+    assert torch.equal(torch.cat(again), torch.cat([first, second]))
+
+
 def test_numbers_in_another_order_of_bytes_are_the_same(tmp_path):
     rows = table().numpy()
     np.save(tmp_path / "x.npy", rows.astype(">f8"))
