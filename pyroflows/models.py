@@ -81,10 +81,13 @@ def _couplings(features: int, permutation: str, *, mask: str = "halves", **optio
     return lambda number: Coupling(features, mask=upper.flip(0) if number % 2 else upper, **options)
 
 
-def _order(order: str, permutation: str, number: int) -> str:
+def _order(order: str | Sequence[int], permutation: str, number: int) -> str | Sequence[int]:
     """Give the order of an autoregressive layer of a stack."""
-    reverse = {"sequential": "reversed", "reversed": "sequential"}
-    return reverse.get(order, order) if permutation == "reverse" and number % 2 else order
+    if permutation != "reverse" or number % 2 == 0:
+        return order
+    if isinstance(order, str):
+        return {"sequential": "reversed", "reversed": "sequential"}.get(order, order)
+    return [len(order) - 1 - feature for feature in order]
 
 
 @overload
@@ -391,7 +394,7 @@ def maf(
     residual: bool = True,
     activation: str = "relu",
     dropout: float = 0.0,
-    order: str = "sequential",
+    order: str | Sequence[int] = "sequential",
     scale: str = "exp",
     permutation: str = "lu",
     norm: str = "actnorm",
@@ -407,7 +410,7 @@ def maf(
         residual: whether the MADEs are residual.
         activation: of the MADEs.
         dropout: of the MADEs, in training only.
-        order: of every MADE: "sequential", "reversed" or "random".
+        order: of every MADE: "sequential", "reversed", "random", or the features in the order of their dependence.
         scale: "exp" or "sigmoid", see :class:`Affine`.
         permutation: after each layer, towards the data: "lu", "dense", "reverse" (the paper's), "shuffle" or "none".
         norm: after each permutation: "actnorm", "batchnorm" (the paper's) or "none".
@@ -452,7 +455,7 @@ def iaf(
     residual: bool = True,
     activation: str = "relu",
     dropout: float = 0.0,
-    order: str = "sequential",
+    order: str | Sequence[int] = "sequential",
     scale: str = "exp",
     permutation: str = "lu",
     norm: str = "actnorm",
@@ -468,7 +471,7 @@ def iaf(
         residual: whether the MADEs are residual.
         activation: of the MADEs.
         dropout: of the MADEs, in training only.
-        order: of every MADE: "sequential", "reversed" or "random".
+        order: of every MADE: "sequential", "reversed", "random", or the features in the order of their dependence.
         scale: "exp" or "sigmoid", see :class:`Affine`.
         permutation: after each layer, towards the data: "lu", "dense", "reverse", "shuffle" or "none".
         norm: after each permutation: "actnorm", "batchnorm" or "none".

@@ -63,10 +63,12 @@ def test_permutations(permutation, kind):
         assert middle == ([] if kind is None else [kind] * 2)
 
 
-@pytest.mark.parametrize("build, features", [(maf, 4), (realnvp, 4), (realnvp, 5)])
-def test_a_reversal_is_that_of_the_paper_without_its_price(build, features):
+@pytest.mark.parametrize(
+    "build, features, more", [(maf, 4, {}), (maf, 4, {"order": [2, 0, 3, 1]}), (realnvp, 4, {}), (realnvp, 5, {})]
+)
+def test_a_reversal_is_that_of_the_paper_without_its_price(build, features, more):
     """Of the same weights, the stack is that of layers alike with a reversal after each."""
-    options = {"num_layers": 4, "hidden_features": (16,), "norm": "none"}
+    options = {"num_layers": 4, "hidden_features": (16,), "norm": "none", **more}
     flow, plain = (build(features, permutation=p, **options) for p in ("reverse", "none"))
     stack = []
     for number, layer in enumerate(flow.layers):
