@@ -56,6 +56,7 @@ from pyroflows import (
     TriangularAffine,
     fit,
     glow,
+    iaf,
     load,
     maf,
     nsf,
@@ -592,17 +593,18 @@ def line(x, y=None):
 X = torch.linspace(-1, 2, 20)
 
 
-def guided(**options):
+def guided(builder=realnvp, **options):
     torch.manual_seed(0)
-    return Posterior(AutoFlow(line, realnvp, "none", args=(X, 0.5 + X), **options))
+    return Posterior(AutoFlow(line, builder, "none", args=(X, 0.5 + X), **options))
 
 
-def test_a_posterior_of_format_1_still_loads(tmp_path):
-    posterior = guided(num_layers=2, hidden_features=(4,))
+@pytest.mark.parametrize("builder, more", [(realnvp, {}), (iaf, {"permutation": "shuffle"})])
+def test_a_posterior_of_format_1_still_loads(tmp_path, builder, more):
+    posterior = guided(builder, num_layers=2, hidden_features=(4,), **more)  # a reversal was a layer of its own then
     header = {
         "format": 1,
         "pyroflows": "0.1",
-        "flow": "realnvp",
+        "flow": builder.__name__,
         "options": {"num_layers": 2, "hidden_features": [4]},
         "max_triangular": 512,
         "latents": [["b", [2]]],

@@ -414,7 +414,10 @@ def _flow_of(
         raise ValueError(
             "expected flow=, since the posterior was fitted with a flow or a builder of the user's own; got none"
         )
-    return getattr(models, header["builder"]), header["options"]
+    builder, options = getattr(models, header["builder"]), header["options"]
+    if builder in (models.iaf, models.maf) and options.get("permutation", "reverse") == "reverse":
+        options = {**options, "permutation": "shuffle"}  # a reversal was a layer then, whose order is in the file
+    return builder, options
 
 
 def _inference_data(groups: Mapping[str, Any]) -> Any:
