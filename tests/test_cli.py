@@ -533,15 +533,18 @@ def test_two_processes_write_what_one_writes(folder, tmp_path):
 
 def test_ctrl_c_leaves_the_best_model_so_far(folder, tmp_path):
     model = tmp_path / "model"
-    command = [sys.executable, "-m", "pyroflows", "fit", f"{folder}/diabetes.csv", "--output", str(model)]
+    code = "import sys; from pyroflows.cli import main, progress; progress._SECONDS = 0.5; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "fit", f"{folder}/diabetes.csv", "--output", str(model)]
     command += ["--columns", "bmi,bp", "--num-layers", "2", "--epochs", "1000000", "--patience", "1000000"]
     fit = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert fit.stdout.readline().startswith("nsf of 2 columns")
-    time.sleep(2)
+    while not fit.stderr.readline().startswith("fit: step "):  # it trains
+        assert fit.poll() is None
+    time.sleep(1)
     fit.send_signal(signal.SIGINT)
     _, err = fit.communicate(timeout=60)
     assert fit.returncode == 1
-    assert err == f"pyroflows: interrupted: the best model so far is in {model}\n"
+    assert err.splitlines()[-1] == f"pyroflows: interrupted: the best model so far is in {model}"
     flow = load(model)
     assert flow.notes["stopped"] == "interrupted"
     x = torch.from_numpy(open_table(folder / "diabetes.csv", ["bmi", "bp"]).read()).float()
