@@ -150,22 +150,23 @@ def _fit(options: argparse.Namespace) -> None:
         validation = x[held] if context is None else (x[held], context[held])
         x, context = x[~held], None if context is None else context[~held]
     try:
-        result = pyroflows.fit(
-            flow,
-            x,
-            context=context,
-            validation=validation,
-            epochs=options.epochs,
-            batch_size=options.batch_size,
-            learning_rate=options.learning_rate,
-            patience=options.patience,
-            max_seconds=None if options.minutes is None else 60 * options.minutes,
-            objective=objective,
-            checkpoint=options.checkpoint,
-            seed=options.seed,
-            accelerator=options.device,
-            progress=False if options.quiet else "fit",
-        )
+        with objective.ended_by_interrupts():
+            result = pyroflows.fit(
+                flow,
+                x,
+                context=context,
+                validation=validation,
+                epochs=options.epochs,
+                batch_size=options.batch_size,
+                learning_rate=options.learning_rate,
+                patience=options.patience,
+                max_seconds=None if options.minutes is None else 60 * options.minutes,
+                objective=objective,
+                checkpoint=options.checkpoint,
+                seed=options.seed,
+                accelerator=options.device,
+                progress=False if options.quiet else "fit",
+            )
     except KeyboardInterrupt:
         if not objective.steps:
             raise

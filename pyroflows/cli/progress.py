@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pyroflows.cli.options import is_first
@@ -63,11 +67,32 @@ class Log:
     def __init__(self, quiet: bool):
         self.lines = not quiet and not sys.stderr.isatty() and is_first()
         self.steps = 0
+        self.interrupted = False
         self.began = self.said = time.perf_counter()
+
+    @contextmanager
+    def ended_by_interrupts(self) -> Iterator[None]:
+        """Have Ctrl-C end a fit at its next step: raised wherever it comes, it is lost where Python frees an object."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # where no signal can be taken
+            return
+
+        def note(*_: Any) -> None:
+            if self.interrupted:  # a second time: at once
+                raise KeyboardInterrupt
+            self.interrupted = True
+
+        before = signal.signal(signal.SIGINT, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def __call__(self, flow: Any, x: Any, context: Any) -> Any:
         from pyroflows.training import negative_log_likelihood
 
+        if self.interrupted:
+            raise KeyboardInterrupt
         loss = negative_log_likelihood(flow, x, context)
         now = time.perf_counter()
         self.steps += flow.training
