@@ -19,6 +19,7 @@ __all__ = [
     "check_number",
     "check_option",
     "check_sizes",
+    "check_varying",
 ]
 
 Shape = int | Sequence[int]
@@ -90,3 +91,13 @@ def check_names(given: dict[str, Any], takes: Callable[..., Any], *, but: Iterab
     for name in given:
         if name not in offered:
             raise TypeError(f"expected options among {', '.join(offered)}; got {name!r}")
+
+
+def check_varying(constant: Sequence[int], names: Sequence[Any] | None = None) -> None:
+    """Refuse constant columns, given by their numbers, or by names where there are any."""
+    if len(constant):
+        shown = [str(column) if names is None else repr(names[column]) for column in constant[:10]]
+        more = ", ..." if len(constant) > 10 else ""
+        raise ValueError(
+            f"expected columns that vary, since a constant one has no density; got column {', '.join(shown)}{more}"
+        )

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from pyroflows import distributed
-from pyroflows.arguments import check_number, check_sizes
+from pyroflows.arguments import check_number, check_sizes, check_varying
 from pyroflows.checkpoint import random_state, set_random_state
 from pyroflows.conditioners.classes import OneHot
 from pyroflows.data.dequantize import ColumnDequantizer
@@ -364,7 +364,4 @@ def _refuse_constant_columns(data: Tensor | Mapped, of: Tensor | None = None) ->
         same &= (data[start : start + size] == first).all(0)
         if not same.any():
             return
-    constant = (same if of is None else same & of.to(same.device)).flatten().nonzero()[:, 0].tolist()
-    if constant:
-        shown = ", ".join(map(str, constant[:10])) + (", ..." if len(constant) > 10 else "")
-        raise ValueError(f"expected columns that vary, since a constant one has no density; got column {shown}")
+    check_varying((same if of is None else same & of.to(same.device)).flatten().nonzero()[:, 0].tolist())

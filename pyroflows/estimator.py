@@ -27,7 +27,7 @@ from sklearn.utils.validation import (
 )
 from torch import Tensor, nn
 
-from pyroflows.arguments import check_number, check_option, check_sizes
+from pyroflows.arguments import check_number, check_option, check_sizes, check_varying
 from pyroflows.bijection import Bijection
 from pyroflows.flow import Flow
 from pyroflows.layers.pointwise import Standardize
@@ -147,7 +147,7 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         x, y, weight = _merged(x, y, weight)
         if len(x) < 2:
             raise ValueError(f"expected at least 2 different rows of a weight above zero; got {len(x)}")
-        self._refuse_constant_columns(x)
+        check_varying(np.flatnonzero((x == x[0]).all(0)).tolist(), getattr(self, "feature_names_in_", None))
 
         rng = check_random_state(self.random_state)
         seed = int(rng.randint(np.iinfo(np.int32).max))
@@ -281,13 +281,6 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         )
         _refuse_nonfinite("X", rows, getattr(self, "feature_names_in_", None))
         return rows
-
-    def _refuse_constant_columns(self, x: np.ndarray) -> None:
-        constant = np.flatnonzero((x == x[0]).all(0))
-        if len(constant):
-            names = getattr(self, "feature_names_in_", range(x.shape[1]))
-            shown = ", ".join(repr(names[column]) for column in constant[:8]) + (", ..." if len(constant) > 8 else "")
-            raise ValueError(f"expected columns that vary, since a constant one has no density; got column {shown}")
 
     def _targets(self, x: np.ndarray, y: Any, kept: np.ndarray) -> np.ndarray | None:
         """Learn what ``y`` is, from the rows that are kept, and give that of these."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyroflows import models
-from pyroflows.arguments import check_option
+from pyroflows.arguments import check_option, check_varying
 from pyroflows.bijection import Bijection
 from pyroflows.conditioners.classes import OneHot
 from pyroflows.data.dequantize import ColumnDequantizer
@@ -82,9 +82,7 @@ def table_flow(
     features = x.shape[1]
     dequantizer = _dequantizer(x, integer_columns) if len(integer_columns) else None
     rows = x if dequantizer is None else dequantizer(x)[0]
-    constant = (rows == rows[0]).all(0).nonzero()[:, 0].tolist()
-    if constant:
-        raise ValueError(f"expected columns that vary; got a constant in column {', '.join(map(str, constant))}")
+    check_varying((rows == rows[0]).all(0).nonzero()[:, 0].tolist())
     outer: list[Bijection] = []
     if standardize:
         outer = [Standardize.from_data(rows) if standardize is True else standardize]

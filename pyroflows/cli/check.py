@@ -6,7 +6,7 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
-from pyroflows.cli.options import add_device, add_json, add_quiet, count, positive, print_json, say
+from pyroflows.cli.options import add_data, add_device, add_json, add_model, add_quiet, count, positive, print_json, say
 
 __all__ = ["add_check"]
 
@@ -19,8 +19,8 @@ def add_check(commands: Any) -> None:
         description="Take rows of a table to the latent and back, and compare the log-determinants with those of the "
         "Jacobian that automatic differentiation gives. Exit status 1 if an error is above the tolerance.",
     )
-    parser.add_argument("model", metavar="MODEL", help='a model file, or "-" for standard input')
-    parser.add_argument("data", metavar="DATA", help='a table, or "-" for CSV on standard input')
+    add_model(parser)
+    add_data(parser)
     parser.add_argument("--rows", type=count, default=100, metavar="N", help="rows to look at (default: %(default)s)")
     parser.add_argument(
         "--tolerance", type=positive, metavar="E", help="largest error (default: 1e-3 of float32, 1e-6 of float64)"

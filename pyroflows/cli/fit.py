@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from pyroflows.cli.options import (
+    add_data,
     add_device,
     add_json,
     add_output,
@@ -46,7 +47,7 @@ def add_fit(commands: Any) -> None:
         "dequantised. Densities are in nats in the units of the columns. Ctrl-C ends training and keeps the best model "
         "so far.",
     )
-    parser.add_argument("data", metavar="DATA", help='a table, or "-" for CSV on standard input')
+    add_data(parser)
     add_output(parser, 'the model file, such as model.safetensors, or "-" for standard output')
     parser.add_argument("--columns", type=names, metavar="A,B", help="the columns to model (default: all not given)")
     parser.add_argument(

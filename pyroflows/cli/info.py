@@ -6,7 +6,7 @@ import argparse
 from collections import Counter
 from typing import Any
 
-from pyroflows.cli.options import add_json, print_json
+from pyroflows.cli.options import add_json, add_model, print_json
 
 __all__ = ["add_info"]
 
@@ -19,7 +19,7 @@ def add_info(commands: Any) -> None:
         description="Say what a model file holds: columns, layers, number of parameters, fit, and versions of the "
         "libraries that wrote it; as JSON also the recipe by which it is built, and all notes.",
     )
-    parser.add_argument("model", metavar="MODEL", help='a model file, or "-" for standard input')
+    add_model(parser)
     add_json(parser)
     parser.set_defaults(command=_info, parser=parser)
 

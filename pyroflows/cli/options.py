@@ -10,8 +10,10 @@ import sys
 from typing import Any
 
 __all__ = [
+    "add_data",
     "add_device",
     "add_json",
+    "add_model",
     "add_output",
     "add_quiet",
     "add_seed",
@@ -25,6 +27,17 @@ __all__ = [
     "share",
     "widths",
 ]
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the model."""
+    parser.add_argument("model", metavar="MODEL", help='a model file, or "-" for standard input')
+
+
+def add_data(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Add the table."""
+    text = 'a table, or "-" for CSV on standard input'
+    parser.add_argument("data", nargs=None if required else "?", metavar="DATA", help=text)
 
 
 def add_seed(parser: argparse.ArgumentParser, default: int | None, text: str) -> None:

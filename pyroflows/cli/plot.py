@@ -7,7 +7,18 @@ import math
 from pathlib import Path
 from typing import Any
 
-from pyroflows.cli.options import add_device, add_json, add_output, add_quiet, add_seed, count, print_json, say
+from pyroflows.cli.options import (
+    add_data,
+    add_device,
+    add_json,
+    add_model,
+    add_output,
+    add_quiet,
+    add_seed,
+    count,
+    print_json,
+    say,
+)
 
 __all__ = ["add_plot"]
 
@@ -20,8 +31,8 @@ def add_plot(commands: Any) -> None:
         description="Draw marginals and pairs of columns, rows of a table beside as many that the model draws; without "
         "a table, how the loss fell in training.",
     )
-    parser.add_argument("model", metavar="MODEL", help='a model file, or "-" for standard input')
-    parser.add_argument("data", nargs="?", metavar="DATA", help='a table, or "-" for CSV on standard input')
+    add_model(parser)
+    add_data(parser, required=False)
     add_output(parser, "the picture, a .png, .pdf or .svg")
     parser.add_argument("--rows", type=count, default=2000, metavar="N", help="rows to draw (default: %(default)s)")
     parser.add_argument("--columns", type=count, default=8, metavar="N", help="most columns (default: %(default)s)")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pyroflows.cli.options import (
     add_device,
     add_json,
+    add_model,
     add_output,
     add_quiet,
     add_seed,
@@ -37,7 +38,7 @@ def add_sample(commands: Any) -> None:
         description="Draw new rows from a model, with the columns of its data, whole numbers whole again. They are "
         "drawn and written in chunks, so that any number will do; the processes of torchrun take turns.",
     )
-    parser.add_argument("model", metavar="MODEL", help='a model file, or "-" for standard input')
+    add_model(parser)
     parser.add_argument(
         "-n", "--num-samples", type=count, default=1, metavar="N", help="rows to draw, for each row given (default: 1)"
     )

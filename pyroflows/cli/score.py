@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from pyroflows.cli.options import (
+    add_data,
     add_device,
     add_json,
+    add_model,
     add_output,
     add_quiet,
     add_seed,
@@ -35,8 +37,8 @@ def add_score(commands: Any) -> None:
         "mean over draws of noise. Rows are read, scored and written in chunks, so that a file of any size will do; "
         "the processes of torchrun take turns.",
     )
-    parser.add_argument("model", metavar="MODEL", help='a model file, or "-" for standard input')
-    parser.add_argument("data", metavar="DATA", help='a table, or "-" for CSV on standard input')
+    add_model(parser)
+    add_data(parser)
     add_output(parser, 'a table of one column, log_prob, or "-" for CSV on standard output', required=False)
     parser.add_argument("--draws", type=count, default=8, metavar="N", help="draws of noise (default: %(default)s)")
     parser.add_argument(

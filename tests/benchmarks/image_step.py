@@ -19,7 +19,6 @@ import json
 import os
 import platform
 import random
-import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Size, Tensor, nn
+from vector_step import CLOCKS
 
 from pyroflows import Flow, glow
 from pyroflows.layers import ConvCoupling
@@ -221,7 +221,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     random.seed(options.seed)
-    clock = {"cpu": time.process_time, "wall": time.perf_counter}[options.clock]
+    clock = CLOCKS[options.clock]
 
     data = torch.randn(options.batch, CHANNELS, SIDE, SIDE)
     builders = {"pyroflows": pyroflows, "networks": networks, "networks, plain": networks_plain}

@@ -3,7 +3,6 @@
 import argparse
 import json
 import platform
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -13,12 +12,12 @@ import pyro.distributions as dist
 import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoIAFNormal
+from vector_step import CLOCKS
 
 from pyroflows import AutoFlow, PathELBO, iaf, realnvp
 from pyroflows.conditioners import MADE
 
 LATENTS, PARTICLES = 16, 16
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 COVARIANCE = 0.5 * torch.eye(LATENTS) + 0.5
 
 
