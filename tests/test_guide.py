@@ -30,6 +30,7 @@ from pyro.infer import (
 from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoNormal
 from pyro.infer.enum import config_enumerate
 from pyro.infer.reparam import NeuTraReparam
+from pyro.poutine.messenger import Messenger
 from scipy import stats
 from test_contract import count_conditioners
 from test_density import close, correlation, extras, garch, improper_ordered, mixture, nested, scalar, simplex, tensor
@@ -225,6 +226,47 @@ def test_a_step_evaluates_each_conditioner_once():
                 assert set(calls.values()) == {step}
 
 
+class Statements(Messenger):
+    """Counts Pyro's statements of parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def _pyro_param(self, msg):
+        self.names.append(msg["name"])
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_a_call_states_each_parameter_once(local):
+    with pyro.settings.context(module_local_params=local), Statements() as statements:
+        guide = small(exact)
+        guide()
+    assert statements.names == [f"AutoFlow.flow$$${name}" for name, _ in guide.flow.named_parameters()]
+    assert bool(pyro.get_param_store()) is not local
+
+
+def test_local_parameters_have_gradients_outside_pyros_store():
+    with pyro.settings.context(module_local_params=True):
+        guide = small(exact)
+        Trace_ELBO()(exact, guide)().backward()
+    assert sum(p.grad.count_nonzero() > 0 for p in guide.parameters()) > len(list(guide.parameters())) / 2
+    assert not pyro.get_param_store()
+
+
+def test_frozen_parameters_stay_as_they_are():
+    guide = small(exact)
+    frozen = list(guide.flow.layers[0].parameters())
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    before = [p.clone() for p in frozen]
+    svi = SVI(exact, guide, adam(), Trace_ELBO())
+    for _ in range(2):
+        svi.step()
+    assert len(pyro.get_param_store()) == len(list(guide.parameters())) - len(frozen)
+    assert all(torch.equal(p, q) for p, q in zip(frozen, before, strict=True))
+
+
 def test_a_guide_among_others_in_a_list():
     def model():
         mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
@@ -404,6 +446,39 @@ def test_posterior_is_a_distribution_of_the_unconstrained_vector():
     close(posterior.log_prob(u), guide.log_prob({"x": u.exp()}) + u.sum(-1))
     again = dist.TransformedDistribution(guide.get_base_dist(), guide.get_transform())
     close(again.log_prob(u), posterior.log_prob(u))
+
+
+def test_posterior_scores_its_draw_once_by_the_pass_that_made_it():
+    guide = stir(small(exact))
+    calls = count_conditioners(guide)
+    posterior = guide.get_posterior().expand([4])
+    u = posterior.rsample()
+    known = posterior.log_prob(u)
+    assert known.requires_grad
+    assert set(calls.values()) == {1}
+    close(known, posterior.log_prob(u))
+    assert set(calls.values()) == {2}  # evaluated now
+
+    u = posterior.rsample()
+    with torch.no_grad():
+        assert not posterior.log_prob(u).requires_grad
+    u = posterior.rsample()
+    stir(guide)  # what the draw left behind is of other parameters
+    close(posterior.log_prob(u), guide.get_posterior().log_prob(u.clone()))
+
+
+def test_a_draw_of_nan_is_refused():
+    posterior = stir(small(exact), math.nan).get_posterior()
+    with pytest.raises(ValueError, match="to be within the support"):
+        posterior.log_prob(posterior.rsample())
+
+
+def test_values_are_points():
+    trace = poutine.trace(small(exact)).get_trace()
+    fn, value = trace.nodes["x"]["fn"], trace.nodes["x"]["value"]
+    assert fn.log_prob(value.clone()).eq(fn.log_prob(value)).all()
+    assert fn.log_prob(value + 1).eq(-math.inf).all()
+    assert fn.sample((2,)).shape == (2, *value.shape)
 
 
 @pytest.mark.parametrize("parallel", [False, True])

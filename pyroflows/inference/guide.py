@@ -12,10 +12,10 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions.util import sum_rightmost
+from pyro.distributions.util import broadcast_shape, sum_rightmost
 from pyro.infer.autoguide import AutoContinuous, AutoGuide
 from pyro.params.param_store import param_with_module_name
-from torch import Tensor
+from torch import Size, Tensor
 from torch.distributions import biject_to, register_kl
 
 from pyroflows.arguments import check_number, check_option, check_sizes
@@ -178,24 +178,24 @@ class AutoFlow(AutoContinuous):
         """Give the distribution of the unconstrained vector, of event shape ``(latents,)``."""
         # The stack as one transform: it leaves one record where each layer would leave its own.
         flow = self._built()
-        return dist.TransformedDistribution(flow.prior(), [flow.bijection])
+        return _Posterior(flow.prior(), [flow.bijection])
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         if self.prototype_trace is None:
             self.setup(*args, **kwargs)
-        self._claim_parameters()
+        self._state_parameters()
         latent = self.sample_latent(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
-        parts = {site["name"]: part for site, part in self._unpack_latent(latent)}
+        parts = self._parts(latent)
         supports = {site.name: site.support for site in self.latents}
         if None in supports.values():
             supports = self._supports(parts, args, kwargs)
-        result = {}
+        result, counts = {}, poutine.get_mask() is not False
         for name, part in parts.items():
             transform, event_dim = biject_to(supports[name]), self.prototype_trace.nodes[name]["fn"].event_dim
             value = transform(part)
             log_density: Any = 0.0
-            if poutine.get_mask() is not False:
+            if counts:
                 log_density = -transform.log_abs_det_jacobian(part, value)
                 log_density = sum_rightmost(log_density, log_density.dim() - value.dim() + event_dim)
             delta = _Value(value, log_density=log_density, event_dim=event_dim)
@@ -205,9 +205,13 @@ class AutoFlow(AutoContinuous):
                 result[name] = pyro.sample(name, delta)
         return result
 
-    def _claim_parameters(self) -> None:
-        """Take out of Pyro's store what another guide left under these names: it would be trained in their place."""
+    def _state_parameters(self) -> None:
+        """Make Pyro's statement of every parameter, in a walk that a call makes once.
+
+        What another guide left in Pyro's store under these names is taken out: it would be trained in their place.
+        """
         if not self._pyro_context.active or pyro.settings.get("module_local_params"):
+            _ = self.flow  # local parameters have statements of their own, which Pyro makes here
             return
         store, name = pyro.get_param_store(), self._pyro_get_fullname("flow")
         stored = dict(store.named_parameters())
@@ -215,6 +219,17 @@ class AutoFlow(AutoContinuous):
             full = param_with_module_name(name, own)
             if stored.get(full, parameter) is not parameter:
                 del store[full]
+            if parameter.requires_grad:
+                pyro.param(full, parameter)
+
+    def _parts(self, latent: Tensor) -> dict[str, Tensor]:
+        """Cut the unconstrained vector into the parts of the sites, with its batch left of their plates."""
+        parts = {}
+        for site in self.latents:
+            event = (1,) * (len(site.unconstrained_shape) - site.batch_ndim)
+            shape = broadcast_shape(site.unconstrained_shape, (*latent.shape[:-1], *event))
+            parts[site.name] = latent[..., site.start : site.stop].view(shape)
+        return parts
 
     def _supports(self, parts: dict[str, Tensor], args: Any, kwargs: Any) -> dict[str, Any]:
         """Run the model for supports that depend on other sites."""
@@ -272,7 +287,8 @@ class AutoFlow(AutoContinuous):
     def _built(self) -> Flow:
         if self.prototype_trace is None:
             raise ValueError("expected a guide that is built: call guide.setup(...) with the model's arguments first")
-        flow: Flow = self.flow
+        # Not self.flow, which makes Pyro's statement of every parameter anew inside a call.
+        flow: Any = self._modules["flow"]
         return flow
 
     # What a guide that is not built would do silently
@@ -326,8 +342,29 @@ def _without_numbers(fn: Any) -> dist.ImproperUniform:
     return dist.ImproperUniform(fn.support, fn.batch_shape, fn.event_shape)
 
 
+class _Posterior(dist.TransformedDistribution):
+    """The distribution of a flow, which scores its own draw by the one record that the draw left."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        (bijection,) = self.transforms
+        record = bijection._record
+        if record is None or not record.leads_back(bijection, value, None, forward=False):
+            return super().log_prob(value)
+        if self._validate_args:
+            self._validate_sample(value)
+        bijection.clear_cache()
+        log_det = record.log_det if torch.is_grad_enabled() else record.log_det.detach()
+        return self.base_dist.log_prob(record.source) - log_det
+
+
 class _Value(dist.Delta):
     """A point with a log-density, which KL divergences count: Pyro's own of a Delta, as in TraceMeanField_ELBO, not."""
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        return super().rsample(Size(sample_shape)) if sample_shape else self.v
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return self.log_density if x is self.v else super().log_prob(x)
 
 
 @register_kl(_Value, dist.Distribution)
