@@ -106,12 +106,14 @@ class MaskedAutoregressive(Bijection):
             given = y if y.requires_grad else y.detach().requires_grad_()
             moved, seen = given.view_as(given), given.view_as(given)
             x, log_det = self.transformer.inverse(moved, self.conditioner(seen, context))
-        score = score - vjp(log_det, None, moved, torch.ones_like(score))
+        ones = torch.ones_like(score)
+        score = score - vjp(log_det, None, moved, ones)
         steepness, number = (-log_det.detach()).exp(), torch.finfo(y.dtype)
         found = score * steepness
+        score = score - vjp(log_det, None, seen, ones)
         for _ in range(x.shape[-1]):
             previous = found
-            found = (score - vjp(x, log_det, seen, previous)) * steepness
+            found = (score - vjp(x, None, seen, previous)) * steepness
             # Features not yet found may be wild, and must not overflow into those that are.
             found = torch.where(found.abs() < number.max**0.5, found, 0)
             if ((found - previous).abs().amax(-1) <= 8 * number.eps * found.abs().amax(-1)).all():
