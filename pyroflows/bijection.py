@@ -39,25 +39,23 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _address(tensor: Tensor) -> int:
+def _addresses(tensors: list[Tensor]) -> list[int]:
     """Assigning to ``p.data`` moves no version, but the numbers."""
     try:
-        return tensor.data_ptr()
+        return [tensor.data_ptr() for tensor in tensors]
     except RuntimeError:  # a tensor under torch.func has no memory of its own
-        return 0
+        return []
 
 
 def _fingerprint(module: nn.Module) -> list[int]:
     """What an evaluation of ``module`` depends on beside its input: modes, and tensors with their versions."""
-    marks, stack = [_optimizer_steps], [module]
-    while stack:
-        part = stack.pop()
-        marks.append(part.training)
-        for tensor in (*part._parameters.values(), *part._buffers.values()):
-            if tensor is not None:
-                marks += (id(tensor), _version(tensor), _address(tensor))
-        stack.extend(child for child in part._modules.values() if child is not None)
-    return marks
+    modes, tensors, parts = [], [], [module]
+    for part in parts:
+        modes.append(part.training)
+        for held in (part._parameters, part._buffers):
+            tensors += [tensor for tensor in held.values() if tensor is not None]
+        parts += [child for child in part._modules.values() if child is not None]
+    return [_optimizer_steps, *modes, *map(id, tensors), *map(_version, tensors), *_addresses(tensors)]
 
 
 class _Event(constraints._IndependentConstraint):
@@ -293,8 +291,10 @@ class Bijection(Recorded, TransformModule):
             raise TypeError(f"expected a floating-point tensor; got {x.dtype}")
         if x.shape[-len(shape) :] != shape:
             raise ValueError(f"expected a tensor of shape {_batched(shape)}; got {tuple(x.shape)}")
+        if context is None and not self.context_features:
+            return x
         batch = self._batch_shape(x.shape[: x.dim() - len(shape)], context)
-        return x if context is None else x.expand(batch + shape)
+        return x.expand(batch + shape)
 
     @staticmethod
     def _check_score(score: Tensor, x: Tensor) -> Tensor:
