@@ -15,7 +15,7 @@ from pyroflows.files import replacing
 
 __all__ = ["Checkpoint", "fingerprint", "random_state", "set_random_state"]
 
-_FORMAT = "pyroflows fit 2"
+_FORMAT = "pyroflows fit 3"
 
 
 class Checkpoint:

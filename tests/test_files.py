@@ -37,6 +37,7 @@ import pyroflows
 from pyroflows import (
     MLP,
     ActNorm,
+    Affine,
     AutoFlow,
     Bijection,
     Compose,
@@ -59,6 +60,7 @@ from pyroflows import (
     iaf,
     load,
     maf,
+    nice,
     nsf,
     planar,
     realnvp,
@@ -440,6 +442,64 @@ def forge(path, flow, change):
     stamp(path, change(header) or header, tensors)
 
 
+def of_old(flow):
+    """Give the state as before format 3, when the outputs for an affine coupling went feature by feature."""
+    state = flow.state_dict()
+    for name, part in flow.named_modules():
+        if isinstance(part, Coupling) and isinstance(part.transformer, Affine):
+            conditioner = part.conditioner
+            last = [f"linears.{len(conditioner.linears) - 1}.weight", f"linears.{len(conditioner.linears) - 1}.bias"]
+            if len(conditioner.linears) == 1 and conditioner.context is not None:
+                last.append("context.weight")
+            for key in (f"{name}.conditioner.{end}" for end in last):
+                state[key] = state[key].unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1).contiguous()
+    return state
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: realnvp(5, num_layers=2, hidden_features=(4,)),
+        lambda: realnvp(4, num_layers=2, residual=True, context_features=2, hidden_features=(4,)),
+        lambda: realnvp(4, num_layers=2, context_features=2, hidden_features=(), mask="checkerboard"),
+        lambda: nsf(4, num_layers=2, hidden_features=(4,)),
+        lambda: nice(4, num_layers=2, hidden_features=(4,)),
+        lambda: maf(4, num_layers=2, hidden_features=(4,)),
+        lambda: realnvp((1, 4, 4), num_levels=1, num_blocks=1, hidden_channels=4),
+    ],
+)
+def test_a_flow_of_format_2_still_loads(tmp_path, build):
+    torch.manual_seed(0)
+    flow = build().eval()
+    for parameter in flow.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    flow.save(tmp_path / "flow")
+    header, tensors = read(tmp_path / "flow", "flow")
+    tensors |= {f"state.{name}": value for name, value in of_old(flow).items()}
+    stamp(tmp_path / "flow", {**header, "format": 2}, tensors)
+    found = load(tmp_path / "flow").state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in flow.state_dict().items())
+
+
+class Network(Recorded, torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(1, 2)
+
+    def forward(self, x, context=None):
+        return self.linear(x)
+
+
+def test_a_network_of_ones_own_in_format_2_is_refused(tmp_path):
+    flow = Flow(StandardNormal(2), Coupling(2, conditioner=Network()))
+    flow.save(tmp_path / "flow")
+    assert torch.equal(load(tmp_path / "flow", classes=[Network]).log_prob(torch.ones(2)), flow.log_prob(torch.ones(2)))
+    forge(tmp_path / "flow", flow, lambda header: {**header, "format": 2})
+    refused(
+        tmp_path / "flow", "expected affine couplings whose networks are MLPs in a file of format 2", classes=[Network]
+    )
+
+
 def refused(path, message="expected a flow written by save; got", **options):
     with pytest.raises(ValueError, match=message) as error:
         load(path, **options)
@@ -611,7 +671,7 @@ def test_a_posterior_of_format_1_still_loads(tmp_path, builder, more):
         "notes": ["of old"],
         "seconds": 1.5,
     }
-    tensors = {f"flow.{name}": value.contiguous() for name, value in posterior.guide.flow.state_dict().items()}
+    tensors = {f"flow.{name}": value.contiguous() for name, value in of_old(posterior.guide.flow).items()}
     u = posterior.weights.u
     tensors |= {"u": u, "log_weights": posterior.weights.log_weights}
     tensors["log_joint"] = posterior.guide.log_joint.value(u[:: len(u) // 10])

@@ -81,8 +81,9 @@ def test_a_reversal_is_that_of_the_paper_without_its_price(build, features, more
             linears = [key for key in state if key.startswith("conditioner") and key.endswith(("weight", "bias"))]
             first, last = linears[0], linears[-2:]
             state[first] = state[first].flip(-1)
-            for key in last:
-                state[key] = state[key].unflatten(0, (-1, 2)).flip(0).flatten(0, 1)
+            for key in last:  # a coupling's log-scales come after all its shifts
+                kinds = state[key].unflatten(0, (-1, 2) if build is maf else (2, -1))
+                state[key] = kinds.flip(0 if build is maf else 1).flatten(0, 1)
             alike.load_state_dict({key: value for key, value in state.items() if key in linears}, strict=False)
         stack += [alike, Permutation(features, "reverse")]
     x = torch.randn(7, features, dtype=torch.float64)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import cast
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules import module
 
 from pyroflows.arguments import as_widths, check_number, check_option, check_sizes
 from pyroflows.recipe import Recorded
@@ -22,6 +26,21 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 LinearFactory = Callable[[int, int], nn.Linear]
+
+
+class Linear(nn.Linear):
+    """torch's linear map, but a call on which nothing is hooked is the product alone.
+
+    What torch's own call does beside it takes as long as the product of a narrow network.
+    """
+
+    def __call__(self, input: Tensor) -> Tensor:
+        own = self._parameters
+        hooked = self._forward_pre_hooks or self._forward_hooks or self._backward_pre_hooks or self._backward_hooks
+        # The weight is elsewhere where it is pruned or parametrized.
+        if hooked or "weight" not in own or module._has_any_global_hook() or torch.compiler.is_compiling():
+            return cast(Tensor, super().__call__(input))
+        return F.linear(input, cast(Tensor, own["weight"]), own["bias"])
 
 
 class MLP(Recorded, nn.Module):
@@ -67,7 +86,7 @@ class MLP(Recorded, nn.Module):
         activation: str = "relu",
         dropout: float = 0.0,
         zero_last: bool = True,
-        linear: LinearFactory = nn.Linear,
+        linear: LinearFactory = Linear,
     ):
         super().__init__()
         hidden_features = as_widths("hidden_features", hidden_features)
@@ -80,7 +99,7 @@ class MLP(Recorded, nn.Module):
         self.in_features, self.out_features, self.residual = in_features, out_features, residual
         # Without residuals nothing reads a hidden unit before its activation, which can take its place.
         in_place = activation == "relu" and not residual and bool(hidden_features)
-        self.activation = nn.ReLU(inplace=True) if in_place else ACTIVATIONS[activation]()
+        self.activation = torch.relu_ if in_place else ACTIVATIONS[activation]()
         self.dropout = nn.Dropout(dropout)
         # A network of no input learns a constant: its first layer sees a single one.
         sizes = [max(in_features, 1), *(hidden_features[:1] if residual else hidden_features), out_features]
@@ -92,9 +111,16 @@ class MLP(Recorded, nn.Module):
             if residual and number and number % 2 == 0:  # the second of a block: it starts as almost nothing
                 nn.init.uniform_(made.weight, -1e-3, 1e-3)  # type: ignore[arg-type]
         if zero_last:
-            last = [self.linears[-1]] if hidden_features or self.context is None else [self.linears[-1], self.context]
-            for parameter in nn.ModuleList(last).parameters():
+            for parameter in self.last.parameters():
                 nn.init.zeros_(parameter)
+
+    @property
+    def last(self) -> nn.ModuleList:
+        """The maps that give the output."""
+        maps = [self.linears[-1]]
+        if len(self.linears) == 1 and self.context is not None:
+            maps.append(self.context)
+        return nn.ModuleList(maps)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if self.in_features == 0:
@@ -108,7 +134,8 @@ class MLP(Recorded, nn.Module):
             for a, b in zip(blocks[::2], blocks[1::2], strict=True):
                 h = h + b(self.dropout(self.activation(a(self.activation(h)))))
             return last(self.activation(h))
+        activation, dropout = self.activation, self.dropout if self.dropout.p else None
         for linear in inner:
-            h = self.activation(h)
-            h = linear(self.dropout(h) if self.dropout.p else h)
+            h = activation(h)
+            h = linear(h if dropout is None else dropout(h))
         return h

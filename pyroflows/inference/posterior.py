@@ -13,7 +13,7 @@ from pyro.infer.enum import config_enumerate
 from torch import Tensor
 
 from pyroflows.arguments import check_sizes
-from pyroflows.files import read, write
+from pyroflows.files import read, renew, write
 from pyroflows.flow import Flow
 from pyroflows.inference.density import LogJoint
 from pyroflows.inference.diagnostics import psis
@@ -368,6 +368,7 @@ class Posterior:
             guide.flow.load_state_dict(state)
         except RuntimeError:
             raise ValueError(f"expected the flow that the posterior in {path} was fitted with; got another") from None
+        renew(guide.flow, header)
         if not torch.allclose(whole_log_joint(guide).value(_few_of(tensors)), tensors["log_joint"], 1e-4, 1e-3):
             raise ValueError(
                 f"expected the model and the data that the posterior in {path} was fitted to; got others, by their "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pyroflows.arguments import Shape, as_image_shape, check_names, check_option
 from pyroflows.bijection import Bijection
 from pyroflows.conditioners.convnet import ConvNet
-from pyroflows.layers.transformers import Transformer, make_transformer
+from pyroflows.layers.transformers import Affine, Transformer, make_transformer
 
 __all__ = ["ConvCoupling"]
 
@@ -98,13 +98,14 @@ class ConvCoupling(Bijection):
         moved, log_det = self.transformer.inverse(moved, self._parameters_from(kept, context))
         return self._merge(y, kept, moved, log_det)
 
-    def _parameters_from(self, kept: Tensor, context: Tensor | None) -> Tensor:
+    def _parameters_from(self, kept: Tensor, context: Tensor | None) -> Any:
         # In the input's precision, whatever that of the network: the log-det is of the very scale in use.
         parameters = self.conditioner(kept, context).to(kept.dtype)
         if parameters.shape[-3:] != self.parameters_shape:  # fewer would broadcast, and the log-det lack a factor
             expected = "(*batch, " + ", ".join(map(str, self.parameters_shape)) + ")"
             raise ValueError(f"expected a conditioner that gives {expected}; got {tuple(parameters.shape)}")
-        # The parameters of one kind lie together, so that each kind is read in one piece.
+        if isinstance(self.transformer, Affine):  # each kind is read in one piece
+            return parameters.chunk(2, -3)
         return parameters.unflatten(-3, (self.transformer.num_parameters, -1)).movedim(-4, -1)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:

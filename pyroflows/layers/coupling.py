@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyroflows.arguments import check_names, check_option, check_sizes
 from pyroflows.bijection import Bijection, vjp
 from pyroflows.conditioners.mlp import MLP
-from pyroflows.layers.transformers import Transformer, carry, make_transformer
+from pyroflows.layers.transformers import Affine, Transformer, carry, make_transformer
 
 __all__ = ["Coupling"]
 
@@ -47,15 +47,17 @@ class Coupling(Bijection):
             feature, true where it moves.
         flip: exchange the moved and the kept features.
         context_features: length of the context.
-        conditioner: a network from ``(kept features, context)`` to ``(*batch, moved * num_parameters)``;
-            by default an :class:`MLP`.
+        conditioner: a network from ``(kept features, context)`` to ``(*batch, moved * num_parameters)``, the parameters
+            of each feature one after another, but of affine ones all shifts before all log-scales; by default an
+            :class:`MLP`.
         network: options of that MLP, such as ``hidden_features=(128, 128)`` or ``residual=True``.
 
     Shapes:
         x, y: ``(*batch, features)``; context: ``(*batch, context_features)``.
 
     Raises:
-        ValueError: a size is not positive, or a mask or option is not one of those above.
+        ValueError: a size is not positive, a mask or option is not one of those above, or the conditioner gives another
+            shape.
 
     References:
         Density estimation using Real NVP, Dinh et al., 2017 (arXiv:1605.08803);
@@ -86,6 +88,7 @@ class Coupling(Bijection):
         moved = _moved(features, mask, flip)
         self.num_moved = int(moved.sum())
         self.transformer = make_transformer(transformer)
+        self.num_outputs = self.num_moved * self.transformer.num_parameters
         parts = torch.cat([(~moved).nonzero()[:, 0], moved.nonzero()[:, 0]])
         # Two runs of features are views of the input; others are read and written by index.
         self.in_runs = torch.equal((parts - parts[0]) % features, torch.arange(features))
@@ -96,7 +99,7 @@ class Coupling(Bijection):
             check_names(network, MLP, but=("in_features", "out_features", "context_features", "linear"))
             conditioner = MLP(
                 features - self.num_moved,
-                self.num_moved * self.transformer.num_parameters,
+                self.num_outputs,
                 context_features=context_features,
                 **network,
             )
@@ -106,12 +109,12 @@ class Coupling(Bijection):
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         kept, moved = self._split(x)
-        moved, log_det = self.transformer.forward(moved, self._parameters_from(kept, context))
+        moved, log_det = self.transformer.forward(moved, self._read(self.conditioner(kept, context)))
         return self._merge(kept, moved), log_det.sum(-1)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         kept, moved = self._split(y)
-        moved, log_det = self.transformer.inverse(moved, self._parameters_from(kept, context))
+        moved, log_det = self.transformer.inverse(moved, self._read(self.conditioner(kept, context)))
         return self._merge(kept, moved), log_det.sum(-1)
 
     def forward_and_score(
@@ -132,14 +135,22 @@ class Coupling(Bijection):
         with torch.enable_grad():
             kept, moved = self._split(x if x.requires_grad else x.detach().requires_grad_())
             moved = moved.view_as(moved)  # a node of its own, or the way to it would lead through the conditioner
-            parameters = self._parameters_from(kept, context)
-            result, log_det = (self.transformer.forward if forward else self.transformer.inverse)(moved, parameters)
-        score_moved, to_parameters = carry(self.transformer, moved, parameters, result, log_det, score_moved, forward)
-        score_kept = score_kept - vjp(parameters, None, kept, to_parameters)
+            output = self.conditioner(kept, context)
+            move = self.transformer.forward if forward else self.transformer.inverse
+            result, log_det = move(moved, self._read(output))
+        score_moved, to_output = carry(self.transformer, moved, output, result, log_det, score_moved, forward)
+        score_kept = score_kept - vjp(output, None, kept, to_output)
         return self._merge(kept, result), log_det.sum(-1), self._merge(score_kept, score_moved)
 
-    def _parameters_from(self, kept: Tensor, context: Tensor | None) -> Tensor:
-        return self.conditioner(kept, context).unflatten(-1, (self.num_moved, self.transformer.num_parameters))
+    def _read(self, output: Tensor) -> Any:
+        """Read the network's output as the transformer takes it."""
+        if output.shape[-1] != self.num_outputs:
+            raise ValueError(
+                f"expected a conditioner that gives (*batch, {self.num_outputs}); got {tuple(output.shape)}"
+            )
+        if isinstance(self.transformer, Affine):  # each kind is read in one piece
+            return output.split_with_sizes((self.num_moved, self.num_moved), -1)
+        return output.unflatten(-1, (self.num_moved, self.transformer.num_parameters))
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         num_kept = x.shape[-1] - self.num_moved

@@ -15,6 +15,8 @@ from pyroflows.layers.spline import Spline
 
 __all__ = ["Additive", "Affine", "Spline", "Transformer", "make_transformer"]
 
+Pair = tuple[Tensor, Tensor]
+
 
 @runtime_checkable
 class Transformer(Protocol):
@@ -48,7 +50,8 @@ class Affine:
         bound: the largest absolute log-scale of "exp".
 
     Shapes:
-        x, y: ``(*batch, features)``; parameters: ``(*batch, features, 2)``, shift and raw log-scale.
+        x, y: ``(*batch, features)``; parameters: ``(*batch, features, 2)``, shift and raw log-scale, or a pair of
+        the two.
 
     Raises:
         ValueError: an unknown scale, or a bound that is not positive.
@@ -73,30 +76,30 @@ class Affine:
     def num_parameters(self) -> int:
         return 2
 
-    def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, parameters: Tensor | Pair) -> tuple[Tensor, Tensor]:
         shift, log_det = self._read(parameters, 1)
-        return x * log_det.exp() + shift, log_det
+        return torch.addcmul(shift, x, log_det.exp()), log_det
 
-    def inverse(self, y: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, y: Tensor, parameters: Tensor | Pair) -> tuple[Tensor, Tensor]:
         shift, log_det = self._read(parameters, -1)
         return (y - shift) * log_det.exp(), log_det
 
-    def carry(self, x: Tensor, log_scale: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
+    def carry(self, x: Tensor, log_scale: Tensor, score: Tensor) -> tuple[Tensor, Pair]:
         """The closed form of :func:`carry`, from latent to data."""
         inverse_scale = (-log_scale).exp()
         slope = inverse_scale - 1 if self.scale == "sigmoid" else 1 - (log_scale / self.bound).square()
         score_y = score * inverse_scale
-        return score_y, torch.stack([score_y, torch.addcmul(slope, score * x, slope)], -1)
+        return score_y, (score_y, torch.addcmul(slope, score * x, slope))
 
-    def _read(self, parameters: Tensor, sign: int) -> tuple[Tensor, Tensor]:
+    def _read(self, parameters: Tensor | Pair, sign: int) -> Pair:
         """Give the shift and the log-scale times the sign, which is that of the direction."""
-        shift, raw = parameters.unbind(-1)
+        shift, raw = parameters.unbind(-1) if isinstance(parameters, Tensor) else parameters
         if self.scale == "sigmoid":
             log_sigmoid = F.logsigmoid(raw + 2)
             return shift, -log_sigmoid if sign > 0 else log_sigmoid
         # This is b tanh(h / b), written by the sigmoid, which takes a fraction of the time.
         bound = sign * self.bound
-        return shift, torch.rsub(torch.sigmoid(raw * (-2 / self.bound)), bound, alpha=2 * bound)
+        return shift, torch.rsub((raw * (-2 / self.bound)).sigmoid_(), bound, alpha=2 * bound)
 
 
 @dataclass(frozen=True)
@@ -138,15 +141,16 @@ def make_transformer(transformer: str | Transformer) -> Transformer:
 def carry(
     transformer: Transformer,
     x: Tensor,
-    parameters: Tensor,
+    output: Tensor,
     y: Tensor,
     log_det: Tensor,
     score: Tensor,
     forward: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Carry a score from ``x`` to ``y``; beside it give the gradient of ``-log q(y)`` by the parameters."""
+    """Carry a score from ``x`` to ``y``; beside it give the gradient of ``-log q(y)`` by the network's output."""
     if forward and isinstance(transformer, Affine):
-        return transformer.carry(x.detach(), log_det.detach(), score)
+        score, parts = transformer.carry(x.detach(), log_det.detach(), score)
+        return score, torch.cat(parts, -1)
     bend = vjp(log_det, None, x, torch.ones_like(score))
     score = (score - bend) * (-log_det.detach()).exp()
-    return score, vjp(y, log_det, parameters, score)
+    return score, vjp(y, log_det, output, score)
