@@ -60,12 +60,13 @@ class ActNorm(Bijection):
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not self._started and self.training and torch.is_grad_enabled():
             self._start()
-        return x * self.log_scale.exp() + self.shift, self._log_det(x, self.pixels)
+        return torch.addcmul(self.shift, x, self.log_scale.exp()), self._log_det(x, self.pixels)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not self._started and self.training and y.numel():
             self._start(y.detach())
-        return (y - self.shift) * (-self.log_scale).exp(), self._log_det(y, -self.pixels)
+        # Of a difference the gradient would be negated in full before it is summed for the shift.
+        return (y + (-self.shift)) * (-self.log_scale).exp(), self._log_det(y, -self.pixels)
 
     def forward_and_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None

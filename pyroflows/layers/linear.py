@@ -76,7 +76,7 @@ class LULinear(Bijection):
     def weight(self) -> Tensor:
         """The matrix W, shape ``(features, features)``."""
         upper = self._upper()
-        return torch.addmm(upper, self.lower.tril(-1), upper)[self.permutation]
+        return torch.addmm(upper, self.lower.tril(-1), upper).index_select(0, self.permutation)
 
     def inverse_weight(self) -> Tensor:
         """The inverse of W."""
