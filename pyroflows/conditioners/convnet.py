@@ -13,6 +13,7 @@ from pyroflows.arguments import Shape, as_image_shape, check_number, check_optio
 from pyroflows.bijection import inside_functorch
 from pyroflows.conditioners.mlp import ACTIVATIONS
 from pyroflows.distributed import var_mean
+from pyroflows.forming import formed
 from pyroflows.recipe import Recorded
 
 __all__ = ["NORMS", "ConvNet", "ResNet", "ZeroConv"]
@@ -46,8 +47,13 @@ class _Conv(nn.Conv2d):
             return h if self.group is None else self.group(h)
         if not self._started and self.training and x.shape[0]:
             self._start(x)
-        gain = self.log_gain.exp() if self.norm == "actnorm" else self.log_gain.exp() / self._length()
-        return self._conv_forward(x, self.weight * gain.view(-1, 1, 1, 1), self.bias)
+        return self._conv_forward(x, self._scaled(), self.bias)
+
+    @formed
+    def _scaled(self) -> Tensor:
+        gain = self.log_gain.exp()  # type: ignore[union-attr]
+        gain = gain if self.norm == "actnorm" else gain / self._length()
+        return self.weight * gain.view(-1, 1, 1, 1)
 
     def _length(self) -> Tensor:
         return self.weight.flatten(1).norm(dim=1)
@@ -120,13 +126,16 @@ class ZeroConv(Recorded, nn.Module):
             nn.init.zeros_(self.context.weight)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        gain = torch.exp(3 * self.log_gain)
-        weight = self.weight * gain.view(-1, 1, 1, 1)
         batch, images = _flat(x)
-        h = F.conv2d(images, weight, self.bias * gain, padding=self.kernel_size // 2)
+        h = F.conv2d(images, *self._scaled(), padding=self.kernel_size // 2)
         if self.context is not None:
             h = h + _spread(self.context(context), batch)
         return h.contiguous().reshape(*batch, *h.shape[1:])  # a coupling reads channels, each in one piece
+
+    @formed
+    def _scaled(self) -> tuple[Tensor, Tensor]:
+        gain = torch.exp(3 * self.log_gain)
+        return self.weight * gain.view(-1, 1, 1, 1), self.bias * gain
 
     def extra_repr(self) -> str:
         out_channels, in_channels, size, _ = self.weight.shape

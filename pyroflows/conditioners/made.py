@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 from pyroflows.arguments import as_widths, check_option, check_sizes
 from pyroflows.bijection import inside_functorch
 from pyroflows.conditioners.mlp import MLP
+from pyroflows.forming import formed
 
 __all__ = ["MADE", "MaskedLinear"]
 
@@ -50,33 +50,51 @@ class MaskedLinear(nn.Linear):
         self.blocks = list(zip(starts, ends, seen, strict=True))
         # Of the weight's dtype: a product of two is several times slower.
         self.register_buffer("mask", mask.to(self.weight.dtype))
-        self.fixed: Tensor | None = None  # the masked weight, for the length of a block in which nothing is trained
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.fixed is not None:
-            return F.linear(input, self.fixed, self.bias)
         whole = len(self.blocks) == 1 or not input.is_cpu or torch.compiler.is_compiling()
         forward_mode = forward_ad._current_level >= 0  # for which the blocks have no derivative
         if whole or forward_mode or inside_functorch() or torch.is_autocast_enabled("cpu"):
-            return F.linear(input, self.weight * self.mask, self.bias)
-        rows = _InBlocks.apply(input.reshape(-1, input.shape[-1]), self.weight, self.bias, self.mask, self.blocks)
+            return F.linear(input, self._masked(), self.bias)
+        x = input.reshape(-1, input.shape[-1])
+        if torch.is_grad_enabled():
+            rows = _InBlocks.apply(x, self.weight, self.bias, self.mask, self.blocks)
+        else:
+            rows = _products(x, self._in_blocks(), self.bias, self.blocks)
         return rows.view(*input.shape[:-1], rows.shape[-1])
+
+    @formed
+    def _masked(self) -> Tensor:
+        return self.weight * self.mask
+
+    @formed
+    def _in_blocks(self) -> list[Tensor]:
+        return _masked_blocks(self.weight, self.mask, self.blocks)
+
+
+Blocks = list[tuple[int, int, int]]
+
+
+def _masked_blocks(weight: Tensor, mask: Tensor, blocks: Blocks) -> list[Tensor]:
+    return [weight[a:b, :seen] * mask[a:b, :seen] for a, b, seen in blocks]
+
+
+def _products(x: Tensor, weights: list[Tensor], bias: Tensor, blocks: Blocks) -> Tensor:
+    y = x.new_empty(len(x), len(bias))
+    for (a, b, seen), weight in zip(blocks, weights, strict=True):
+        torch.addmm(bias[a:b], x[:, :seen], weight.T, out=y[:, a:b])
+    return y
 
 
 class _InBlocks(torch.autograd.Function):
     """The masked linear map of rows, and its gradient, by products that leave out what the mask makes zero."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, blocks: list[tuple[int, int, int]]
-    ) -> Tensor:
-        weights = [weight[a:b, :seen] * mask[a:b, :seen] for a, b, seen in blocks]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, blocks: Blocks) -> Tensor:
+        weights = _masked_blocks(weight, mask, blocks)
         ctx.save_for_backward(x, weight, mask, *weights)
         ctx.blocks = blocks
-        y = x.new_empty(len(x), len(weight))
-        for (a, b, seen), part in zip(blocks, weights, strict=True):
-            torch.addmm(bias[a:b], x[:, :seen], part.T, out=y[:, a:b])
-        return y
+        return _products(x, weights, bias, blocks)
 
     @staticmethod
     def backward(ctx: Any, to_y: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor, None, None]:
@@ -207,18 +225,6 @@ class MADE(nn.Module):
             self.direct.register_parameter("bias", None)
             if zero_last:
                 nn.init.zeros_(self.direct.weight)
-
-    @contextlib.contextmanager
-    def fixed(self) -> Iterator[None]:
-        """Form the masked weights once, for passes without gradients in this block."""
-        maps = [part for part in self.modules() if isinstance(part, MaskedLinear)]
-        for part in maps:
-            part.fixed = part.weight * part.mask
-        try:
-            yield
-        finally:
-            for part in maps:
-                part.fixed = None
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         parameters = self.network(x, context)

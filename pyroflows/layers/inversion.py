@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pyroflows.conditioners.made import MADE
+from pyroflows.forming import frozen
 from pyroflows.layers.transformers import Transformer
 
 __all__ = ["closed", "invert"]
@@ -40,7 +41,7 @@ def invert(made: MADE, transformer: Transformer, x: Tensor, context: Tensor | No
     passes = features * _STEP // (work + _PASS)
     if rows and passes >= min(features, _ENOUGH):
         y = x
-        with made.fixed():
+        with frozen(made):
             for _ in range(min(features, passes) + 1):
                 found, log_det = transformer.forward(x, made(y, context))
                 if torch.equal(found, y):

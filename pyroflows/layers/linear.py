@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyroflows.arguments import Shape, as_image_shape, check_option, check_sizes
 from pyroflows.bijection import Bijection
+from pyroflows.forming import formed
 
 __all__ = ["DenseLinear", "InvertibleConv", "LULinear"]
 
@@ -73,11 +74,13 @@ class LULinear(Bijection):
         self.log_scale = nn.Parameter(upper.diagonal().abs().log())
         self.bias = nn.Parameter(torch.zeros(features)) if bias else None
 
+    @formed
     def weight(self) -> Tensor:
         """The matrix W, shape ``(features, features)``."""
         upper = self._upper()
         return torch.addmm(upper, self.lower.tril(-1), upper).index_select(0, self.permutation)
 
+    @formed
     def inverse_weight(self) -> Tensor:
         """The inverse of W."""
         columns = self.eye[self.permutation].T
@@ -103,9 +106,11 @@ class LULinear(Bijection):
             score = score @ self.weight()
         return *self.forward_and_log_det(x), score
 
+    @formed
     def _upper(self) -> Tensor:
         return torch.addcmul(self.upper.triu(1), self.eye, self.signs * self.log_scale.exp())
 
+    @formed
     def _log_det(self) -> Tensor:
         return self.log_scale.sum()
 
@@ -153,10 +158,12 @@ class DenseLinear(Bijection):
             x = nn.functional.linear(y, self.weight, self.bias)
         return x, self._log_det().expand(y.shape[:-1])
 
+    @formed
     def inverse_weight(self) -> Tensor:
         """The inverse of W."""
         return torch.linalg.inv(self.weight)
 
+    @formed
     def _log_det(self) -> Tensor:
         return torch.linalg.slogdet(self.weight).logabsdet
 

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from pyroflows.arguments import check_sizes
 from pyroflows.bijection import Bijection
+from pyroflows.forming import formed
 
 __all__ = ["TriangularAffine"]
 
@@ -105,6 +106,7 @@ class TriangularAffine(Bijection):
             pulled = flat / matrix if self.diagonal else solve(matrix, flat, upper=False, left=False)
         return *self.forward_and_log_det(x), pulled.reshape(score.shape)
 
+    @formed
     def _map(self) -> tuple[Tensor, Tensor, Tensor]:
         """Give shift, matrix or deviations, and log-determinant of the whole map."""
         if self.lower is None:
