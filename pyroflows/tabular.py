@@ -155,9 +155,9 @@ def _start(x: Tensor, context: Tensor | None) -> list[Bijection]:
         # The penalty weighs as one row would.
         gram = centred.T @ centred + torch.eye(numbers).to(x)
         weight = torch.linalg.solve(gram, centred.T @ (x - mean)).T
-        # The network is a linear map, without hidden layers, to shifts and log-scales: of the context, and of a one.
-        layer.conditioner.context.weight.unflatten(0, (features, 2))[:, 0] = weight
-        layer.conditioner.linears[0].bias.unflatten(0, (features, 2))[:, 0] = mean - weight @ centre
+        # The network is a linear map without hidden layers to shifts, then log-scales: of the context, and of a one.
+        layer.conditioner.context.weight[:features] = weight
+        layer.conditioner.linears[0].bias[:features] = mean - weight @ centre
         x = x - mean - centred @ weight.T
         regression = [layer]
     std = torch.maximum(x.std(0), least)
