@@ -15,47 +15,13 @@ from pyro.distributions.conditional import ConditionalTransform
 from pyro.distributions.torch_transform import TransformModule
 from torch import Size, Tensor, nn
 from torch.distributions import biject_to, constraints, transform_to
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
 from pyroflows.arguments import Shape, as_shape
+from pyroflows.marks import fingerprint, version
 from pyroflows.recipe import Recorded
 
 __all__ = ["Bijection", "Compose", "Conditioned", "Inverse"]
-
-_optimizer_steps = 0
-
-
-def _count_optimizer_step(*_: Any) -> None:
-    """Fused optimizers and Pyro's own write to ``p.data`` and leave ``p._version`` alone; their step is seen here."""
-    global _optimizer_steps
-    _optimizer_steps += 1
-
-
-register_optimizer_step_post_hook(_count_optimizer_step)
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _addresses(tensors: list[Tensor]) -> list[int]:
-    """Assigning to ``p.data`` moves no version, but the numbers."""
-    try:
-        return [tensor.data_ptr() for tensor in tensors]
-    except RuntimeError:  # a tensor under torch.func has no memory of its own
-        return []
-
-
-def _fingerprint(module: nn.Module) -> list[int]:
-    """What an evaluation of ``module`` depends on beside its input: modes, and tensors with their versions."""
-    modes, tensors, parts = [], [], [module]
-    for part in parts:
-        modes.append(part.training)
-        for held in (part._parameters, part._buffers):
-            tensors += [tensor for tensor in held.values() if tensor is not None]
-        parts += [child for child in part._modules.values() if child is not None]
-    return [_optimizer_steps, *modes, *map(id, tensors), *map(_version, tensors), *_addresses(tensors)]
 
 
 class _Event(constraints._IndependentConstraint):
@@ -73,11 +39,6 @@ def event_constraint(constraint: constraints.Constraint, dims: int) -> constrain
 
 for _registry in (biject_to, transform_to):
     _registry.register(_Event, _registry._registry[constraints._IndependentConstraint])
-
-
-def inside_functorch() -> bool:
-    """Whether ``torch.func`` is at work, under which no buffer may be written; dynamo cannot look, and writes well."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _batched(shape: Sequence[int]) -> str:
@@ -103,12 +64,12 @@ class _Record:
         self.result = weakref.ref(result, forget)
         self.grad = torch.is_grad_enabled()
         self.returned = False
-        self.marks = _fingerprint(owner)
+        self.marks = fingerprint(owner)
         self.versions = self._versions(result)
 
     def _versions(self, result: Tensor) -> tuple[Any, ...]:
         tensors = (self.source, result) if self.context is None else (self.source, result, self.context)
-        return tuple((_version(tensor), tensor.requires_grad) for tensor in tensors)
+        return tuple((version(tensor), tensor.requires_grad) for tensor in tensors)
 
     def leads_back(self, owner: Bijection, x: Tensor, context: Tensor | None, forward: bool) -> bool:
         # An inference tensor has no version to tell that it was written to, so it is always evaluated.
@@ -122,7 +83,7 @@ class _Record:
             and context is self.context
             and (self.grad or not torch.is_grad_enabled())
             and self._versions(result) == self.versions
-            and _fingerprint(owner) == self.marks
+            and fingerprint(owner) == self.marks
         )
 
 

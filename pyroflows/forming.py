@@ -5,14 +5,26 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from pyroflows.marks import fingerprint, inside_functorch
 
 __all__ = ["formed", "frozen"]
 
 Result = TypeVar("Result")
+
+
+class _Kept(dict[str, tuple[list[int], Any]]):
+    """What a module has formed in a block; a copy of the module, or a file, goes without."""
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
 
 
 def formed(method: Callable[[Any], Result]) -> Callable[[Any], Result]:
@@ -21,14 +33,15 @@ def formed(method: Callable[[Any], Result]) -> Callable[[Any], Result]:
 
     @functools.wraps(method)
     def give(self: Any) -> Result:
-        owner, results = self.__dict__.get("_formed", (None, {}))
-        # A copy made within a block has weights of its own.
-        if owner != id(self) or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        kept = self.__dict__.get("_formed")
+        if kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or inside_functorch():
             return method(self)
-        if name not in results:
-            results[name] = method(self)
-        found: Result = results[name]
-        return found
+        marks = fingerprint(self)
+        if name not in kept or kept[name][0] != marks:
+            kept[name] = marks, method(self)
+        found = kept[name][1]
+        # A number may reach the caller, who may write to it.
+        return cast(Result, found.clone() if isinstance(found, Tensor) and found.dim() == 0 else found)
 
     return give
 
@@ -36,9 +49,9 @@ def formed(method: Callable[[Any], Result]) -> Callable[[Any], Result]:
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """Form what follows from the weights alone once, for calls without gradients in this block."""
-    parts = [part for part in module.modules() if "_formed" not in part.__dict__]
+    parts = [part for part in module.modules() if part.__dict__.get("_formed") is None]
     for part in parts:
-        part.__dict__["_formed"] = (id(part), {})
+        part.__dict__["_formed"] = _Kept()
     try:
         yield
     finally:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyroflows.arguments import check_sizes
-from pyroflows.bijection import inside_functorch
+from pyroflows.marks import inside_functorch
 from pyroflows.recipe import Recorded
 
 __all__ = ["OneHot"]

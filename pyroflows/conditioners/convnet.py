@@ -10,10 +10,10 @@ from torch import Size, Tensor, nn
 from torch.nn import functional as F
 
 from pyroflows.arguments import Shape, as_image_shape, check_number, check_option, check_sizes
-from pyroflows.bijection import inside_functorch
 from pyroflows.conditioners.mlp import ACTIVATIONS
 from pyroflows.distributed import var_mean
 from pyroflows.forming import formed
+from pyroflows.marks import inside_functorch
 from pyroflows.recipe import Recorded
 
 __all__ = ["NORMS", "ConvNet", "ResNet", "ZeroConv"]

@@ -12,9 +12,9 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from pyroflows.arguments import as_widths, check_option, check_sizes
-from pyroflows.bijection import inside_functorch
 from pyroflows.conditioners.mlp import MLP
 from pyroflows.forming import formed
+from pyroflows.marks import inside_functorch
 
 __all__ = ["MADE", "MaskedLinear"]
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from pyroflows.arguments import Shape, as_image_shape, as_shape, check_sizes
-from pyroflows.bijection import inside_functorch
 from pyroflows.flow import Flow
 from pyroflows.layers.conv_coupling import ConvCoupling
 from pyroflows.layers.pointwise import Logit, Sigmoid
+from pyroflows.marks import inside_functorch
 from pyroflows.priors import Uniform
 from pyroflows.recipe import Recorded
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from pyroflows.arguments import Shape
-from pyroflows.bijection import Bijection, inside_functorch
+from pyroflows.bijection import Bijection
 from pyroflows.distributed import var_mean
+from pyroflows.marks import inside_functorch
 
 __all__ = ["ActNorm"]
 

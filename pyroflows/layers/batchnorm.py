@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from pyroflows.arguments import check_number
-from pyroflows.bijection import Bijection, inside_functorch
+from pyroflows.bijection import Bijection
 from pyroflows.distributed import var_mean, world_size
+from pyroflows.marks import inside_functorch
 
 __all__ = ["BatchNorm"]
 

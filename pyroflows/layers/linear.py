@@ -102,7 +102,7 @@ class LULinear(Bijection):
     def forward_and_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.no_grad():
+        with torch.no_grad(), _in_full(score):
             score = score @ self.weight()
         return *self.forward_and_log_det(x), score
 

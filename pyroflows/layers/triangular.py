@@ -83,41 +83,42 @@ class TriangularAffine(Bijection):
             parameter.zero_()
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        shift, matrix, log_det = self._map()
+        shift, matrix = self._map()
         y = x * matrix + shift if self.diagonal else F.linear(x, matrix, shift)
-        return y, log_det.expand(x.shape[:-1])
+        return y, self._log_det().expand(x.shape[:-1])
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        shift, matrix, log_det = self._map()
-        centred = y - shift
+        shift, matrix = self._map()
+        centred, log_det = y - shift, -self._log_det().expand(y.shape[:-1])
         if self.diagonal:
-            return centred / matrix, -log_det.expand(y.shape[:-1])
+            return centred / matrix, log_det
         flat = centred.reshape(-1, y.shape[-1])
         x = torch.linalg.solve_triangular(matrix.T, flat, upper=True, left=False)
-        return x.reshape(y.shape), -log_det.expand(y.shape[:-1])
+        return x.reshape(y.shape), log_det
 
     def forward_and_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
-            _, matrix, _ = self._map()
+            _, matrix = self._map()
             flat = score.reshape(-1, score.shape[-1])
             solve = torch.linalg.solve_triangular
             pulled = flat / matrix if self.diagonal else solve(matrix, flat, upper=False, left=False)
         return *self.forward_and_log_det(x), pulled.reshape(score.shape)
 
     @formed
-    def _map(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Give shift, matrix or deviations, and log-determinant of the whole map."""
+    def _map(self) -> tuple[Tensor, Tensor]:
+        """Give shift, and matrix or deviations, of the whole map."""
         if self.lower is None:
-            matrix = self.scale * self.log_scale.exp()
-            log_det = self.scale.log().sum() + self.log_scale.sum()
-            return self.loc + self.scale * self.shift, matrix, log_det
+            return self.loc + self.scale * self.shift, self.scale * self.log_scale.exp()
         # A row adds up as many numbers as there are features: each moves by less, so that the sum moves by a step.
         below = self.lower / self.latent_shape[0] ** 0.5
         learned = self.log_scale.exp().diag().index_put((self.below[0], self.below[1]), below)
-        log_det = self.scale.diagonal().log().sum() + self.log_scale.sum()
-        return self.loc + self.scale @ self.shift, self.scale @ learned, log_det
+        return self.loc + self.scale @ self.shift, self.scale @ learned
+
+    @formed
+    def _log_det(self) -> Tensor:
+        return (self.scale if self.diagonal else self.scale.diagonal()).log().sum() + self.log_scale.sum()
 
     def extra_repr(self) -> str:
         return f"{self.latent_shape[0]}{', diagonal=True' if self.diagonal else ''}"
