@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyroflows._version import __version__
 from pyroflows.recipe import describe, restore
@@ -19,10 +19,13 @@ from pyroflows.recipe import describe, restore
 if TYPE_CHECKING:
     from pyroflows.flow import Flow
 
-__all__ = ["FORMAT", "load", "read", "renew", "replacing", "save", "write"]
+__all__ = ["FORMAT", "load", "read", "replacing", "save", "write"]
 
 FORMAT = 3
-"""The version of the files that are written; format 1 was that of posteriors alone, and had no checksum."""
+"""The version of the files that are written.
+
+Format 1 was that of posteriors alone, and had no checksum; up to format 2 couplings were of their first version.
+"""
 
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 
@@ -81,10 +84,9 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu", *, cl
         raise TypeError(f"expected classes as a list of classes; got {classes!r}")
     header, tensors = read(path, "flow")
     try:
-        flow = restore(header["recipe"], tensors, _DTYPES[header["dtype"]], classes)
+        flow = restore(header["recipe"], tensors, _DTYPES[header["dtype"]], classes, old=header["format"] < 3)
         if not isinstance(flow, Flow) or not isinstance(header["notes"], dict):
             raise ValueError(f"expected a Flow; got {type(flow).__name__}")
-        renew(flow, header)
         for name in header["frozen"]:
             flow.get_parameter(name).requires_grad_(False)
     except (AttributeError, KeyError, TypeError) as error:
@@ -167,33 +169,6 @@ def _from_format_1(header: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[
     """Give a posterior of format 1, which names the guide's builder and its options, as one of today's."""
     tensors = {f"state.{name[5:]}" if name.startswith("flow.") else name: value for name, value in tensors.items()}
     return {**header, "kind": "posterior", "recipe": None, "builder": header.get("flow")}, tensors
-
-
-@torch.no_grad()
-def renew(module: nn.Module, header: Mapping[str, Any]) -> None:
-    """Put the numbers of a module from a file of an older format into today's order.
-
-    Before format 3 the outputs of an affine coupling's network were a shift and a log-scale for each feature; now all
-    shifts come before all log-scales.
-
-    Raises:
-        ValueError: such a network is none of this package, and its outputs cannot be put in order.
-    """
-    from pyroflows.conditioners.mlp import MLP
-    from pyroflows.layers.coupling import Coupling
-    from pyroflows.layers.transformers import Affine
-
-    if header["format"] >= 3:
-        return
-    couplings = (part for part in module.modules() if isinstance(part, Coupling))
-    for network in {part.conditioner for part in couplings if isinstance(part.transformer, Affine)}:
-        if not isinstance(network, MLP):
-            raise ValueError(
-                f"expected affine couplings whose networks are MLPs in a file of format {header['format']}, when "
-                f"outputs had another order; got {type(network).__name__}"
-            )
-        for parameter in network.last.parameters():
-            parameter.copy_(parameter.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1))
 
 
 def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

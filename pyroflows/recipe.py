@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import import_module
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Recorded", "build", "describe", "is_plain", "recorded", "restore"]
+__all__ = ["Recorded", "build", "describe", "is_plain", "load_state", "recorded", "restore"]
 
 P = ParamSpec("P")
 Made = TypeVar("Made", bound="Recorded")
@@ -234,7 +235,12 @@ def _arguments_of_torch(module: nn.Module, where: str) -> dict[str, Any]:
 
 
 def restore(
-    recipe: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None, classes: Sequence[type] = ()
+    recipe: Any,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    classes: Sequence[type] = (),
+    *,
+    old: bool = False,
 ) -> nn.Module:
     """Make a module again, with its state, from what :func:`describe` gave; on the CPU, for evaluation.
 
@@ -243,6 +249,7 @@ def restore(
         tensors: the state, and those among the arguments.
         dtype: of numbers that the state does not hold.
         classes: the user's own that may be made.
+        old: whether the state is that of the parts' first versions.
 
     Raises:
         ValueError: the recipe names something unknown, or cannot be followed, or the tensors are not those of what it
@@ -256,8 +263,16 @@ def restore(
         if wanted != got:
             raise ValueError(f"expected {wanted or 'no tensor'} as {name}, by the recipe; got {got or 'none'}")
     module.to(dtype)
-    module.load_state_dict(state, assign=True)
+    load_state(module, state, old=old, assign=True)
     return module.eval()
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor], *, old: bool, assign: bool = False) -> None:
+    """Load a state without torch's notes on versions, which is today's or, if old, of the parts' first versions."""
+    noted: Any = OrderedDict(state)
+    if old:
+        noted._metadata = {name: {"version": 1} for name, part in module.named_modules() if isinstance(part, Recorded)}
+    module.load_state_dict(noted, assign=assign)
 
 
 def _form(tensor: Tensor | None) -> str | None:

@@ -481,6 +481,24 @@ def test_a_flow_of_format_2_still_loads(tmp_path, build):
     assert all(torch.equal(value, found[name]) for name, value in flow.state_dict().items())
 
 
+def test_a_state_dict_of_the_first_version_still_loads(tmp_path):
+    torch.manual_seed(0)
+    flow = realnvp(5, num_layers=2, hidden_features=(4,))
+    for parameter in flow.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    state = of_old(flow)
+    assert state._metadata["bijection.layers.0"] == {"version": 2}
+    for notes in state._metadata.values():
+        notes["version"] = 1
+    torch.save(state, tmp_path / "state")
+    other = realnvp(5, num_layers=2, hidden_features=(4,))
+    other.load_state_dict(torch.load(tmp_path / "state"))
+    x = torch.randn(3, 5)
+    assert torch.equal(other.log_prob(x), flow.log_prob(x))
+    other.load_state_dict(dict(flow.state_dict()))  # without a note it is taken as today's
+    assert torch.equal(other.log_prob(x), flow.log_prob(x))
+
+
 class Network(Recorded, torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -496,7 +514,9 @@ def test_a_network_of_ones_own_in_format_2_is_refused(tmp_path):
     assert torch.equal(load(tmp_path / "flow", classes=[Network]).log_prob(torch.ones(2)), flow.log_prob(torch.ones(2)))
     forge(tmp_path / "flow", flow, lambda header: {**header, "format": 2})
     refused(
-        tmp_path / "flow", "expected affine couplings whose networks are MLPs in a file of format 2", classes=[Network]
+        tmp_path / "flow",
+        "expected affine couplings whose networks are MLPs in a state",
+        classes=[Network],
     )
 
 

@@ -13,7 +13,7 @@ from pyro.infer.enum import config_enumerate
 from torch import Tensor
 
 from pyroflows.arguments import check_sizes
-from pyroflows.files import read, renew, write
+from pyroflows.files import read, write
 from pyroflows.flow import Flow
 from pyroflows.inference.density import LogJoint
 from pyroflows.inference.diagnostics import psis
@@ -21,7 +21,7 @@ from pyroflows.inference.guide import AutoFlow
 from pyroflows.inference.neutra import run_chains
 from pyroflows.inference.weights import CHUNK, SETS, Weights, judge, missed_modes, weigh, weights_of
 from pyroflows.modes import seeded
-from pyroflows.recipe import describe, is_plain, restore
+from pyroflows.recipe import describe, is_plain, load_state, restore
 from pyroflows.training import FitResult
 
 __all__ = ["Posterior", "whole_log_joint"]
@@ -365,10 +365,9 @@ class Posterior:
             raise ValueError(f"expected a model with the latents {header['latents']}; got {latents}")
         state = {name.removeprefix("state."): v for name, v in tensors.items() if name.startswith("state.")}
         try:
-            guide.flow.load_state_dict(state)
+            load_state(guide.flow, state, old=header["format"] < 3)
         except RuntimeError:
             raise ValueError(f"expected the flow that the posterior in {path} was fitted with; got another") from None
-        renew(guide.flow, header)
         if not torch.allclose(whole_log_joint(guide).value(_few_of(tensors)), tensors["log_joint"], 1e-4, 1e-3):
             raise ValueError(
                 f"expected the model and the data that the posterior in {path} was fitted to; got others, by their "

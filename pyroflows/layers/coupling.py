@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyroflows.arguments import check_names, check_option, check_sizes
 from pyroflows.bijection import Bijection, vjp
 from pyroflows.conditioners.mlp import MLP
-from pyroflows.layers.transformers import Affine, Transformer, carry, make_transformer
+from pyroflows.layers.transformers import Affine, Transformer, carry, make_transformer, transform
 
 __all__ = ["Coupling"]
 
@@ -71,6 +71,7 @@ class Coupling(Bijection):
 
     to_parts: Tensor
     to_whole: Tensor
+    _version = 2  # of what a state holds: in the first, an affine coupling's outputs had another order
 
     def __init__(
         self,
@@ -109,13 +110,15 @@ class Coupling(Bijection):
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         kept, moved = self._split(x)
-        moved, log_det = self.transformer.forward(moved, self._read(self.conditioner(kept, context)))
-        return self._merge(kept, moved), log_det.sum(-1)
+        parameters = self._read(self.conditioner(kept, context))
+        moved, log_det = transform(self.transformer, moved, parameters, forward=True)
+        return self._merge(kept, moved), log_det
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         kept, moved = self._split(y)
-        moved, log_det = self.transformer.inverse(moved, self._read(self.conditioner(kept, context)))
-        return self._merge(kept, moved), log_det.sum(-1)
+        parameters = self._read(self.conditioner(kept, context))
+        moved, log_det = transform(self.transformer, moved, parameters, forward=False)
+        return self._merge(kept, moved), log_det
 
     def forward_and_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
@@ -148,9 +151,26 @@ class Coupling(Bijection):
             raise ValueError(
                 f"expected a conditioner that gives (*batch, {self.num_outputs}); got {tuple(output.shape)}"
             )
-        if isinstance(self.transformer, Affine):  # each kind is read in one piece
+        if type(self.transformer) is Affine:  # each kind is read in one piece
             return output.split_with_sizes((self.num_moved, self.num_moved), -1)
         return output.unflatten(-1, (self.num_moved, self.transformer.num_parameters))
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, notes: dict[str, Any], *args: Any) -> None:
+        if notes.get("version") == 1 and type(self.transformer) is Affine:
+            self._reorder(state, f"{prefix}conditioner.")
+        super()._load_from_state_dict(state, prefix, notes, *args)
+
+    def _reorder(self, state: dict[str, Any], prefix: str) -> None:
+        """Put outputs that went feature by feature, a shift and a log-scale of each, into today's order."""
+        if not isinstance(self.conditioner, MLP):
+            raise ValueError(
+                f"expected affine couplings whose networks are MLPs in a state of an earlier version, when outputs had "
+                f"another order; got {type(self.conditioner).__name__}"
+            )
+        last = {id(parameter) for part in self.conditioner.last for parameter in part.parameters()}
+        for name, parameter in self.conditioner.named_parameters():
+            if id(parameter) in last and prefix + name in state:
+                state[prefix + name] = state[prefix + name].unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         num_kept = x.shape[-1] - self.num_moved
