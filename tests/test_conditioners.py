@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from pyroflows import MADE, MLP
 from pyroflows.conditioners import MaskedLinear
@@ -220,3 +222,56 @@ def test_made_in_blocks_has_every_kind_of_derivative():
 def test_messages(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def hooked(linear):
+    linear.register_forward_hook(lambda module, inputs, output: output + 1)
+
+
+def wrapped(linear):
+    forward = linear.forward
+    linear.forward = lambda x: forward(x) + 1
+
+
+def parametrized(linear):
+    class Plus(nn.Module):
+        def forward(self, bias):
+            return bias + 1
+
+    parametrize.register_parametrization(linear, "bias", Plus())
+
+
+def pruned(linear):
+    prune.custom_from_mask(linear, "weight", torch.zeros_like(linear.weight))
+
+
+def normed(linear):
+    parametrizations.weight_norm(linear)
+    with torch.no_grad():
+        linear.parametrizations.weight.original0.mul_(2)
+
+
+def counted_everywhere(linear):
+    return nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, output: output + 1 if module is linear else None
+    )
+
+
+@pytest.mark.parametrize("change", [hooked, wrapped, parametrized, pruned, normed, counted_everywhere])
+@pytest.mark.parametrize("number", [0, 1])
+def test_what_is_done_to_a_linear_map_of_an_mlp_is_honoured(change, number):
+    torch.manual_seed(0)
+    mlp = MLP(3, 2, hidden_features=(8,), zero_last=False)
+    plain = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    for ours, theirs in zip(mlp.linears, plain[::2], strict=True):
+        theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(5, 3)
+    before = mlp(x)
+    torch.testing.assert_close(before, plain(x))
+    handles = [change(mlp.linears[number]), change(plain[2 * number])]
+    try:
+        assert not torch.allclose(mlp(x), before)
+        torch.testing.assert_close(mlp(x), plain(x))
+    finally:
+        for handle in filter(None, handles):
+            handle.remove()

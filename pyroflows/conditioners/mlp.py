@@ -36,11 +36,13 @@ class Linear(nn.Linear):
 
     def __call__(self, input: Tensor) -> Tensor:
         own = self._parameters
+        weight = own.get("weight")  # none where it is pruned or parametrized
+        as_made = type(self) is Linear and "forward" not in self.__dict__ and self._compiled_call_impl is None
         hooked = self._forward_pre_hooks or self._forward_hooks or self._backward_pre_hooks or self._backward_hooks
-        # The weight is elsewhere where it is pruned or parametrized.
-        if hooked or "weight" not in own or module._has_any_global_hook() or torch.compiler.is_compiling():
+        known = weight is not None and "bias" in own and as_made and not hooked
+        if weight is None or not known or module._has_any_global_hook() or torch.compiler.is_compiling():
             return cast(Tensor, super().__call__(input))
-        return F.linear(input, cast(Tensor, own["weight"]), own["bias"])
+        return F.linear(input, weight, own["bias"])
 
 
 class MLP(Recorded, nn.Module):
@@ -111,16 +113,15 @@ class MLP(Recorded, nn.Module):
             if residual and number and number % 2 == 0:  # the second of a block: it starts as almost nothing
                 nn.init.uniform_(made.weight, -1e-3, 1e-3)  # type: ignore[arg-type]
         if zero_last:
-            for parameter in self.last.parameters():
-                nn.init.zeros_(parameter)
+            for part in self.last:
+                for parameter in part.parameters():
+                    nn.init.zeros_(parameter)
 
     @property
-    def last(self) -> nn.ModuleList:
+    def last(self) -> list[nn.Module]:
         """The maps that give the output."""
-        maps = [self.linears[-1]]
-        if len(self.linears) == 1 and self.context is not None:
-            maps.append(self.context)
-        return nn.ModuleList(maps)
+        alone = len(self.linears) == 1 and self.context is not None
+        return [self.linears[-1], cast(nn.Module, self.context)] if alone else [self.linears[-1]]
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if self.in_features == 0:
