@@ -1,8 +1,9 @@
 """How the time of flows of vectors grows with rows, features and layers, beside their bare networks; and the memory.
 
 A training step, ``log_prob`` and sampling of a MAF, a RealNVP and a spline flow of couplings, of the sizes of
-``vector_step.py``, one of the three sizes varied at a time. Memory is the largest resident set during one operation
-above that before it (Linux).
+``vector_step.py``, one of the three sizes varied at a time. "frozen" is ``log_prob`` within ``flow.frozen()``, where
+what follows from the weights alone is formed once, as it is of the networks there. Memory is the largest resident set
+during one operation above that before it (Linux).
 """
 
 import argparse
@@ -12,17 +13,21 @@ import os
 import platform
 import random
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from vector_step import CASES, CLOCKS, OPERATIONS, Case, measure, networks, pyroflows, summary
 
+from pyroflows.forming import frozen
+
 SWEEPS: dict[str, tuple[str, tuple[int, ...]]] = {
     "rows": ("batch", (1, 16, 256, 4096, 65536)),
     "features": ("features", (8, 32, 128, 512)),
     "layers": ("num_layers", (1, 4, 16, 64)),
 }
+ALL = (*OPERATIONS, "frozen")
 NAMES = ("maf-64", "realnvp-64", "nsf-8")
 
 
@@ -48,10 +53,15 @@ def point(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     data = torch.randn(case.batch, case.features)
     result: dict[str, Any] = {}
     for operation in options.operations:
-        steps = {"pyroflows": flow.operation(operation, data), "networks": floor.operation(operation, data)}
-        steps["pyroflows"]()
-        peak = peak_of(steps["pyroflows"])
-        times = measure(steps, options.repeats, options.seconds, CLOCKS[options.clock])
+        called = "log_prob" if operation == "frozen" else operation
+        steps = {"pyroflows": flow.operation(called, data), "networks": floor.operation(called, data)}
+        with ExitStack() as stack:
+            if operation == "frozen":
+                stack.enter_context(frozen(flow.module))
+                stack.enter_context(frozen(floor.module))
+            steps["pyroflows"]()
+            peak = peak_of(steps["pyroflows"])
+            times = measure(steps, options.repeats, options.seconds, CLOCKS[options.clock])
         result[operation] = summary(times, ["networks"])["pyroflows"] | {"peak_mib": peak}
     return result
 
@@ -73,7 +83,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: beside other work, of one thread")
     parser.add_argument("--sweeps", nargs="*", choices=list(SWEEPS), default=list(SWEEPS))
-    parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
+    parser.add_argument("--operations", nargs="+", choices=ALL, default=list(ALL))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder for JSON and table")
     options = parser.parse_args()

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from pyroflows import Flow, maf, nsf, realnvp
-from pyroflows.conditioners import MADE, MLP
+from pyroflows.conditioners import MADE, MLP, MaskedLinear
 from pyroflows.layers import inversion
 
 BINS, BOUND = 8, 3.0
@@ -125,7 +125,7 @@ def networks(case: Case) -> Contestant:
 
 
 def outermost(part: nn.Module) -> bool:
-    return isinstance(part, MADE) or not any(type(linear) is not nn.Linear for linear in part.linears)
+    return isinstance(part, MADE) or not any(isinstance(linear, MaskedLinear) for linear in part.linears)
 
 
 def networks_plain(case: Case) -> Contestant:
