@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from pyroflows.arguments import check_names
-from pyroflows.bijection import Bijection, inside_functorch, vjp
+from pyroflows.bijection import Bijection, vjp
 from pyroflows.conditioners.made import MADE
 from pyroflows.layers.inversion import closed, invert
-from pyroflows.layers.transformers import Transformer, make_transformer
+from pyroflows.layers.transformers import Transformer, make_transformer, transform
+from pyroflows.marks import inside_functorch
 
 __all__ = ["MaskedAutoregressive"]
 
@@ -91,8 +92,7 @@ class MaskedAutoregressive(Bijection):
         return y, log_det.sum(-1)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, log_det = self.transformer.inverse(y, self.conditioner(y, context))
-        return x, log_det.sum(-1)
+        return transform(self.transformer, y, self.conditioner(y, context), forward=False)
 
     def inverse_and_score(
         self, y: Tensor, score: Tensor, context: Tensor | None = None
@@ -107,10 +107,9 @@ class MaskedAutoregressive(Bijection):
             moved, seen = given.view_as(given), given.view_as(given)
             x, log_det = self.transformer.inverse(moved, self.conditioner(seen, context))
         ones = torch.ones_like(score)
-        score = score - vjp(log_det, None, moved, ones)
+        score = score - vjp(log_det, None, moved, ones) - vjp(log_det, None, seen, ones)
         steepness, number = (-log_det.detach()).exp(), torch.finfo(y.dtype)
         found = score * steepness
-        score = score - vjp(log_det, None, seen, ones)
         for _ in range(x.shape[-1]):
             previous = found
             found = (score - vjp(x, None, seen, previous)) * steepness

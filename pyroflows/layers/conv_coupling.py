@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pyroflows.arguments import Shape, as_image_shape, check_names, check_option
 from pyroflows.bijection import Bijection
 from pyroflows.conditioners.convnet import ConvNet
-from pyroflows.layers.transformers import Affine, Transformer, make_transformer
+from pyroflows.layers.transformers import Affine, Transformer, make_transformer, transform
 
 __all__ = ["ConvCoupling"]
 
@@ -89,14 +89,21 @@ class ConvCoupling(Bijection):
         self.parameters_shape = (moved * self.transformer.num_parameters, height, width)
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        kept, moved = self._split(x)
-        moved, log_det = self.transformer.forward(moved, self._parameters_from(kept, context))
-        return self._merge(x, kept, moved, log_det)
+        return self._map(x, context, forward=True)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        kept, moved = self._split(y)
-        moved, log_det = self.transformer.inverse(moved, self._parameters_from(kept, context))
-        return self._merge(y, kept, moved, log_det)
+        return self._map(y, context, forward=False)
+
+    def _map(self, x: Tensor, context: Tensor | None, *, forward: bool) -> tuple[Tensor, Tensor]:
+        if self.moves is not None:
+            parameters = self._parameters_from(x.masked_fill(self.moves, 0), context)
+            moved, log_det = (self.transformer.forward if forward else self.transformer.inverse)(x, parameters)
+            return torch.where(self.moves, moved, x), log_det.masked_fill(~self.moves, 0).sum((-3, -2, -1))
+        first, second = x.split_with_sizes(self.parts, -3)
+        kept, moved = (second, first) if self.flip else (first, second)
+        parameters = self._parameters_from(kept, context)
+        moved, log_det = transform(self.transformer, moved, parameters, forward=forward, dims=(-3, -2, -1))
+        return torch.cat([moved, kept] if self.flip else [kept, moved], -3), log_det
 
     def _parameters_from(self, kept: Tensor, context: Tensor | None) -> Any:
         # In the input's precision, whatever that of the network: the log-det is of the very scale in use.
@@ -104,22 +111,9 @@ class ConvCoupling(Bijection):
         if parameters.shape[-3:] != self.parameters_shape:  # fewer would broadcast, and the log-det lack a factor
             expected = "(*batch, " + ", ".join(map(str, self.parameters_shape)) + ")"
             raise ValueError(f"expected a conditioner that gives {expected}; got {tuple(parameters.shape)}")
-        if isinstance(self.transformer, Affine):  # each kind is read in one piece
+        if type(self.transformer) is Affine:  # each kind is read in one piece
             return parameters.chunk(2, -3)
         return parameters.unflatten(-3, (self.transformer.num_parameters, -1)).movedim(-4, -1)
-
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.moves is not None:
-            return x.masked_fill(self.moves, 0), x
-        first, second = x.split_with_sizes(self.parts, -3)
-        return (second, first) if self.flip else (first, second)
-
-    def _merge(self, x: Tensor, kept: Tensor, moved: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
-        if self.moves is not None:
-            log_det = log_det.masked_fill(~self.moves, 0)
-            return torch.where(self.moves, moved, x), log_det.sum((-3, -2, -1))
-        whole = torch.cat([moved, kept] if self.flip else [kept, moved], -3)
-        return whole, log_det.sum((-3, -2, -1))
 
     def extra_repr(self) -> str:
         return f"{tuple(self.latent_shape)}, mask={self.mask!r}, flip={self.flip}, transformer={self.transformer}"
