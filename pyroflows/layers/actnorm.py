@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyroflows.arguments import Shape
-from pyroflows.bijection import Bijection
+from pyroflows.bijection import Bijection, times
 from pyroflows.distributed import var_mean
 from pyroflows.marks import inside_functorch
 
@@ -67,7 +67,7 @@ class ActNorm(Bijection):
         if not self._started and self.training and y.numel():
             self._start(y.detach())
         # Of a difference the gradient would be negated in full before it is summed for the shift.
-        return (y + (-self.shift)) * (-self.log_scale).exp(), self._log_det(y, -self.pixels)
+        return times(y + (-self.shift), (-self.log_scale).exp()), self._log_det(y, -self.pixels)
 
     def forward_and_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None

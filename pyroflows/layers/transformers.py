@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyroflows.arguments import check_number, check_option
-from pyroflows.bijection import vjp
+from pyroflows.bijection import times, vjp
 from pyroflows.layers.spline import Spline
 
 __all__ = ["Additive", "Affine", "Spline", "Transformer", "make_transformer"]
@@ -111,8 +111,7 @@ class Affine:
             log_det, scale = (power.sum(dims) if dims else power) * unit, power.exp2_()
         if forward:
             return torch.addcmul(shift, x, scale), log_det
-        centred = x - shift
-        return centred * scale if torch.is_grad_enabled() else centred.mul_(scale), log_det
+        return times(x - shift, scale), log_det
 
     def carry(self, x: Tensor, log_scale: Tensor, score: Tensor) -> tuple[Tensor, Pair]:
         """The closed form of :func:`carry`, from latent to data."""

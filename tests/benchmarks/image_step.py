@@ -1,4 +1,4 @@
-"""The time of Glow's training step, log_prob and sampling beside normflows, nflows and the bare networks, in one run.
+"""The time of Glow's training step, log_prob and sampling beside its peers' and the bare networks', in one run.
 
 Glow of 3 levels of 4 steps for images of 3 x 32 x 32; the peers are built to the same sizes from their own parts.
 
@@ -9,7 +9,8 @@ convolutions without gains, so that the floor owes nothing to how pyroflows writ
 What the sizes differ in: pyroflows' and its networks' convolutions have a gain for each channel, folded into the
 weights, which the peers' would pay for with passes over the hidden images, so theirs go without. The peers' log-scales
 are those of the sigmoid, which they are built for. nflows has no learned mean and scale at the top, and its 1x1
-convolutions have a bias; it keeps their matrices between evaluations (``using_cache``), the others form them anew.
+convolutions have a bias; it keeps their matrices between evaluations (``using_cache``). FrEIA's matrices are rotations
+that it does not learn, and what leaves at a level has a standard normal for its prior. The others form them anew.
 
 After training, memory is already at hand; ``--operations log_prob sample`` times a process that only scores.
 """
@@ -181,7 +182,40 @@ def nflows(data: Tensor, width: int) -> Contestant:
     )
 
 
-PEERS = {"normflows": normflows, "nflows": nflows}
+def freia(data: Tensor, width: int) -> Contestant:
+    import FrEIA.framework as framework
+    import FrEIA.modules as modules
+
+    nodes = [framework.InputNode(*data.shape[1:])]
+
+    def add(kind: type[nn.Module], inputs: object, **options: object) -> framework.Node:
+        nodes.append(framework.Node(inputs, kind, options))
+        return nodes[-1]
+
+    out, left = nodes[0].out0, []
+    for number in range(LEVELS):
+        out = add(modules.IRevNetDownsampling, out).out0
+        for _ in range(STEPS):
+            networks = {"subnet_constructor": lambda i, o: conv_net(i, o, width)}
+            out = add(modules.AllInOneBlock, out, permute_soft=True, **networks).out0
+        if number < LEVELS - 1:
+            halves = add(modules.Split, out)
+            out = halves.out0
+            left.append(add(modules.Flatten, halves.out1).out0)
+    out = add(modules.Concat1d, [*left, add(modules.Flatten, out).out0]).out0
+    flow = framework.GraphINN([*nodes, framework.OutputNode(out)])
+    base = torch.distributions.Normal(0.0, 1.0)
+
+    def log_prob() -> Tensor:
+        z, log_det = flow(data)
+        return base.log_prob(z).sum(-1) + log_det
+
+    return Contestant(
+        flow, lambda: -log_prob().mean(), log_prob, lambda: flow(torch.randn(len(data), data[0].numel()), rev=True)
+    )
+
+
+PEERS = {"normflows": normflows, "nflows": nflows, "FrEIA": freia}
 
 
 def measure(steps: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float]) -> dict[str, list[float]]:
