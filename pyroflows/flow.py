@@ -205,8 +205,8 @@ class Flow(Recorded, nn.Module):
     def frozen(self) -> Iterator[None]:
         """Form what follows from the weights alone once, for calls without gradients in a block.
 
-        Masked weights and the matrices of factors take longer than a few rows do. The weights are not to change within
-        the block, which would not be seen; calls with gradients read them each time.
+        Masked weights and the matrices of factors take longer than a few rows do. Weights that are loaded, trained or
+        written to meanwhile are seen; writes to ``p.data``, or through NumPy, are not.
 
         Example:
             >>> from pyroflows import maf

@@ -17,8 +17,12 @@ __all__ = ["formed", "frozen"]
 Result = TypeVar("Result")
 
 
-class _Kept(dict[str, tuple[list[int], Any]]):
+class _Kept(dict[str, tuple[list[int] | None, Any]]):
     """What a module has formed in a block; a copy of the module, or a file, goes without."""
+
+    def __init__(self, watch: bool):
+        super().__init__()
+        self.watch = watch
 
     def __deepcopy__(self, memo: Any) -> None:
         return None
@@ -34,9 +38,13 @@ def formed(method: Callable[[Any], Result]) -> Callable[[Any], Result]:
     @functools.wraps(method)
     def give(self: Any) -> Result:
         kept = self.__dict__.get("_formed")
-        if kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or inside_functorch():
+        if kept is None or torch.is_grad_enabled():
             return method(self)
-        marks = fingerprint(self)
+        marks = None
+        if kept.watch:
+            if torch.compiler.is_compiling() or inside_functorch():
+                return method(self)
+            marks = fingerprint(self)
         if name not in kept or kept[name][0] != marks:
             kept[name] = marks, method(self)
         found = kept[name][1]
@@ -47,11 +55,14 @@ def formed(method: Callable[[Any], Result]) -> Callable[[Any], Result]:
 
 
 @contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Form what follows from the weights alone once, for calls without gradients in this block."""
+def frozen(module: nn.Module, *, watch: bool = True) -> Iterator[None]:
+    """Form what follows from the weights alone once, for calls without gradients in this block.
+
+    Each call sees whether they have moved, unless nobody can move them meanwhile and there is nothing to watch.
+    """
     parts = [part for part in module.modules() if part.__dict__.get("_formed") is None]
     for part in parts:
-        part.__dict__["_formed"] = _Kept()
+        part.__dict__["_formed"] = _Kept(watch)
     try:
         yield
     finally:

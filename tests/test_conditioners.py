@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
+import pyroflows
 from pyroflows import MADE, MLP
 from pyroflows.conditioners import MaskedLinear
 from pyroflows.conditioners.mlp import ACTIVATIONS
+from pyroflows.forming import frozen
 
 
 def random_weights(network):
@@ -187,7 +189,8 @@ def test_masked_linear():
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, on its way to forward mode
-def test_made_in_blocks_has_every_kind_of_derivative():
+def test_made_in_blocks_has_every_kind_of_derivative(monkeypatch):
+    monkeypatch.setattr(pyroflows.conditioners.made, "_ROWS", 1)  # or a single row would be multiplied as a whole
     made = MADE(3, 1, hidden_features=(130, 130), zero_last=False).double()
     assert any(isinstance(part, MaskedLinear) and len(part.blocks) > 1 for part in made.modules())
     x = torch.randn(3, dtype=torch.float64)
@@ -203,6 +206,20 @@ def test_made_in_blocks_has_every_kind_of_derivative():
         found = torch.autograd.forward_ad.unpack_dual(outputs(pushed)).tangent
     torch.testing.assert_close(found, wanted.sum(1))
     assert torch.autograd.gradgradcheck(made, (x.requires_grad_(),))
+
+
+def test_made_in_blocks_is_made_as_a_whole():
+    torch.manual_seed(0)
+    made = MADE(5, 2, hidden_features=(300, 300), zero_last=False).double()
+    x = torch.randn(100, 5, dtype=torch.float64)
+    wanted = torch.cat([made(row[None]) for row in x])  # a row is multiplied as a whole
+    torch.testing.assert_close(made(x), wanted)
+    with torch.no_grad():
+        torch.testing.assert_close(made(x), wanted)
+        with frozen(made):
+            for _ in range(2):
+                torch.testing.assert_close(made(x), wanted)
+                torch.testing.assert_close(made(x[:1]), wanted[:1])
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from pyroflows.marks import inside_functorch
 
 __all__ = ["MADE", "MaskedLinear"]
 
-_BLOCK = 128  # hidden units of a product; narrower ones run slower than they save
+_BLOCK, _ROWS = 128, 64  # hidden units and rows of a product; narrower or shorter ones run slower than they save
 
 
 class MaskedLinear(nn.Linear):
@@ -52,9 +52,7 @@ class MaskedLinear(nn.Linear):
         self.register_buffer("mask", mask.to(self.weight.dtype))
 
     def forward(self, input: Tensor) -> Tensor:
-        whole = len(self.blocks) == 1 or not input.is_cpu or torch.compiler.is_compiling()
-        forward_mode = forward_ad._current_level >= 0  # for which the blocks have no derivative
-        if whole or forward_mode or inside_functorch() or torch.is_autocast_enabled("cpu"):
+        if len(self.blocks) == 1 or not self._pays_in_blocks(input):
             return F.linear(input, self._masked(), self.bias)
         x = input.reshape(-1, input.shape[-1])
         if torch.is_grad_enabled():
@@ -62,6 +60,13 @@ class MaskedLinear(nn.Linear):
         else:
             rows = _products(x, self._in_blocks(), self.bias, self.blocks)
         return rows.view(*input.shape[:-1], rows.shape[-1])
+
+    @staticmethod
+    def _pays_in_blocks(input: Tensor) -> bool:
+        if torch.compiler.is_compiling() or not input.is_cpu or input.numel() < _ROWS * input.shape[-1]:
+            return False
+        forward_mode = forward_ad._current_level >= 0  # for which the blocks have no derivative
+        return not (forward_mode or inside_functorch() or torch.is_autocast_enabled("cpu"))
 
     @formed
     def _masked(self) -> Tensor:
