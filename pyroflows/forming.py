@@ -42,7 +42,7 @@ def formed(method: Callable[[Any], Result]) -> Callable[[Any], Result]:
             return method(self)
         marks = None
         if kept.watch:
-            if torch.compiler.is_compiling() or inside_functorch():
+            if torch.compiler.is_compiling() or inside_functorch() or torch._C._is_any_autocast_enabled():
                 return method(self)
             marks = fingerprint(self)
         if name not in kept or kept[name][0] != marks:

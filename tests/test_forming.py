@@ -8,7 +8,7 @@ import pytest
 import torch
 from contract import FLOWS, IMAGE_FLOWS, perturb
 
-from pyroflows import DenseLinear, Flow, InvertibleConv, LULinear, StandardNormal
+from pyroflows import DenseLinear, Flow, InvertibleConv, LULinear, StandardNormal, TriangularAffine
 from pyroflows.conditioners import MADE
 from pyroflows.forming import formed, frozen
 
@@ -128,7 +128,7 @@ def test_a_number_that_is_kept_is_the_callers_own():
 
 
 def test_what_is_formed_under_autocast_does_not_stay():
-    flow = Flow(StandardNormal(4), [LULinear(4)])
+    flow = Flow(StandardNormal(4), [LULinear(4), DenseLinear(4), TriangularAffine(4)])
     with flow.frozen():
         with torch.autocast("cpu", torch.bfloat16):
             x, _, _ = flow.rsample_and_score((3,))

@@ -24,7 +24,7 @@ def _start(features: int, start: str) -> Tensor:
     return rotation.to(torch.get_default_dtype()).contiguous()  # it comes by columns
 
 
-def _in_full(x: Tensor) -> AbstractContextManager:
+def in_full(x: Tensor) -> AbstractContextManager:
     """Multiply in the precision of the weights, of which the log-det is."""
     kind = x.device.type  # a context costs as much as the product of a few channels, so there is none without need
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
@@ -95,14 +95,14 @@ class LULinear(Bijection):
         return y.reshape(x.shape), -self._log_det().expand(x.shape[:-1])
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        with _in_full(y):
+        with in_full(y):
             x = nn.functional.linear(y, self.weight(), self.bias)
         return x, self._log_det().expand(y.shape[:-1])
 
     def forward_and_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.no_grad(), _in_full(score):
+        with torch.no_grad(), in_full(score):
             score = score @ self.weight()
         return *self.forward_and_log_det(x), score
 
@@ -154,7 +154,7 @@ class DenseLinear(Bijection):
         return y.reshape(x.shape), -self._log_det().expand(x.shape[:-1])
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        with _in_full(y):
+        with in_full(y):
             x = nn.functional.linear(y, self.weight, self.bias)
         return x, self._log_det().expand(y.shape[:-1])
 
@@ -205,12 +205,12 @@ class InvertibleConv(Bijection):
         self.mixing = (LULinear if factored else DenseLinear)(channels, start=start, bias=False)
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        with _in_full(x):
+        with in_full(x):
             y = self._convolve(x, self.mixing.inverse_weight())
         return y, self._log_det(x, -self.pixels)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        with _in_full(y):
+        with in_full(y):
             x = self._convolve(y, self.mixing.weight() if isinstance(self.mixing, LULinear) else self.mixing.weight)
         return x, self._log_det(y, self.pixels)
 

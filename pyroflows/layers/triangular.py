@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from pyroflows.arguments import check_sizes
 from pyroflows.bijection import Bijection
 from pyroflows.forming import formed
+from pyroflows.layers.linear import in_full
 
 __all__ = ["TriangularAffine"]
 
@@ -83,12 +84,14 @@ class TriangularAffine(Bijection):
             parameter.zero_()
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        shift, matrix = self._map()
-        y = x * matrix + shift if self.diagonal else F.linear(x, matrix, shift)
+        with in_full(x):
+            shift, matrix = self._map()
+            y = x * matrix + shift if self.diagonal else F.linear(x, matrix, shift)
         return y, self._log_det().expand(x.shape[:-1])
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        shift, matrix = self._map()
+        with in_full(y):
+            shift, matrix = self._map()
         centred, log_det = y - shift, -self._log_det().expand(y.shape[:-1])
         if self.diagonal:
             return centred / matrix, log_det
@@ -99,7 +102,7 @@ class TriangularAffine(Bijection):
     def forward_and_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.no_grad():
+        with torch.no_grad(), in_full(score):
             _, matrix = self._map()
             flat = score.reshape(-1, score.shape[-1])
             solve = torch.linalg.solve_triangular
