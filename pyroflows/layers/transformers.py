@@ -94,8 +94,8 @@ class Affine:
     ) -> tuple[Tensor, Tensor]:
         """Map in one direction, with the log-determinant summed over ``dims``."""
         shift, raw = parameters.unbind(-1) if isinstance(parameters, Tensor) else parameters
-        # In the input's precision, whatever that of the network: the log-determinant is of the very scale in use.
-        shift, raw = shift.to(x.dtype), raw.to(x.dtype)
+        if raw.dtype != x.dtype:  # of a network in another precision; the log-determinant is of the very scale in use
+            shift, raw = shift.to(x.dtype), raw.to(x.dtype)
         if self.scale == "sigmoid":
             log_scale = F.logsigmoid(raw + 2)
             log_scale = -log_scale if forward else log_scale
