@@ -47,7 +47,8 @@ def main() -> None:
         extra += ["--growth"] if number == options.threads[0] else []
         runs.append((f"vector_step-{number}", ["vector_step.py", "--threads", str(number), *clock, *quick, *extra]))
     runs.append(("growth", ["growth.py", *clock, *quick]))
-    runs.append(("image_step", ["image_step.py", *clock, *(["--repeats", "3"] if options.quick else [])]))
+    compiled = ["--compile"] if options.compile else []
+    runs.append(("image_step", ["image_step.py", *clock, *compiled, *(["--repeats", "3"] if options.quick else [])]))
     runs.append(("svi_step", ["svi_step.py", *clock, *(["--repeats", "20"] if options.quick else [])]))
 
     machine = f"{platform.machine()}, torch {torch.__version__}, Python {platform.python_version()}"

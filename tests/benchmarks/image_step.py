@@ -12,6 +12,7 @@ are those of the sigmoid, which they are built for. nflows has no learned mean a
 convolutions have a bias; it keeps their matrices between evaluations (``using_cache``). FrEIA's matrices are rotations
 that it does not learn, and what leaves at a level has a standard normal for its prior. The others form them anew.
 
+``--compile`` adds pyroflows through ``torch.compile``, as ``fit(..., compile=True)`` trains.
 After training, memory is already at hand; ``--operations log_prob sample`` times a process that only scores.
 """
 
@@ -68,6 +69,15 @@ def pyroflows(data: Tensor, width: int) -> Contestant:
     return Contestant(
         flow, lambda: -flow.log_prob(data).mean(), lambda: flow.log_prob(data), lambda: flow.sample(len(data))
     )
+
+
+def pyroflows_compiled(data: Tensor, width: int) -> Contestant:
+    """The same through torch.compile, once a first batch has started the normalisations."""
+    flow = our_glow(width)
+    with torch.no_grad():
+        flow.train().log_prob(data)
+    log_prob, sample = torch.compile(flow.log_prob), torch.compile(flow.sample)
+    return Contestant(flow, lambda: -log_prob(data).mean(), lambda: log_prob(data), lambda: sample(len(data)))
 
 
 def networks(data: Tensor, width: int) -> Contestant:
@@ -241,6 +251,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS))
     parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
+    parser.add_argument("--compile", action="store_true", help="time pyroflows through torch.compile too")
     parser.add_argument("--hidden-channels", type=int, default=128)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
@@ -258,7 +269,9 @@ def main() -> None:
     clock = CLOCKS[options.clock]
 
     data = torch.randn(options.batch, CHANNELS, SIDE, SIDE)
-    builders = {"pyroflows": pyroflows, "networks": networks, "networks, plain": networks_plain}
+    builders = {"pyroflows": pyroflows}
+    builders |= {"pyroflows, compiled": pyroflows_compiled} if options.compile else {}
+    builders |= {"networks": networks, "networks, plain": networks_plain}
     builders |= {name: PEERS[name] for name in options.peers}
     contestants = {name: build(data, options.hidden_channels) for name, build in builders.items()}
     with torch.no_grad():
