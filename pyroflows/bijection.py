@@ -18,7 +18,7 @@ from torch.distributions import biject_to, constraints, transform_to
 from torch.utils.checkpoint import checkpoint
 
 from pyroflows.arguments import Shape, as_shape
-from pyroflows.marks import fingerprint, version
+from pyroflows.marks import marks_of, version
 from pyroflows.recipe import Recorded
 
 __all__ = ["Bijection", "Compose", "Conditioned", "Inverse"]
@@ -64,7 +64,7 @@ class _Record:
         self.result = weakref.ref(result, forget)
         self.grad = torch.is_grad_enabled()
         self.returned = False
-        self.marks = fingerprint(owner)
+        self.marks = marks_of(owner)
         self.versions = self._versions(result)
 
     def _versions(self, result: Tensor) -> tuple[Any, ...]:
@@ -83,7 +83,7 @@ class _Record:
             and context is self.context
             and (self.grad or not torch.is_grad_enabled())
             and self._versions(result) == self.versions
-            and fingerprint(owner) == self.marks
+            and marks_of(owner) == self.marks
         )
 
 
@@ -361,6 +361,14 @@ class Bijection(Recorded, TransformModule):
         if result is not x and log_det.shape == x.shape[: x.dim() - len(self._sides(forward)[0])]:
             object.__setattr__(self, "_record", _Record(self, x, result, log_det, context, forward))
         return result
+
+    def _recall(self, y: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Give the latent of what the last call gave, and ``log|det dy/dx|``, by the record, which this uses up."""
+        record = self._record
+        if record is None or not record.leads_back(self, y, None, forward=False):
+            return None
+        self.clear_cache()
+        return record.source, record.log_det if torch.is_grad_enabled() else record.log_det.detach()
 
     def _log_det_of(self, x: Tensor, y: Tensor, context: Tensor | None) -> Tensor:
         record = self._record

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from pyroflows.marks import fingerprint, inside_functorch
+from pyroflows.marks import inside_functorch, marks_of
 
 __all__ = ["formed", "frozen"]
 
@@ -44,7 +44,7 @@ def formed(method: Callable[[Any], Result]) -> Callable[[Any], Result]:
         if kept.watch:
             if torch.compiler.is_compiling() or inside_functorch() or torch._C._is_any_autocast_enabled():
                 return method(self)
-            marks = fingerprint(self)
+            marks = marks_of(self)
         if name not in kept or kept[name][0] != marks:
             kept[name] = marks, method(self)
         found = kept[name][1]

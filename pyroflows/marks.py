@@ -1,4 +1,4 @@
-"""Marks by which a module's numbers are known to be as they were: versions, addresses, and steps of optimizers."""
+"""Marks by which a module's numbers are known to be as they were, and whether ``torch.func`` stands before them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-__all__ = ["fingerprint", "inside_functorch", "version"]
+__all__ = ["inside_functorch", "marks_of", "version"]
 
 _optimizer_steps = 0
 
@@ -43,7 +43,7 @@ def _addresses(tensors: Sequence[Tensor]) -> list[int]:
         return [_address(tensor) for tensor in tensors]
 
 
-def fingerprint(module: nn.Module) -> list[int]:
+def marks_of(module: nn.Module) -> list[int]:
     """Give what an evaluation of ``module`` depends on beside its input: modes, and tensors with their versions."""
     modes, tensors, parts = [], [], [module]
     for part in parts:

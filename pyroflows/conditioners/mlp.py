@@ -39,8 +39,8 @@ class Linear(nn.Linear):
         weight = own.get("weight")  # none where it is pruned or parametrized
         as_made = type(self) is Linear and "forward" not in self.__dict__ and self._compiled_call_impl is None
         hooked = self._forward_pre_hooks or self._forward_hooks or self._backward_pre_hooks or self._backward_hooks
-        known = weight is not None and "bias" in own and as_made and not hooked
-        if weight is None or not known or module._has_any_global_hook() or torch.compiler.is_compiling():
+        hooked = hooked or module._has_any_global_hook()
+        if weight is None or "bias" not in own or not as_made or hooked or torch.compiler.is_compiling():
             return cast(Tensor, super().__call__(input))
         return F.linear(input, weight, own["bias"])
 

@@ -346,15 +346,11 @@ class _Posterior(dist.TransformedDistribution):
     """The distribution of a flow, which scores its own draw by the one record that the draw left."""
 
     def log_prob(self, value: Tensor) -> Tensor:
-        (bijection,) = self.transforms
-        record = bijection._record
-        if record is None or not record.leads_back(bijection, value, None, forward=False):
-            return super().log_prob(value)
         if self._validate_args:
             self._validate_sample(value)
-        bijection.clear_cache()
-        log_det = record.log_det if torch.is_grad_enabled() else record.log_det.detach()
-        return self.base_dist.log_prob(record.source) - log_det
+        (bijection,) = self.transforms
+        found = bijection._recall(value)
+        return super().log_prob(value) if found is None else self.base_dist.log_prob(found[0]) - found[1]
 
 
 class _Value(dist.Delta):

@@ -97,7 +97,7 @@ class ConvCoupling(Bijection):
     def _map(self, x: Tensor, context: Tensor | None, *, forward: bool) -> tuple[Tensor, Tensor]:
         if self.moves is not None:
             parameters = self._parameters_from(x.masked_fill(self.moves, 0), context)
-            moved, log_det = (self.transformer.forward if forward else self.transformer.inverse)(x, parameters)
+            moved, log_det = transform(self.transformer, x, parameters, forward=forward, dims=())
             return torch.where(self.moves, moved, x), log_det.masked_fill(~self.moves, 0).sum((-3, -2, -1))
         first, second = x.split_with_sizes(self.parts, -3)
         kept, moved = (second, first) if self.flip else (first, second)

@@ -139,8 +139,7 @@ class Coupling(Bijection):
             kept, moved = self._split(x if x.requires_grad else x.detach().requires_grad_())
             moved = moved.view_as(moved)  # a node of its own, or the way to it would lead through the conditioner
             output = self.conditioner(kept, context)
-            move = self.transformer.forward if forward else self.transformer.inverse
-            result, log_det = move(moved, self._read(output))
+            result, log_det = transform(self.transformer, moved, self._read(output), forward=forward, dims=())
         score_moved, to_output = carry(self.transformer, moved, output, result, log_det, score_moved, forward)
         score_kept = score_kept - vjp(output, None, kept, to_output)
         return self._merge(kept, result), log_det.sum(-1), self._merge(score_kept, score_moved)

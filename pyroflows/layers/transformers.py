@@ -160,11 +160,11 @@ def make_transformer(transformer: str | Transformer) -> Transformer:
 def transform(
     transformer: Transformer, x: Tensor, parameters: Any, *, forward: bool, dims: tuple[int, ...] = (-1,)
 ) -> tuple[Tensor, Tensor]:
-    """Map in one direction, and sum the log-determinant over dimensions."""
+    """Map in one direction, and sum the log-determinant over dimensions, if any."""
     if type(transformer) is Affine:
         return transformer.summed(x, parameters, dims, forward=forward)
     y, log_det = (transformer.forward if forward else transformer.inverse)(x, parameters)
-    return y, log_det.sum(dims)
+    return y, log_det.sum(dims) if dims else log_det
 
 
 def carry(

@@ -52,7 +52,7 @@ def main() -> None:
     runs.append(("svi_step", ["svi_step.py", *clock, *(["--repeats", "20"] if options.quick else [])]))
 
     machine = f"{platform.machine()}, torch {torch.__version__}, Python {platform.python_version()}"
-    parts = [f"# Speed\n\n`python tests/benchmarks/all.py`, {machine}", "## Import\n\n" + import_times(3)]
+    parts = [f"# Speed\n\n`python tests/benchmarks/all.py`, {machine}", "## Import\n\n" + import_times(9)]
     options.output.mkdir(parents=True, exist_ok=True)
     failed = []
     for name, (script, *arguments) in runs:
