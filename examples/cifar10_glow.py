@@ -4,7 +4,8 @@ import torch
 from image_models import parser, train
 
 from pyroflows import glow
-from pyroflows.data import UniformDequantizer, load_images, random_flips
+from pyroflows.data import load_images, random_flips
+from pyroflows.dequantizers import UniformDequantizer
 
 
 def main() -> None:

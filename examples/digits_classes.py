@@ -7,7 +7,8 @@ import torch
 from sklearn.svm import SVC
 
 from pyroflows import bits_per_dim, fit, glow, sample_images
-from pyroflows.data import UniformDequantizer, load_images
+from pyroflows.data import load_images
+from pyroflows.dequantizers import UniformDequantizer
 from pyroflows.plots import save_image_grid
 
 

@@ -10,7 +10,8 @@ import torch
 from sklearn.mixture import GaussianMixture
 
 from pyroflows import Flow, Logit, bits_per_dim, fit, glow, interpolate, realnvp, sample_images
-from pyroflows.data import ImageData, UniformDequantizer, VariationalDequantizer, load_images
+from pyroflows.data import ImageData, load_images
+from pyroflows.dequantizers import UniformDequantizer, VariationalDequantizer
 from pyroflows.plots import save_image_grid
 
 SHAPE, LEVELS, ALPHA = (1, 8, 8), 17, 0.01

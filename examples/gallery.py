@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from pyroflows import plots
-from pyroflows.inference.diagnostics import khat_by_size
+from pyroflows.diagnostics.weights import khat_by_size
 
 LIMITS = (-1.6, 2.6, -1.3, 1.8)
 COLUMNS = ["mean radius", "mean texture", "mean smoothness", "mean concavity"]

@@ -8,8 +8,9 @@ from pyro.distributions import Normal
 from torch import Tensor
 
 import pyroflows as pf
-from pyroflows.data import TwoMoons, UniformDequantizer, load_images, load_table
-from pyroflows.inference.diagnostics import Calibration
+from pyroflows.data import TwoMoons, load_images, load_table
+from pyroflows.dequantizers import UniformDequantizer
+from pyroflows.diagnostics.calibration import Calibration
 
 ALIKE: dict[str, Any] = {"seed": 0, "progress": False}
 

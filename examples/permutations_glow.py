@@ -7,7 +7,8 @@ from image_models import parser, train
 from matplotlib.figure import Figure
 
 from pyroflows import glow
-from pyroflows.data import UniformDequantizer, load_images
+from pyroflows.data import load_images
+from pyroflows.dequantizers import UniformDequantizer
 from pyroflows.plots import COLORS
 
 

@@ -3,12 +3,20 @@
 from typing import TYPE_CHECKING, Any
 
 from pyroflows._version import __version__
-from pyroflows.bijection import Bijection, Compose, Conditioned, Inverse
-from pyroflows.bits import BitsPerDim, bits_per_dim
-from pyroflows.conditioners import MADE, MLP, ConvNet, OneHot, ResNet, ZeroConv
-from pyroflows.diagnostics import CheckReport, check
-from pyroflows.files import load
-from pyroflows.flow import Flow
+from pyroflows.bijection import Bijection, Conditioned, Inverse
+from pyroflows.compose import Compose
+from pyroflows.dequantizers import ColumnDequantizer, Dequantizer, UniformDequantizer, VariationalDequantizer
+from pyroflows.diagnostics import (
+    BitsPerDim,
+    CheckReport,
+    bits_per_dim,
+    check,
+    importance_ess,
+    moment_table,
+    psis,
+    sliced_wasserstein,
+)
+from pyroflows.flow import Flow, load
 from pyroflows.images import interpolate, reconstruct, sample_images
 from pyroflows.inference import (
     AmortizedFlow,
@@ -21,11 +29,7 @@ from pyroflows.inference import (
     TemperedELBO,
     fit_amortized,
     fit_posterior,
-    importance_ess,
-    moment_table,
     neutra,
-    psis,
-    sliced_wasserstein,
 )
 from pyroflows.layers import (
     ActNorm,
@@ -51,12 +55,13 @@ from pyroflows.layers import (
     TriangularAffine,
 )
 from pyroflows.models import glow, iaf, maf, nice, nsf, planar, radial, realnvp
+from pyroflows.networks import MADE, MLP, ConvNet, OneHot, ResNet, ZeroConv
 from pyroflows.priors import DiagonalNormal, GaussianMixture, LogitNormal, Prior, StandardNormal, StudentT, Uniform
 from pyroflows.training import FitResult, fit
 
 if TYPE_CHECKING:
-    from pyroflows.estimator import FlowClassifier as FlowClassifier
-    from pyroflows.estimator import FlowDensity as FlowDensity
+    from pyroflows.tables.estimator import FlowClassifier as FlowClassifier
+    from pyroflows.tables.estimator import FlowDensity as FlowDensity
 
 __all__ = [  # noqa: RUF022
     # bijection
@@ -128,6 +133,11 @@ __all__ = [  # noqa: RUF022
     "neutra",
     "psis",
     "sliced_wasserstein",
+    # dequantizers
+    "ColumnDequantizer",
+    "Dequantizer",
+    "UniformDequantizer",
+    "VariationalDequantizer",
     # images
     "interpolate",
     "reconstruct",
@@ -146,7 +156,7 @@ __all__ = [  # noqa: RUF022
 def __getattr__(name: str) -> Any:
     """Import scikit-learn, which takes a second, only where its estimators are asked for by name, not by a star."""
     if name in ("FlowClassifier", "FlowDensity"):
-        from pyroflows import estimator
+        from pyroflows.tables import estimator
 
         return getattr(estimator, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

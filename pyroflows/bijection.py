@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 from numbers import Integral
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 from pyro.distributions.conditional import ConditionalTransform
 from pyro.distributions.torch_transform import TransformModule
 from torch import Size, Tensor, nn
 from torch.distributions import biject_to, constraints, transform_to
-from torch.utils.checkpoint import checkpoint
 
 from pyroflows.arguments import Shape, as_shape
-from pyroflows.marks import marks_of, version
+from pyroflows.caching import marks_of, version
 from pyroflows.recipe import Recorded
 
-__all__ = ["Bijection", "Compose", "Conditioned", "Inverse"]
+__all__ = ["Bijection", "Conditioned", "Inverse"]
 
 
 class _Event(constraints._IndependentConstraint):
@@ -518,131 +515,3 @@ class Conditioned(Bijection):
 
     def extra_repr(self) -> str:
         return f"context={tuple(self.context.shape)}"
-
-
-class Compose(Bijection):
-    r"""A stack of bijections, the first nearest the latent; a context goes to every layer that takes one.
-
-    .. math:: \log|\det dy/dx| = \sum_k \log|\det dx_k / dx_{k-1}|
-
-    Args:
-        layers: bijections whose shapes follow on one another.
-
-    Shapes:
-        x: ``(*batch, *layers[0].latent_shape)``; y: ``(*batch, *layers[-1].data_shape)``.
-
-    Raises:
-        ValueError: no layer, shapes that do not follow, or contexts of different lengths.
-
-    Example:
-        >>> from pyroflows.layers import LULinear, Permutation
-        >>> stack = Compose([LULinear(4), Permutation(4, "reverse")])
-        >>> stack(torch.zeros(3, 4)).shape
-        torch.Size([3, 4])
-    """
-
-    recompute: bool = False
-    """Whether to keep of each layer its input alone for the gradient, and evaluate it again when that is taken."""
-
-    def __init__(self, layers: Iterable[Bijection]):
-        if not isinstance(layers, Iterable):
-            raise TypeError(f"expected a sequence of layers; got {type(layers).__name__}")
-        layers = list(layers)
-        if not layers:
-            raise ValueError("expected at least one layer; got none")
-        for layer in layers:
-            if not isinstance(layer, Bijection):
-                raise TypeError(f"expected layers that are Bijections; got {type(layer).__name__}")
-        for number, (below, above) in enumerate(pairwise(layers)):
-            if below.data_shape != above.latent_shape:
-                raise ValueError(
-                    f"expected layer {number + 1} to take shape {tuple(below.data_shape)}, "
-                    f"as layer {number} gives it; got {tuple(above.latent_shape)}"
-                )
-        contexts = sorted({layer.context_features for layer in layers} - {0})
-        if len(contexts) > 1:
-            raise ValueError(f"expected layers of one context length; got context_features of {contexts}")
-        super().__init__(
-            layers[0].latent_shape,
-            data_shape=layers[-1].data_shape,
-            context_features=contexts[0] if contexts else 0,
-        )
-        self.layers = nn.ModuleList(layers)
-        self.domain, self.codomain = layers[0].domain, layers[-1].codomain
-
-    @property
-    def forward_passes(self) -> int:  # type: ignore[override]
-        return sum(layer.forward_passes for layer in self)
-
-    @property
-    def inverse_passes(self) -> int:  # type: ignore[override]
-        return sum(layer.inverse_passes for layer in self)
-
-    def __len__(self) -> int:
-        return len(self.layers)
-
-    def __iter__(self) -> Iterator[Bijection]:
-        return iter(self.layers)  # type: ignore[arg-type]
-
-    def __getitem__(self, index: int) -> Bijection:
-        return self.layers[index]  # type: ignore[return-value]
-
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._run(self, "forward_and_log_det", x, context)
-
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._run(reversed(self.layers._modules.values()), "inverse_and_log_det", y, context)
-
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        total: Tensor | Literal[0] = 0
-        for layer in self:
-            x, log_det, score = layer.forward_and_score(x, score, layer._context_for(context))
-            total = total + log_det
-        return x, total, score  # type: ignore[return-value]
-
-    def inverse_and_score(
-        self, y: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        total: Tensor | Literal[0] = 0
-        for layer in reversed(self.layers):
-            y, log_det, score = layer.inverse_and_score(y, score, layer._context_for(context))  # type: ignore[operator]
-            total = total + log_det
-        return y, total, score  # type: ignore[return-value]
-
-    def _run(self, layers: Iterable[Any], direction: str, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        recompute, total = self.recompute and torch.is_grad_enabled(), None
-        for layer in layers:
-            method = getattr(layer, direction)
-            if recompute and not _recomputes_within(layer):
-                method = _recomputed(layer, method)
-            x, log_det = method(x, layer._context_for(context))
-            total = log_det if total is None else total + log_det
-        return x, cast(Tensor, total)
-
-
-def _recomputes_within(layer: Bijection) -> bool:
-    return any(isinstance(part, Compose) and part.recompute for part in layer.modules())
-
-
-def _recomputed(layer: Bijection, method: Callable[..., Any]) -> Callable[..., Any]:
-    contexts = {"context_fn": lambda: (nullcontext(), _unmoved(layer))}
-    return functools.partial(checkpoint, method, use_reentrant=False, **contexts)
-
-
-@contextmanager
-def _unmoved(layer: Bijection) -> Iterator[None]:
-    """Keep the running averages of batch normalisations, which are to follow a batch once."""
-    averages = [
-        buffer
-        for part in layer.modules()
-        if part.training and hasattr(part, "momentum")
-        for buffer in part.buffers(recurse=False)
-    ]
-    before = [buffer.clone() for buffer in averages]
-    try:
-        yield
-    finally:
-        for buffer, value in zip(averages, before, strict=True):
-            buffer.data.copy_(value)  # past autograd, whose saved tensors have not changed

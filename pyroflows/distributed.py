@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pyroflows.checkpoint import random_state, set_random_state
-from pyroflows.marks import inside_functorch
+from pyroflows.contexts import random_state, set_random_state
+from pyroflows.private import inside_functorch
 
 __all__ = [
     "agreed",

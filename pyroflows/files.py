@@ -5,96 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from pyroflows._version import __version__
-from pyroflows.recipe import describe, restore
 
-if TYPE_CHECKING:
-    from pyroflows.flow import Flow
-
-__all__ = ["FORMAT", "load", "read", "replacing", "save", "write"]
+__all__ = ["FORMAT", "read", "replacing", "write"]
 
 FORMAT = 3
 """The version of the files that are written.
 
 Format 1 was that of posteriors alone, and had no checksum; up to format 2 couplings were of their first version.
 """
-
-_DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
-
-
-def save(flow: Flow, path: str | os.PathLike[str], notes: Mapping[str, Any] | None = None) -> None:
-    """Write a flow into one file; see :meth:`pyroflows.Flow.save`."""
-    notes = flow.notes if notes is None else notes
-    if not isinstance(notes, Mapping):
-        raise TypeError(f"expected notes as a dict of JSON values; got {type(notes).__name__}")
-    notes = dict(notes)
-    try:
-        alike = json.loads(json.dumps(notes, allow_nan=False)) == notes
-    except (TypeError, ValueError):
-        alike = False
-    if not alike:
-        raise TypeError(f"expected notes of JSON values, with texts as keys, and lists for tuples; got {notes!r}")
-    recipe, tensors = describe(flow)
-    header = {
-        "dtype": str(flow.dtype).removeprefix("torch."),
-        "notes": notes,
-        "frozen": [name for name, parameter in flow.named_parameters() if not parameter.requires_grad],
-        "recipe": recipe,
-    }
-    write(path, "flow", header, tensors)
-
-
-def load(path: str | os.PathLike[str], device: str | torch.device = "cpu", *, classes: Sequence[type] = ()) -> Flow:
-    """Read a flow that :meth:`Flow.save` wrote: equal numbers, for evaluation, without running code from the file.
-
-    Args:
-        path: of the file.
-        device: where the flow is to be.
-        classes: of the user's own, such as a layer, that a flow in the file was made of.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        TypeError: ``classes`` is no list of classes.
-        ValueError: the file is not one of a flow, or is damaged, or was written in a newer format, or names a class or
-            builder that is unknown.
-
-    Example:
-        >>> import tempfile
-        >>> from pyroflows import maf
-        >>> flow = maf(3, num_layers=2)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     flow.save(f"{folder}/flow.safetensors", notes={"rows": 1000})
-        ...     loaded = load(f"{folder}/flow.safetensors")
-        >>> loaded.notes
-        {'rows': 1000}
-        >>> torch.equal(loaded.log_prob(torch.zeros(3)), flow.eval().log_prob(torch.zeros(3)))
-        True
-    """
-    from pyroflows.flow import Flow
-
-    if not isinstance(classes, Sequence) or not all(isinstance(kind, type) for kind in classes):
-        raise TypeError(f"expected classes as a list of classes; got {classes!r}")
-    header, tensors = read(path, "flow")
-    try:
-        flow = restore(header["recipe"], tensors, _DTYPES[header["dtype"]], classes, old=header["format"] < 3)
-        if not isinstance(flow, Flow) or not isinstance(header["notes"], dict):
-            raise ValueError(f"expected a Flow; got {type(flow).__name__}")
-        for name in header["frozen"]:
-            flow.get_parameter(name).requires_grad_(False)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"expected a flow written by save; got {path}, whose header makes no sense: {error}") from None
-    except ValueError as error:
-        raise ValueError(f"{error}, in {path}") from None
-    flow.notes = header["notes"]
-    return flow.to(device)
 
 
 def write(path: str | os.PathLike[str], kind: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,12 +13,17 @@ import torch
 from pyro.distributions import TransformedDistribution
 from torch import Size, Tensor, nn
 
-from pyroflows.bijection import Bijection, Compose, vjp
-from pyroflows.forming import frozen
+from pyroflows.bijection import Bijection, vjp
+from pyroflows.caching import frozen
+from pyroflows.compose import Compose
+from pyroflows.contexts import evaluating
+from pyroflows.files import read, write
 from pyroflows.priors import Prior
-from pyroflows.recipe import Recorded
+from pyroflows.recipe import Recorded, describe, restore
 
-__all__ = ["Flow"]
+__all__ = ["Flow", "load"]
+
+_DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 
 
 class Flow(Recorded, nn.Module):
@@ -231,9 +237,24 @@ class Flow(Recorded, nn.Module):
             TypeError: the notes are no JSON values.
             ValueError: a part of the flow is of a class that no file can name, or the folder does not exist.
         """
-        from pyroflows.files import save
-
-        save(self, path, notes)
+        notes = self.notes if notes is None else notes
+        if not isinstance(notes, Mapping):
+            raise TypeError(f"expected notes as a dict of JSON values; got {type(notes).__name__}")
+        notes = dict(notes)
+        try:
+            alike = json.loads(json.dumps(notes, allow_nan=False)) == notes
+        except (TypeError, ValueError):
+            alike = False
+        if not alike:
+            raise TypeError(f"expected notes of JSON values, with texts as keys, and lists for tuples; got {notes!r}")
+        recipe, tensors = describe(self)
+        header = {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "notes": notes,
+            "frozen": [name for name, parameter in self.named_parameters() if not parameter.requires_grad],
+            "recipe": recipe,
+        }
+        write(path, "flow", header, tensors)
 
     def export(self, x: Tensor, context: Tensor | None = None) -> torch.export.ExportedProgram:
         """Give the log-density as a program that runs without this package, for any number of rows.
@@ -250,8 +271,6 @@ class Flow(Recorded, nn.Module):
             >>> torch.allclose(program.module()(x), flow.log_prob(x))
             True
         """
-        from pyroflows.modes import evaluating
-
         inputs = (x,) if context is None else (x, context)
         if min(len(tensor) for tensor in inputs) < 2:
             raise ValueError(f"expected at least two rows to export by; got shape {tuple(x.shape)}")
@@ -292,6 +311,49 @@ class Flow(Recorded, nn.Module):
                 raise TypeError(f"expected {name} of the flow's {number.dtype}; got {tensor.dtype}")
             if isinstance(tensor, Tensor) and tensor.device != number.device:
                 raise ValueError(f"expected {name} on the flow's device, {number.device}; got {tensor.device}")
+
+
+def load(path: str | os.PathLike[str], device: str | torch.device = "cpu", *, classes: Sequence[type] = ()) -> Flow:
+    """Read a flow that :meth:`Flow.save` wrote: equal numbers, for evaluation, without running code from the file.
+
+    Args:
+        path: of the file.
+        device: where the flow is to be.
+        classes: of the user's own, such as a layer, that a flow in the file was made of.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        TypeError: ``classes`` is no list of classes.
+        ValueError: the file is not one of a flow, or is damaged, or was written in a newer format, or names a class or
+            builder that is unknown.
+
+    Example:
+        >>> import tempfile
+        >>> from pyroflows import maf
+        >>> flow = maf(3, num_layers=2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     flow.save(f"{folder}/flow.safetensors", notes={"rows": 1000})
+        ...     loaded = load(f"{folder}/flow.safetensors")
+        >>> loaded.notes
+        {'rows': 1000}
+        >>> torch.equal(loaded.log_prob(torch.zeros(3)), flow.eval().log_prob(torch.zeros(3)))
+        True
+    """
+    if not isinstance(classes, Sequence) or not all(isinstance(kind, type) for kind in classes):
+        raise TypeError(f"expected classes as a list of classes; got {classes!r}")
+    header, tensors = read(path, "flow")
+    try:
+        flow = restore(header["recipe"], tensors, _DTYPES[header["dtype"]], classes, old=header["format"] < 3)
+        if not isinstance(flow, Flow) or not isinstance(header["notes"], dict):
+            raise ValueError(f"expected a Flow; got {type(flow).__name__}")
+        for name in header["frozen"]:
+            flow.get_parameter(name).requires_grad_(False)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"expected a flow written by save; got {path}, whose header makes no sense: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{error}, in {path}") from None
+    flow.notes = header["notes"]
+    return flow.to(device)
 
 
 class _Density(nn.Module):

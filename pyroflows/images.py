@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pyroflows.arguments import check_sizes
+from pyroflows.contexts import evaluating, seeded
 from pyroflows.flow import Flow
-from pyroflows.modes import evaluating, seeded
 
 __all__ = ["interpolate", "reconstruct", "sample_images"]
 
@@ -44,7 +44,7 @@ def sample_images(
 
     Example:
         >>> from pyroflows import glow
-        >>> from pyroflows.data import UniformDequantizer
+        >>> from pyroflows.dequantizers import UniformDequantizer
         >>> flow = glow((1, 8, 8), num_levels=1, num_steps=1, dequantizer=UniformDequantizer((1, 8, 8), 17))
         >>> sample_images(flow, 3, temperature=0.7, seed=0).shape
         torch.Size([3, 1, 8, 8])
@@ -83,7 +83,7 @@ def reconstruct(flow: Flow, images: Tensor, context: Tensor | None = None) -> Te
 
     Example:
         >>> from pyroflows import glow
-        >>> from pyroflows.data import UniformDequantizer
+        >>> from pyroflows.dequantizers import UniformDequantizer
         >>> flow = glow((1, 8, 8), num_levels=1, num_steps=1, dequantizer=UniformDequantizer((1, 8, 8), 17))
         >>> images = torch.randint(17, (5, 1, 8, 8), dtype=torch.uint8)
         >>> torch.equal(reconstruct(flow, images), images)
@@ -118,7 +118,7 @@ def interpolate(flow: Flow, start: Tensor, end: Tensor, num: int = 8, *, context
 
     Example:
         >>> from pyroflows import glow
-        >>> from pyroflows.data import UniformDequantizer
+        >>> from pyroflows.dequantizers import UniformDequantizer
         >>> flow = glow((1, 8, 8), num_levels=1, num_steps=1, dequantizer=UniformDequantizer((1, 8, 8), 17))
         >>> images = torch.randint(17, (2, 1, 8, 8), dtype=torch.uint8)
         >>> walk = interpolate(flow, images[:1], images[1:], num=5)

@@ -25,13 +25,14 @@ Made = TypeVar("Made", bound="Recorded")
 
 _MODULES = (
     "bijection",
-    "conditioners",
-    "data.dequantize",
+    "compose",
+    "networks",
+    "dequantizers",
     "flow",
     "layers",
     "models",
     "priors",
-    "tabular",
+    "tables",
 )
 
 

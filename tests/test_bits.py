@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pyroflows.bits import BitsPerDim, bits_per_dim
-from pyroflows.data import ColumnDequantizer, UniformDequantizer, VariationalDequantizer, pad_images
+from pyroflows.data import pad_images
+from pyroflows.dequantizers import ColumnDequantizer, UniformDequantizer, VariationalDequantizer
+from pyroflows.diagnostics.bits import BitsPerDim, bits_per_dim
 from pyroflows.flow import Flow
 from pyroflows.layers import ElementwiseAffine, Logit, Permutation, Standardize
 from pyroflows.models import glow

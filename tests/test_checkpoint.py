@@ -14,7 +14,7 @@ from test_training import Stream, affine, failing, gaussian, same, small
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyroflows import Permutation, fit, realnvp
-from pyroflows.checkpoint import Checkpoint
+from pyroflows.training.checkpoint import Checkpoint
 
 OPTIONS = {"epochs": 6, "batch_size": 32, "learning_rate": 1e-2, "seed": 0, "accelerator": "cpu"}
 CASES = {

@@ -18,7 +18,7 @@ from sklearn.datasets import load_diabetes, load_iris
 
 from pyroflows.cli import main
 from pyroflows.data import open_table, write_table
-from pyroflows.files import load
+from pyroflows.flow import load
 
 SMALL = ["--num-layers", "2", "--hidden-features", "16", "--epochs", "3"]
 

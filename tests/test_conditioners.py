@@ -11,9 +11,9 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import pyroflows
 from pyroflows import MADE, MLP
-from pyroflows.conditioners import MaskedLinear
-from pyroflows.conditioners.mlp import ACTIVATIONS
-from pyroflows.forming import frozen
+from pyroflows.caching import frozen
+from pyroflows.networks import MaskedLinear
+from pyroflows.networks.mlp import ACTIVATIONS
 
 
 def random_weights(network):
@@ -190,7 +190,7 @@ def test_masked_linear():
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, on its way to forward mode
 def test_made_in_blocks_has_every_kind_of_derivative(monkeypatch):
-    monkeypatch.setattr(pyroflows.conditioners.made, "_ROWS", 1)  # or a single row would be multiplied as a whole
+    monkeypatch.setattr(pyroflows.networks.made, "_ROWS", 1)  # or a single row would be multiplied as a whole
     made = MADE(3, 1, hidden_features=(130, 130), zero_last=False).double()
     assert any(isinstance(part, MaskedLinear) and len(part.blocks) > 1 for part in made.modules())
     x = torch.randn(3, dtype=torch.float64)

@@ -13,11 +13,11 @@ import pytest
 import torch
 from sklearn.mixture import GaussianMixture
 
-from pyroflows import _version, cli, demo, plots, realnvp
-from pyroflows.bits import bits_per_dim
+from pyroflows import _version, cli, plots, realnvp
+from pyroflows.cli.demo import digits
+from pyroflows.cli.demo import report as demo_report
 from pyroflows.data import load_images, load_table
-from pyroflows.demo import digits
-from pyroflows.demo import report as demo_report
+from pyroflows.diagnostics.bits import bits_per_dim
 from pyroflows.training import FitResult
 
 
@@ -46,7 +46,7 @@ def test_the_report_holds_finite_numbers_of_every_part(quick):
     _, report = quick
     assert report["seed"] == 3
     assert report["quick"] is True
-    assert set(report["parts"]) == set(demo.PARTS)
+    assert set(report["parts"]) == set(demo_report.PARTS)
     assert all(math.isfinite(number) for number in _numbers(report))
     for name in ("breast_cancer", "moons"):
         part = report["parts"][name]

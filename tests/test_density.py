@@ -17,7 +17,7 @@ from pyro.nn import PyroModule, PyroSample
 from pyro.ops.indexing import Vindex
 from torch import nn
 
-from pyroflows.inference.density import LogJoint, initial_value
+from pyroflows.inference.log_joint import LogJoint, initial_value
 
 tensor = partial(torch.tensor, dtype=torch.float64)
 MODES = ("plate", "vmap", "loop")

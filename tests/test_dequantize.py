@@ -10,14 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyroflows.bits import bits_per_dim
-from pyroflows.data import (
-    ColumnDequantizer,
-    Dequantizer,
-    UniformDequantizer,
-    VariationalDequantizer,
-    load_table,
-)
+from pyroflows.data import load_table
+from pyroflows.dequantizers import ColumnDequantizer, Dequantizer, UniformDequantizer, VariationalDequantizer
+from pyroflows.diagnostics.bits import bits_per_dim
 from pyroflows.flow import Flow
 from pyroflows.layers import ElementwiseAffine, Sigmoid
 from pyroflows.models import nsf

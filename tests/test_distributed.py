@@ -20,11 +20,12 @@ from pyro.infer.autoguide import AutoDelta
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from pyroflows import AutoFlow, DistributedELBO, distributed, fit, fit_posterior, glow, maf, realnvp
-from pyroflows.batches import Mapped
-from pyroflows.data import ParquetBatches, UniformDequantizer
+from pyroflows.data import ParquetBatches
+from pyroflows.dequantizers import UniformDequantizer
 from pyroflows.inference.fitting import _Training
 from pyroflows.inference.posterior import whole_log_joint
 from pyroflows.training import negative_log_likelihood
+from pyroflows.training.batches import Mapped
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
@@ -471,7 +472,7 @@ def test_mapped_data_are_those_in_memory(folder):
 
 
 def test_mapped_data_are_read_a_few_rows_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("pyroflows.batches._CHECKED_NUMBERS", 60)
+    monkeypatch.setattr("pyroflows.training.batches._CHECKED_NUMBERS", 60)
     most, read = [0], Mapped.__getitem__
 
     def counted(self, rows):
@@ -494,7 +495,7 @@ def test_mapped_data_are_read_a_few_rows_at_a_time(tmp_path, monkeypatch):
     ],
 )
 def test_what_is_wrong_in_mapped_data_is_named(tmp_path, monkeypatch, spoil, message):
-    monkeypatch.setattr("pyroflows.batches._CHECKED_NUMBERS", 60)
+    monkeypatch.setattr("pyroflows.training.batches._CHECKED_NUMBERS", 60)
     array = np.lib.format.open_memmap(tmp_path / "x.npy", mode="w+", dtype=np.float64, shape=(1000, 3))
     array[:] = torch.randn(1000, 3).numpy()
     spoil(array)

@@ -22,8 +22,8 @@ from sklearn.utils.estimator_checks import check_estimator, parametrize_with_che
 
 import pyroflows
 from pyroflows.data import load_table
-from pyroflows.estimator import FlowClassifier, FlowDensity
-from pyroflows.tabular import table_flow
+from pyroflows.tables import table_flow
+from pyroflows.tables.estimator import FlowClassifier, FlowDensity
 
 FLOWS = ("maf", "nsf", "realnvp", "glow", "nice", "iaf", "planar", "radial")
 small = partial(FlowDensity, num_layers=2, hidden_features=(16,), epochs=3, random_state=0)

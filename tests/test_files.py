@@ -65,7 +65,7 @@ from pyroflows import (
     planar,
     realnvp,
 )
-from pyroflows.data import ColumnDequantizer, Dequantizer, UniformDequantizer, VariationalDequantizer
+from pyroflows.dequantizers import ColumnDequantizer, Dequantizer, UniformDequantizer, VariationalDequantizer
 from pyroflows.files import FORMAT, _checksum, read, replacing
 from pyroflows.recipe import Recorded, _makers
 

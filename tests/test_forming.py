@@ -9,8 +9,8 @@ import torch
 from contract import FLOWS, IMAGE_FLOWS, perturb
 
 from pyroflows import DenseLinear, Flow, InvertibleConv, LULinear, StandardNormal, TriangularAffine
-from pyroflows.conditioners import MADE
-from pyroflows.forming import formed, frozen
+from pyroflows.caching import formed, frozen
+from pyroflows.networks import MADE
 
 ALL = {name: partial(build, 3, 0) for name, build in FLOWS.items()}
 ALL |= {f"image, {name}": partial(build, (2, 4, 4), 0) for name, build in IMAGE_FLOWS.items()}

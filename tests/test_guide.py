@@ -53,8 +53,8 @@ from pyroflows import (
     radial,
     realnvp,
 )
-from pyroflows.inference.density import LogJoint
-from pyroflows.inference.start import STARTS, _climb, find_start
+from pyroflows.inference.init import STARTS, _climb, find_start
+from pyroflows.inference.log_joint import LogJoint
 
 BUILDERS = (realnvp, iaf, nsf, maf, planar, radial, glow, nice)
 SMALL = {"num_layers": 2, "hidden_features": (8,)}

@@ -28,7 +28,7 @@ from pyroflows import (
     glow,
     realnvp,
 )
-from pyroflows.conditioners import ConvNet, ResNet
+from pyroflows.networks import ConvNet, ResNet
 
 SHAPES = [(2, 4, 4), (3, 8, 8)]
 ODD = (5, 2, 6)  # channels that do not halve, sides that differ

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pyroflows import ElementwiseAffine, Flow, StandardNormal, StudentT, Uniform, fit, glow, plots, realnvp
-from pyroflows.data import UniformDequantizer
+from pyroflows.dequantizers import UniformDequantizer
 from pyroflows.images import interpolate, reconstruct, sample_images
 from pyroflows.layers import Permutation, Sigmoid
 

@@ -29,19 +29,11 @@ from pyroflows import (
     plots,
     realnvp,
 )
-from pyroflows.data import UniformDequantizer
+from pyroflows.dequantizers import UniformDequantizer
 from pyroflows.diagnostics import normal_quantiles
-from pyroflows.inference.diagnostics import (
-    calibration,
-    expected_band,
-    kde,
-    khat_by_size,
-    khat_threshold,
-    pit,
-    psis,
-    rank_counts,
-    sbc_p_values,
-)
+from pyroflows.diagnostics.calibration import calibration, expected_band, pit, rank_counts, sbc_p_values
+from pyroflows.diagnostics.samples import kde
+from pyroflows.diagnostics.weights import khat_by_size, khat_threshold, psis
 
 FINITE = np.random.default_rng(7).normal(size=(60, 2))
 GIVEN = {"draws": np.random.default_rng(8).normal(size=(40, 19, 2)), "truth": np.zeros((40, 2))}

@@ -30,8 +30,8 @@ from pyroflows import (
     maf,
     realnvp,
 )
-from pyroflows.batches import Rows
-from pyroflows.modes import laid_out, mixed, recomputing
+from pyroflows.training.batches import Rows
+from pyroflows.training.modes import laid_out, mixed, recomputing
 
 
 def affine(features=2, **options):

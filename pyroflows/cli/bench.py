@@ -50,7 +50,7 @@ def _bench(options: argparse.Namespace) -> None:
     from pyroflows import models
     from pyroflows.arguments import check_option
     from pyroflows.cli.model import Model, device_of, load_model, model_file
-    from pyroflows.modes import seeded
+    from pyroflows.contexts import seeded
 
     device = device_of(options.device)
     if options.model is None:

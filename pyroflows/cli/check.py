@@ -36,7 +36,7 @@ def _check(options: argparse.Namespace) -> int:
         options.parser.error("expected the model or the data on standard input; got both")
     import pyroflows
     from pyroflows.cli.model import load_model, model_file, some_rows
-    from pyroflows.modes import seeded
+    from pyroflows.contexts import seeded
 
     with model_file(options.model) as file:
         model = load_model(file, options.device)

@@ -98,9 +98,9 @@ def _fit(options: argparse.Namespace) -> None:
     import pyroflows
     from pyroflows.cli.model import check_device, check_target, context_of, save_model
     from pyroflows.cli.progress import Log
+    from pyroflows.contexts import seeded
     from pyroflows.data.table_files import CellError, open_table
-    from pyroflows.modes import seeded
-    from pyroflows.tabular import table_flow
+    from pyroflows.tables import table_flow
 
     check_device(options.device)
     check_target(options.output, options.data)
@@ -250,7 +250,7 @@ def _check_columns(rows: Any, table: Any, columns: list[str], dtype: str) -> Non
 
 def _integers(options: argparse.Namespace, x: Any, columns: list[str]) -> list[int]:
     """Give the places of the columns of whole numbers."""
-    from pyroflows.data.dequantize import ColumnDequantizer
+    from pyroflows.dequantizers import ColumnDequantizer
 
     if options.integer_columns == "none":
         return []

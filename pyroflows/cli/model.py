@@ -18,8 +18,7 @@ from torch import Tensor
 
 from pyroflows.data.table_files import TableFile, open_table
 from pyroflows.distributed import launch
-from pyroflows.files import load
-from pyroflows.flow import Flow
+from pyroflows.flow import Flow, load
 
 __all__ = [
     "Model",

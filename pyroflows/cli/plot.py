@@ -55,7 +55,7 @@ def _plot(options: argparse.Namespace) -> None:
 
     from pyroflows import plots
     from pyroflows.cli.model import check_target, load_model, model_file, some_rows
-    from pyroflows.modes import seeded
+    from pyroflows.contexts import seeded
     from pyroflows.training import FitResult
 
     check_target(options.output, options.model, options.data)

@@ -65,9 +65,9 @@ def _sample(options: argparse.Namespace) -> None:
 
     from pyroflows.cli.model import check_target, load_model, model_file
     from pyroflows.cli.progress import Progress
+    from pyroflows.contexts import seeded
     from pyroflows.data.table_files import write_table
     from pyroflows.distributed import from_first, in_turn, together
-    from pyroflows.modes import seeded
 
     check_target(options.output, options.model, options.given)
     with model_file(options.model) as file:

@@ -61,9 +61,9 @@ def _score(options: argparse.Namespace) -> None:
 
     from pyroflows.cli.model import check_target, load_model, model_file
     from pyroflows.cli.progress import Progress
+    from pyroflows.contexts import seeded
     from pyroflows.data.table_files import write_table
     from pyroflows.distributed import in_turn, together
-    from pyroflows.modes import seeded
 
     if options.output is not None:
         check_target(options.output, options.model, options.data)

@@ -1,7 +1,6 @@
-"""Data to fit flows to: toy densities whose true log density is known, tables, their files, images, dequantisation."""
+"""Data to fit flows to: toy densities whose true log density is known, tables, their files, images."""
 
 from pyroflows.data.bsds300 import load_bsds300
-from pyroflows.data.dequantize import ColumnDequantizer, Dequantizer, UniformDequantizer, VariationalDequantizer
 from pyroflows.data.images import (
     IMAGES,
     ImageData,
@@ -48,11 +47,6 @@ __all__ = [  # noqa: RUF022 - grouped by file
     "TableFile",
     "open_table",
     "write_table",
-    # dequantize
-    "ColumnDequantizer",
-    "Dequantizer",
-    "UniformDequantizer",
-    "VariationalDequantizer",
     # images
     "IMAGES",
     "ImageData",

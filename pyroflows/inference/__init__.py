@@ -1,18 +1,9 @@
 """Posteriors of Pyro models: guides, ELBOs, fits in one call, and what they are worth."""
 
+from pyroflows.diagnostics.calibration import Calibration, calibration, coverage, sbc_p_values, sbc_ranks
+from pyroflows.diagnostics.samples import MomentTable, moment_table, sliced_wasserstein
+from pyroflows.diagnostics.weights import importance_ess, psis
 from pyroflows.inference.amortized import AmortizedFlow
-from pyroflows.inference.diagnostics import (
-    Calibration,
-    MomentTable,
-    calibration,
-    coverage,
-    importance_ess,
-    moment_table,
-    psis,
-    sbc_p_values,
-    sbc_ranks,
-    sliced_wasserstein,
-)
 from pyroflows.inference.distributed_elbo import DistributedELBO
 from pyroflows.inference.elbo import ImportanceWeightedELBO, PathELBO, TemperedELBO
 from pyroflows.inference.fitting import fit_posterior

@@ -20,9 +20,9 @@ from torch import Size, Tensor, nn
 from torch.distributions import biject_to, constraints
 
 from pyroflows.arguments import check_sizes
+from pyroflows.contexts import evaluating
 from pyroflows.flow import Flow
-from pyroflows.inference.density import initial_value
-from pyroflows.modes import evaluating
+from pyroflows.inference.log_joint import initial_value
 
 __all__ = ["AmortizedFlow", "Part", "built", "join", "unconstrained_start"]
 

@@ -14,8 +14,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyroflows import distributed
-from pyroflows.checkpoint import random_state, set_random_state
-from pyroflows.inference.density import device_of
+from pyroflows.contexts import random_state, set_random_state
+from pyroflows.inference.log_joint import device_of
 
 __all__ = ["DistributedELBO"]
 

@@ -17,12 +17,12 @@ from torch import Size, Tensor
 
 from pyroflows import distributed
 from pyroflows.arguments import check_number, check_sizes
+from pyroflows.contexts import seeded
 from pyroflows.flow import Flow
-from pyroflows.inference.density import LogJoint, device_of
 from pyroflows.inference.guide import AutoFlow
+from pyroflows.inference.log_joint import LogJoint, device_of
 from pyroflows.inference.posterior import Posterior, whole_log_joint
 from pyroflows.models import realnvp
-from pyroflows.modes import seeded
 from pyroflows.training import FitResult, fit
 
 __all__ = ["fit_posterior"]

@@ -21,8 +21,8 @@ from torch.distributions import biject_to, register_kl
 from pyroflows.arguments import check_number, check_option, check_sizes
 from pyroflows.bijection import Bijection
 from pyroflows.flow import Flow
-from pyroflows.inference.density import LatentSite, LogJoint, checked_values, constrain, supports_at, unconstrain
-from pyroflows.inference.start import STARTS, Start, find_start
+from pyroflows.inference.init import STARTS, Start, find_start
+from pyroflows.inference.log_joint import LatentSite, LogJoint, checked_values, constrain, supports_at, unconstrain
 from pyroflows.layers import TriangularAffine
 from pyroflows.models import iaf, maf, nsf, realnvp
 

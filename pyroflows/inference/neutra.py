@@ -17,8 +17,8 @@ from torch import Tensor
 
 from pyroflows.bijection import Bijection
 from pyroflows.flow import Flow
-from pyroflows.inference.density import initial_value
 from pyroflows.inference.guide import AutoFlow
+from pyroflows.inference.log_joint import initial_value
 
 __all__ = ["neutra", "run_chains"]
 

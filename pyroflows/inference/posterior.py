@@ -13,14 +13,14 @@ from pyro.infer.enum import config_enumerate
 from torch import Tensor
 
 from pyroflows.arguments import check_sizes
+from pyroflows.contexts import seeded
+from pyroflows.diagnostics.weights import psis
 from pyroflows.files import read, write
 from pyroflows.flow import Flow
-from pyroflows.inference.density import LogJoint
-from pyroflows.inference.diagnostics import psis
 from pyroflows.inference.guide import AutoFlow
+from pyroflows.inference.log_joint import LogJoint
 from pyroflows.inference.neutra import run_chains
 from pyroflows.inference.weights import CHUNK, SETS, Weights, judge, missed_modes, weigh, weights_of
-from pyroflows.modes import seeded
 from pyroflows.recipe import describe, is_plain, load_state, restore
 from pyroflows.training import FitResult
 

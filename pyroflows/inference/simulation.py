@@ -15,16 +15,17 @@ from torch.distributions import biject_to
 
 from pyroflows.arguments import check_sizes
 from pyroflows.bijection import Bijection
+from pyroflows.contexts import evaluating, seeded
+from pyroflows.diagnostics.arrays import labels
+from pyroflows.diagnostics.calibration import Calibration, calibration
 from pyroflows.flow import Flow
 from pyroflows.inference.amortized import Builder, Part, built, join, unconstrained_start
-from pyroflows.inference.diagnostics import Calibration, calibration, labels
 from pyroflows.layers.autoregressive import MaskedAutoregressive
 from pyroflows.layers.permutation import Permutation
 from pyroflows.layers.pointwise import Standardize
 from pyroflows.layers.spline import Spline
 from pyroflows.layers.transformers import Affine
 from pyroflows.layers.triangular import TriangularAffine
-from pyroflows.modes import evaluating, seeded
 from pyroflows.priors import StandardNormal
 from pyroflows.training import FitResult, fit
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyroflows.diagnostics.weights import importance_ess, psis
 from pyroflows.flow import Flow
-from pyroflows.inference.density import LogJoint
-from pyroflows.inference.diagnostics import importance_ess, psis
 from pyroflows.inference.guide import AutoFlow
+from pyroflows.inference.log_joint import LogJoint
 
 __all__ = ["Weights", "judge", "missed_modes", "weigh", "weights_of"]
 

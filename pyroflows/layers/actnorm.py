@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pyroflows.arguments import Shape
 from pyroflows.bijection import Bijection, times
 from pyroflows.distributed import var_mean
-from pyroflows.marks import inside_functorch
+from pyroflows.private import inside_functorch
 
 __all__ = ["ActNorm"]
 

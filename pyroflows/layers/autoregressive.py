@@ -10,10 +10,10 @@ from torch import Tensor
 
 from pyroflows.arguments import check_names
 from pyroflows.bijection import Bijection, vjp
-from pyroflows.conditioners.made import MADE
 from pyroflows.layers.inversion import closed, invert
 from pyroflows.layers.transformers import Transformer, make_transformer, transform
-from pyroflows.marks import inside_functorch
+from pyroflows.networks.made import MADE
+from pyroflows.private import inside_functorch
 
 __all__ = ["MaskedAutoregressive"]
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pyroflows.arguments import check_number
 from pyroflows.bijection import Bijection
 from pyroflows.distributed import var_mean, world_size
-from pyroflows.marks import inside_functorch
+from pyroflows.private import inside_functorch
 
 __all__ = ["BatchNorm"]
 

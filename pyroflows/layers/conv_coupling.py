@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from pyroflows.arguments import Shape, as_image_shape, check_names, check_option
 from pyroflows.bijection import Bijection
-from pyroflows.conditioners.convnet import ConvNet
 from pyroflows.layers.transformers import Affine, Transformer, make_transformer, transform
+from pyroflows.networks.convnet import ConvNet
 
 __all__ = ["ConvCoupling"]
 

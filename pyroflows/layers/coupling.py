@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from pyroflows.arguments import check_names, check_option, check_sizes
 from pyroflows.bijection import Bijection, vjp
-from pyroflows.conditioners.mlp import MLP
 from pyroflows.layers.transformers import Affine, Transformer, carry, make_transformer, transform
+from pyroflows.networks.mlp import MLP
 
 __all__ = ["Coupling"]
 

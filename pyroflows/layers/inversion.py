@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pyroflows.conditioners.made import MADE
-from pyroflows.forming import frozen
+from pyroflows.caching import frozen
 from pyroflows.layers.transformers import Transformer
+from pyroflows.networks.made import MADE
 
 __all__ = ["closed", "invert"]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyroflows.arguments import Shape, as_image_shape, check_option, check_sizes
 from pyroflows.bijection import Bijection
-from pyroflows.forming import formed
+from pyroflows.caching import formed
 
 __all__ = ["DenseLinear", "InvertibleConv", "LULinear"]
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from pyroflows.arguments import check_sizes
 from pyroflows.bijection import Bijection
-from pyroflows.conditioners.mlp import MLP
+from pyroflows.networks.mlp import MLP
 
 __all__ = ["Planar"]
 

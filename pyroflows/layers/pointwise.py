@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from pyroflows.arguments import Shape, check_number
 from pyroflows.bijection import Bijection, event_constraint
-from pyroflows.conditioners.mlp import MLP
+from pyroflows.networks.mlp import MLP
 
 __all__ = ["ElementwiseAffine", "Logit", "Sigmoid", "Standardize"]
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from pyroflows.arguments import check_sizes
 from pyroflows.bijection import Bijection
-from pyroflows.forming import formed
+from pyroflows.caching import formed
 from pyroflows.layers.linear import in_full
 
 __all__ = ["TriangularAffine"]

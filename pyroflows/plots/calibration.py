@@ -9,7 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from pyroflows.diagnostics import normal_quantiles
-from pyroflows.inference.diagnostics import Array, Calibration, as_array, expected_band, rank_counts
+from pyroflows.diagnostics.arrays import Array, as_array
+from pyroflows.diagnostics.calibration import Calibration, expected_band, rank_counts
 from pyroflows.plots.canvas import COLORS, STYLES, AxesArray, column_names, drawing, panels, rows_of
 
 __all__ = ["coverage_curves", "latent_normality", "pit_ecdf", "rank_histograms"]
@@ -78,7 +79,7 @@ def pit_ecdf(
     above predicts too high, one that stays below too low.
 
     Args:
-        values: probability integral transforms, as :func:`pit <pyroflows.inference.diagnostics.pit>` gives them.
+        values: probability integral transforms, as :func:`pit <pyroflows.diagnostics.pit>` gives them.
         ax: the axes; new ones by default.
         names: of the columns.
         level: of the band.
@@ -129,7 +130,7 @@ def rank_histograms(
 
     Args:
         result: as ``AmortizedPosterior.calibrate`` gives it, or
-            :func:`calibration <pyroflows.inference.diagnostics.calibration>`.
+            :func:`calibration <pyroflows.diagnostics.calibration>`.
         ax: an axes for each column; new ones by default.
         num_bins: of the histograms; by default those of the test whose p-value is in the title.
         level: of the band.
@@ -146,7 +147,7 @@ def rank_histograms(
         (arXiv:1804.06788).
 
     Example:
-        >>> from pyroflows.inference.diagnostics import calibration
+        >>> from pyroflows.diagnostics.calibration import calibration
         >>> rng = np.random.default_rng(0)
         >>> result = calibration(rng.normal(size=(400, 99, 1)), rng.normal(size=(400, 1)), ["mu"])
         >>> rank_histograms(result)[0].get_ylabel()
@@ -184,7 +185,7 @@ def coverage_curves(
 
     Args:
         result: as ``AmortizedPosterior.calibrate`` gives it, or
-            :func:`calibration <pyroflows.inference.diagnostics.calibration>`; its levels are the points.
+            :func:`calibration <pyroflows.diagnostics.calibration>`; its levels are the points.
         ax: the axes; new ones by default.
         level: of the band.
         title: of the axes.
@@ -194,7 +195,7 @@ def coverage_curves(
         ValueError: a level that is no probability.
 
     Example:
-        >>> from pyroflows.inference.diagnostics import calibration
+        >>> from pyroflows.diagnostics.calibration import calibration
         >>> rng = np.random.default_rng(0)
         >>> result = calibration(rng.normal(size=(400, 99, 1)), rng.normal(size=(400, 1)), ["mu"])
         >>> coverage_curves(result).get_xlabel()

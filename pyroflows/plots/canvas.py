@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pyroflows.inference.diagnostics import Array, NumPyArray, as_array
+from pyroflows.diagnostics.arrays import Array, NumPyArray, as_array
 
 __all__ = [
     "COLORS",

@@ -12,8 +12,8 @@ from matplotlib.collections import LineCollection
 from torch import Tensor
 
 from pyroflows.arguments import check_number, check_sizes
+from pyroflows.contexts import evaluating
 from pyroflows.flow import Flow
-from pyroflows.modes import evaluating
 from pyroflows.plots.canvas import COLORS, AxesArray, check_limits, drawing, panels
 
 __all__ = ["deformed_grid", "density_2d", "samples_2d"]

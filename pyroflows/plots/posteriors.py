@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from pyroflows.inference.diagnostics import NumPyArray, Values, as_array, as_columns, kde, khat_threshold, moment_table
+from pyroflows.diagnostics.arrays import NumPyArray, Values, as_array, as_columns
+from pyroflows.diagnostics.samples import kde, moment_table
+from pyroflows.diagnostics.weights import khat_threshold
 from pyroflows.plots.canvas import COLORS, STYLES, AxesArray, drawing, panels
 
 __all__ = ["khat", "posterior_draws"]
@@ -84,12 +86,12 @@ def khat(
     """Draw Pareto shapes of importance weights, as dots: of several sets of draws, or by the draws in a set.
 
     The dotted line, below which weights can be trusted, is
-    :func:`khat_threshold <pyroflows.inference.diagnostics.khat_threshold>` of the draws in a set; where their number is
+    :func:`khat_threshold <pyroflows.diagnostics.khat_threshold>` of the draws in a set; where their number is
     not given, 0.7, which holds from about 2,200 draws on. A k-hat above 3, or infinite, is a triangle at the top.
 
     Args:
         values: by the name of what they are of, one k-hat or several, such as ``posterior.khat``; or for each name what
-            :func:`khat_by_size <pyroflows.inference.diagnostics.khat_by_size>` gives, k-hats by the draws in a set,
+            :func:`khat_by_size <pyroflows.diagnostics.khat_by_size>` gives, k-hats by the draws in a set,
             through whose medians a line goes.
         ax: the axes; new ones by default.
         title: of the axes.

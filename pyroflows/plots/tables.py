@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from pyroflows.inference.diagnostics import Array, NumPyArray
+from pyroflows.diagnostics.arrays import Array, NumPyArray
 from pyroflows.plots.canvas import COLORS, PAGE, AxesArray, canvas, column_names, panels, rows_of
 
 __all__ = ["marginals", "pair_plot"]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from vector_step import CASES, CLOCKS, OPERATIONS, Case, measure, networks, pyroflows, summary
 
-from pyroflows.forming import frozen
+from pyroflows.caching import frozen
 
 SWEEPS: dict[str, tuple[str, tuple[int, ...]]] = {
     "rows": ("batch", (1, 16, 256, 4096, 65536)),

@@ -16,7 +16,7 @@ from pyro.infer.autoguide import AutoIAFNormal
 from vector_step import CLOCKS
 
 from pyroflows import AutoFlow, PathELBO, iaf, realnvp
-from pyroflows.conditioners import MADE
+from pyroflows.networks import MADE
 
 LATENTS, PARTICLES = 16, 16
 COVARIANCE = 0.5 * torch.eye(LATENTS) + 0.5

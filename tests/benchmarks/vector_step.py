@@ -31,8 +31,8 @@ import torch
 from torch import Tensor, nn
 
 from pyroflows import Flow, maf, nsf, realnvp
-from pyroflows.conditioners import MADE, MLP, MaskedLinear
 from pyroflows.layers import inversion
+from pyroflows.networks import MADE, MLP, MaskedLinear
 
 BINS, BOUND = 8, 3.0
 OPERATIONS = ("train", "log_prob", "sample")

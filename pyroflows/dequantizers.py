@@ -1,0 +1,370 @@
+"""Dequantisation: numbers of a continuous density out of discrete data, by noise whose density is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pyroflows.arguments import Shape, as_image_shape, as_shape, check_sizes
+from pyroflows.flow import Flow
+from pyroflows.layers.conv_coupling import ConvCoupling
+from pyroflows.layers.pointwise import Logit, Sigmoid
+from pyroflows.priors import Uniform
+from pyroflows.private import inside_functorch
+from pyroflows.recipe import Recorded
+
+__all__ = ["ColumnDequantizer", "Dequantizer", "UniformDequantizer", "VariationalDequantizer"]
+
+# How far from both ends the noise begins that a flow moves: a logit is finite there.
+_MARGIN = 1e-6
+
+
+class Dequantizer(Recorded, nn.Module):
+    r"""Adds noise to discrete data, so that the density of the sum bounds the probability of the data from below.
+
+    .. math:: \log P(x) \ge \mathbb E_{q(y \mid x)}\bigl[\log p(y) - \log q(y \mid x)\bigr]
+
+    It holds where :math:`q(y \mid x)` lies in the cell of numbers that :meth:`quantize` takes back to :math:`x`. To
+    write one's own, define ``forward`` and ``quantize``. Those here check values at every call on the CPU; on a GPU,
+    which would have to wait for them, only :meth:`check` does.
+
+    Args:
+        shape: the event shape of the data.
+
+    Shapes:
+        x, y: ``(*batch, *event_shape)``; log_q: ``(*batch,)``.
+
+    Raises:
+        TypeError: the data are of another dtype than they should be.
+        ValueError: a shape or a value is not one of the data's.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> dequantizer = UniformDequantizer(2, num_levels=4)
+        >>> y, log_q = dequantizer(torch.tensor([[0, 3]]))
+        >>> y, dequantizer.quantize(y)
+        (tensor([[0.1241, 0.9421]]), tensor([[0, 3]], dtype=torch.uint8))
+    """
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.event_shape = as_shape(shape)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw ``y`` given ``x``, and give the log-density of the draw."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward()")
+
+    def quantize(self, y: Tensor) -> Tensor:
+        """Give the discrete data in whose cell ``y`` lies."""
+        raise NotImplementedError(f"{type(self).__name__} must define quantize()")
+
+    def check(self, x: Tensor) -> None:
+        """Refuse data that are not what ``forward`` takes, values included, wherever they lie."""
+        self._check_form(x)
+        self._check_values(x)
+
+    def _check_values(self, x: Tensor) -> None:
+        """Any value will do, unless a subclass knows better."""
+
+    def _check_form(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"expected data as a tensor; got {type(x).__name__}")
+        self._check_shape(x)
+
+    def _check_shape(self, x: Tensor) -> None:
+        if x.shape[-len(self.event_shape) :] != self.event_shape:
+            expected = "(*batch, " + ", ".join(map(str, self.event_shape)) + ")"
+            raise ValueError(f"expected data of shape {expected}; got {tuple(x.shape)}")
+
+    def _check_call(self, x: Tensor) -> None:
+        self._check_form(x)
+        # Neither a compiled graph nor a mapped function can look at values.
+        if x.device.type == "cpu" and not torch.compiler.is_compiling() and not inside_functorch():
+            self._check_values(x)
+
+
+class _Levels(Dequantizer):
+    """Levels 0 to ``num_levels - 1``, whose cells divide [0, 1) evenly."""
+
+    divisor: Tensor
+
+    def __init__(self, shape: Shape, num_levels: int):
+        super().__init__(shape)
+        check_sizes(num_levels=num_levels)
+        if num_levels < 2:
+            raise ValueError(f"expected num_levels of at least 2; got {num_levels}")
+        self.num_levels = num_levels
+        # A tensor, since a GPU would multiply by the reciprocal of a number, and so have other cells than a CPU.
+        self.register_buffer("divisor", torch.tensor(float(num_levels)), persistent=False)
+
+    def quantize(self, y: Tensor) -> Tensor:
+        level = (y * self.divisor).floor()
+        # The product rounds: a number at the edge of a cell is put by the very edges between which it was drawn.
+        level = level + ((level + 1) / self.divisor <= y).to(y) - (level / self.divisor > y).to(y)
+        return level.clamp(0, self.num_levels - 1).to(torch.uint8 if self.num_levels <= 256 else torch.int64)
+
+    def _numbers(self, x: Tensor) -> Tensor:
+        self._check_call(x)
+        return x.to(self.divisor)
+
+    def _place(self, level: Tensor, u: Tensor) -> Tensor:
+        """Give the number that is a share ``u`` along the cell of its level, and inside it also after rounding."""
+        low, high = level / self.divisor, (level + 1) / self.divisor
+        return torch.minimum((level + u) / self.divisor, torch.nextafter(high, low))
+
+    @property
+    def _log_cells(self) -> float:
+        return self.event_shape.numel() * math.log(self.num_levels)
+
+    def _check_form(self, x: Tensor) -> None:
+        super()._check_form(x)
+        if x.is_floating_point() or x.is_complex():
+            raise TypeError(f"expected levels as integers from 0 to {self.num_levels - 1}; got {x.dtype}")
+
+    def _check_values(self, x: Tensor) -> None:
+        if not x.numel() or (x.dtype == torch.uint8 and self.num_levels >= 256):
+            return
+        low, high = (int(value) for value in x.aminmax())
+        if low < 0 or high >= self.num_levels:
+            raise ValueError(
+                f"expected levels from 0 to {self.num_levels - 1}; got {low if low < 0 else high}: "
+                f"num_levels, or the number of bits, is that of other data"
+            )
+
+    def extra_repr(self) -> str:
+        shape = self.event_shape
+        return f"{shape[0] if len(shape) == 1 else tuple(shape)}, num_levels={self.num_levels}"
+
+
+class UniformDequantizer(_Levels):
+    r"""Adds uniform noise to levels, such as those of pixels, and scales the sum to [0, 1).
+
+    .. math:: y = \frac{x + u}{L}, \quad u \sim \mathcal U[0, 1)^M, \qquad \log q(y \mid x) = M \log L
+
+    Args:
+        shape: the event shape of the data, of :math:`M` numbers.
+        num_levels: the number of levels :math:`L`; 256 for eight bits.
+
+    Shapes:
+        x: integers, ``(*batch, *event_shape)``; y: floats of the same shape; log_q: ``(*batch,)``.
+
+    Raises:
+        TypeError: the data are not integers.
+        ValueError: another shape, or a level outside ``0, ..., num_levels - 1``.
+
+    References:
+        A note on the evaluation of generative models, Theis, van den Oord and Bethge, 2016 (arXiv:1511.01844).
+
+    Example:
+        >>> dequantizer = UniformDequantizer((1, 8, 8), num_levels=17)
+        >>> x = torch.randint(17, (5, 1, 8, 8))
+        >>> y, log_q = dequantizer(x)
+        >>> bool((dequantizer.quantize(y) == x).all()), log_q.shape
+        (True, torch.Size([5]))
+    """
+
+    def __init__(self, shape: Shape, num_levels: int = 256):
+        super().__init__(shape, num_levels)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        level = self._numbers(x)
+        y = self._place(level, torch.rand_like(level))
+        return y, y.new_full(y.shape[: y.dim() - len(self.event_shape)], self._log_cells)
+
+
+class VariationalDequantizer(_Levels):
+    r"""Adds noise whose distribution a conditional flow learns, with the model, from the image.
+
+    .. math:: y = \frac{x + u}{L}, \quad u \sim q(u \mid x), \qquad \log q(y \mid x) = \log q(u \mid x) + M \log L
+
+    The flow begins at uniform noise, as whose equal it starts, takes it through a logit, checkerboard couplings that
+    see the image, and a sigmoid. Its parameters are the model's, and the bound they raise is one on the same
+    probability, so that its bits per dimension compare with those of uniform noise.
+
+    Args:
+        shape: ``(C, H, W)``.
+        num_levels: the number of levels :math:`L`.
+        hidden_channels: channels of the couplings' networks.
+        num_layers: number of couplings.
+
+    Shapes:
+        x: integers, ``(*batch, C, H, W)``; y: floats of the same shape; log_q: ``(*batch,)``.
+
+    Raises:
+        TypeError: the data are not integers.
+        ValueError: another shape, or a level outside ``0, ..., num_levels - 1``.
+
+    References:
+        Flow++: Improving Flow-Based Generative Models with Variational Dequantization and Architecture Design, Ho et
+        al., 2019 (arXiv:1902.00275).
+
+    Example:
+        >>> dequantizer = VariationalDequantizer((1, 8, 8), num_levels=17)
+        >>> x = torch.randint(17, (5, 1, 8, 8))
+        >>> y, log_q = dequantizer(x)
+        >>> bool((dequantizer.quantize(y) == x).all()), log_q.shape
+        (True, torch.Size([5]))
+    """
+
+    def __init__(self, shape: Shape, num_levels: int = 256, hidden_channels: int = 32, num_layers: int = 4):
+        super().__init__(as_image_shape(shape), num_levels)
+        check_sizes(num_layers=num_layers)
+        image = self.event_shape
+        couplings = [
+            ConvCoupling(
+                image,
+                mask="checkerboard",
+                flip=number % 2 == 1,
+                context_features=image.numel(),
+                context_shape=image,
+                hidden_channels=hidden_channels,
+            )
+            for number in range(num_layers)
+        ]
+        self.noise = Flow(Uniform(image, _MARGIN, 1 - _MARGIN), [Logit(image), *couplings, Sigmoid(image)])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        level = self._numbers(x)
+        seen = (2 * level + 1) / self.num_levels - 1  # centred, within [-1, 1]
+        u, log_q = self.noise.rsample_and_log_prob((), seen.flatten(-3))
+        return self._place(level, u), log_q + self._log_cells
+
+
+class ColumnDequantizer(Dequantizer):
+    r"""Adds uniform noise to those columns of a table that lie on a grid, such as counts, and leaves the others.
+
+    .. math:: y_i = x_i + s_i u_i, \quad u_i \sim \mathcal U[0, 1), \qquad
+        \log q(y \mid x) = -\sum_{i:\, s_i > 0} \log s_i
+
+    A density that is learnt from integers as they are is a comb of spikes whose height has no limit; with the noise it
+    is bounded by the probabilities of the integers.
+
+    Args:
+        steps: for each column the step :math:`s_i` of its grid: 1 for integers, 0 for numbers that are continuous.
+        offset: where the grid has one of its points; one number, or one for each column. A column of integers that was
+            standardised has the step ``1 / scale`` and the offset ``-mean / scale``; :meth:`from_data` finds them.
+
+    Shapes:
+        x, y: ``(*batch, features)``; log_q: ``(*batch,)``.
+
+    Raises:
+        ValueError: a step is negative, a shape is another, a value is not on its grid, or the steps are too small for
+            the precision of the numbers.
+
+    Example:
+        >>> dequantizer = ColumnDequantizer([1.0, 0.0])
+        >>> x = torch.tensor([[3.0, 0.25], [-1.0, 0.5]])
+        >>> y, log_q = dequantizer(x)
+        >>> bool((y[:, 1] == x[:, 1]).all()), dequantizer.quantize(y)
+        (True, tensor([[ 3.0000,  0.2500], [-1.0000,  0.5000]]))
+    """
+
+    steps: Tensor
+    offset: Tensor
+
+    def __init__(self, steps: Tensor | Sequence[float], offset: Tensor | Sequence[float] | float = 0.0):
+        steps, offset = _float(steps), _float(offset)
+        if steps.dim() != 1 or not steps.numel() or not steps.isfinite().all() or (steps < 0).any():
+            raise ValueError(f"expected steps as one number of at least 0 for each column; got {steps.tolist()}")
+        if offset.shape not in ((), steps.shape) or not offset.isfinite().all():
+            raise ValueError(f"expected an offset that is one finite number or {len(steps)}; got {offset.tolist()}")
+        super().__init__(len(steps))
+        self.register_buffer("steps", steps.clone())
+        self.register_buffer("offset", offset.to(steps).expand(steps.shape).clone())
+
+    @classmethod
+    def from_data(
+        cls, x: Tensor, *, mean: Tensor | Sequence[float] | None = None, scale: Tensor | Sequence[float] | None = None
+    ) -> ColumnDequantizer:
+        """Make one for rows ``x``, by finding the columns that hold whole numbers alone.
+
+        ``mean`` and ``scale`` are what a standardised table has, such as a :class:`Table`; whole numbers are looked for
+        in its original units, up to the rounding of its dtype.
+        """
+        if not isinstance(x, Tensor) or x.dim() != 2 or not x.numel():
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"expected rows as a tensor of shape (rows, features), at least one of each; got {got}")
+        dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
+        shift = _per_column("mean", mean, x.shape[1], 0.0)
+        factor = _per_column("scale", scale, x.shape[1], 1.0)
+        if not (factor > 0).all():
+            raise ValueError(f"expected a positive scale for each column; got {factor.tolist()}")
+        values = x.detach().cpu().double() * factor
+        precision = torch.finfo(x.dtype).eps if x.is_floating_point() else 0.0
+        rounding = precision * (values.abs() + shift.abs())
+        values = values + shift
+        # Where rounding is as large as the step itself, every number looks whole.
+        whole = ((values - values.round()).abs() <= rounding).all(0) & (rounding < 0.1).all(0)
+        steps = torch.where(whole, 1 / factor, 0.0)
+        # Of all points of the grid the one nearest zero, so that little is lost when it is added.
+        offset = torch.where(whole, (shift.round() - shift) / factor, 0.0)
+        return cls(steps.to(dtype), offset.to(dtype))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self._check_call(x)
+        x = x.to(self.steps)
+        point = self._number(x).round()
+        low, high = self._edge(point), self._edge(point + 1)
+        noisy = torch.minimum(low + self.steps * torch.rand_like(x), torch.nextafter(high, low))
+        return torch.where(self.steps > 0, noisy, x), self._log_cells().expand(x.shape[:-1])
+
+    def quantize(self, y: Tensor) -> Tensor:
+        point = self._number(y).floor()
+        point = point + (self._edge(point + 1) <= y).to(y) - (self._edge(point) > y).to(y)
+        return torch.where(self.steps > 0, self._edge(point), y)
+
+    def _edge(self, point: Tensor) -> Tensor:
+        return self.offset + self.steps * point
+
+    def _number(self, x: Tensor) -> Tensor:
+        return (x - self.offset) / self._cells()
+
+    def _cells(self) -> Tensor:
+        return torch.where(self.steps > 0, self.steps, 1)
+
+    def _log_cells(self) -> Tensor:
+        return -self._cells().log().sum()
+
+    def _check_values(self, x: Tensor) -> None:
+        x = x.to(self.steps).flatten(0, -2) if x.dim() > 1 else x.to(self.steps)[None]
+        precision = torch.finfo(x.dtype).eps
+        rounding = precision * (x.abs() + self.offset.abs())
+        coarse = (self.steps > 0) & x.isfinite() & (8 * rounding > self.steps)
+        self._refuse(
+            coarse, x, lambda column: f"steps of {self.steps[column]:g} to be far above the precision of {x.dtype}"
+        )
+        away = (x - self._edge(self._number(x).round())).abs()
+        # A step itself is rounded, which tells after many.
+        off = (self.steps > 0) & ~(away <= 1e-3 * self.steps + 4 * rounding)
+        self._refuse(
+            off,
+            x,
+            lambda column: (
+                f"multiples of the step {self.steps[column]:g} from {self.offset[column]:g} in column {column}"
+            ),
+        )
+
+    def _refuse(self, bad: Tensor, x: Tensor, expected: Callable[[int], str]) -> None:
+        if bad.any():
+            row, column = bad.nonzero()[0].tolist()
+            raise ValueError(
+                f"expected {expected(column)}; got {x[row, column].item():.9g} in row {row}, column {column}"
+            )
+
+    def extra_repr(self) -> str:
+        return f"{len(self.steps)}, discrete={int((self.steps > 0).sum())}"
+
+
+def _float(value: Tensor | Sequence[float] | float) -> Tensor:
+    tensor = torch.as_tensor(value).detach()
+    return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
+
+
+def _per_column(name: str, given: Tensor | Sequence[float] | None, columns: int, default: float) -> Tensor:
+    tensor = torch.full((columns,), default) if given is None else torch.as_tensor(given).detach().cpu()
+    if tensor.shape != (columns,) or not tensor.isfinite().all():
+        raise ValueError(f"expected {name} as {columns} finite numbers, one a column; got shape {tuple(tensor.shape)}")
+    return tensor.double()

@@ -1,0 +1,316 @@
+"""Calibration by simulation: ranks, coverage, and what chance allows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pyroflows.arguments import check_number, check_sizes
+from pyroflows.diagnostics.arrays import Array, NumPyArray, as_array, table_text
+
+__all__ = [
+    "Calibration",
+    "calibration",
+    "coverage",
+    "expected_band",
+    "pit",
+    "rank_counts",
+    "sbc_p_values",
+    "sbc_ranks",
+]
+
+
+def sbc_ranks(draws: Array, truth: Array) -> NumPyArray:
+    r"""Give the ranks of the true values among posterior draws, for simulation-based calibration.
+
+    .. math:: r_{sj} = \#\{l : \theta^{(l)}_{sj} < \theta^*_{sj}\}
+
+    With the truth from the prior, data from the model given it, and independent draws from the right posterior, each
+    rank is uniform on ``0, ..., num_draws``.
+
+    Args:
+        draws: posterior draws for each simulated data set.
+        truth: the values each data set was simulated from.
+
+    Shapes:
+        draws: ``(simulations, num_draws, d)``; truth: ``(simulations, d)``.
+
+    Returns:
+        Integer ranks, shape ``(simulations, d)``.
+
+    Raises:
+        TypeError: not numbers.
+        ValueError: shapes that do not match, or numbers that are not finite.
+
+    References:
+        Validating Bayesian Inference Algorithms with Simulation-Based Calibration, Talts et al., 2018
+        (arXiv:1804.06788).
+
+    Example:
+        >>> sbc_ranks(np.array([[[1.0], [2.0], [3.0]]]), np.array([[2.5]]))
+        array([[2]])
+    """
+    draws, truth = _simulations(draws, truth)
+    return (draws < truth[:, None]).sum(1)
+
+
+def sbc_p_values(ranks: Array, num_draws: int, *, num_bins: int | None = None) -> NumPyArray:
+    """Test whether ranks are uniform, by the chi-square test, column by column.
+
+    Args:
+        ranks: of simulation-based calibration.
+        num_draws: the posterior draws among which they were counted.
+        num_bins: of the histogram; by default such that a bin expects 25 simulations, but at most 40.
+
+    Shapes:
+        ranks: ``(simulations, d)``, integers from 0 to ``num_draws``.
+
+    Returns:
+        A p-value for each column, shape ``(d,)``.
+
+    Raises:
+        TypeError: not numbers.
+        ValueError: another shape, a rank out of range, fewer than 10 simulations, or more bins than ranks.
+
+    References:
+        Validating Bayesian Inference Algorithms with Simulation-Based Calibration, Talts et al., 2018
+        (arXiv:1804.06788).
+
+    Example:
+        >>> ranks = np.random.default_rng(0).integers(0, 100, size=(1000, 1))
+        >>> bool(sbc_p_values(ranks, 99)[0] > 0.01), bool(sbc_p_values(ranks // 2, 99)[0] > 0.01)
+        (True, False)
+    """
+    from scipy.stats import chisquare
+
+    counts, expected = rank_counts(ranks, num_draws, num_bins=num_bins)
+    return np.array([chisquare(column, expected).pvalue for column in counts.T])
+
+
+def rank_counts(ranks: Array, num_draws: int, *, num_bins: int | None = None) -> tuple[NumPyArray, NumPyArray]:
+    """Count ranks in the bins of a histogram, column by column, and say how many each bin expects of uniform ranks.
+
+    Bins may hold one rank more or less than others where their number does not divide the ranks', and expect as much
+    more.
+
+    Args:
+        ranks: of simulation-based calibration.
+        num_draws: the posterior draws among which they were counted.
+        num_bins: of the histogram; by default such that a bin expects 25 simulations, but at most 40.
+
+    Shapes:
+        ranks: ``(simulations, d)``, integers from 0 to ``num_draws``.
+
+    Returns:
+        Counts, shape ``(num_bins, d)``, and expected counts, shape ``(num_bins,)``.
+
+    Raises:
+        TypeError: not numbers.
+        ValueError: another shape, a rank out of range, fewer than 10 simulations, or more bins than ranks.
+
+    Example:
+        >>> counts, expected = rank_counts(np.arange(10)[:, None], 9, num_bins=3)
+        >>> counts[:, 0], expected
+        (array([4, 3, 3]), array([4., 3., 3.]))
+    """
+    check_sizes(num_draws=num_draws)
+    counted = as_array("ranks", ranks, 2)
+    if len(counted) < 10:
+        raise ValueError(f"expected at least 10 simulations; got {len(counted)}")
+    if counted.min() < 0 or counted.max() > num_draws:
+        raise ValueError(f"expected ranks from 0 to {num_draws}; got {counted.min():g} to {counted.max():g}")
+    if num_bins is None:
+        num_bins = min(max(2, min(40, len(counted) // 25)), num_draws + 1)
+    check_sizes(num_bins=num_bins)
+    if not 2 <= num_bins <= num_draws + 1:
+        raise ValueError(f"expected 2 to {num_draws + 1} bins, one for each rank at most; got {num_bins}")
+    bin_of_rank = np.arange(num_draws + 1) * num_bins // (num_draws + 1)
+    expected = np.bincount(bin_of_rank, minlength=num_bins) * (len(counted) / (num_draws + 1))
+    bins = bin_of_rank[counted.astype(int)]
+    return np.stack([np.bincount(column, minlength=num_bins) for column in bins.T], 1), expected
+
+
+def pit(draws: Array, truth: Array) -> NumPyArray:
+    r"""Give the probability integral transform of true values, by draws of what predicts them.
+
+    .. math:: u_{sj} = \frac{r_{sj} + 1/2}{n + 1}, \qquad r_{sj} = \#\{l : \theta^{(l)}_{sj} < \theta^*_{sj}\}
+
+    Args:
+        draws: of each prediction: posterior draws for a simulated data set, or samples of a flow given a row's context.
+        truth: the values that came.
+
+    Shapes:
+        draws: ``(simulations, num_draws, d)``; truth: ``(simulations, d)``.
+
+    Returns:
+        Numbers in (0, 1), shape ``(simulations, d)``; of right predictions, uniform up to steps of ``1 / (n + 1)``.
+
+    Raises:
+        TypeError: not numbers.
+        ValueError: shapes that do not match, or numbers that are not finite.
+
+    References:
+        Present Position and Potential Developments: The Prequential Approach, Dawid, 1984.
+
+    Example:
+        >>> pit(np.array([[[1.0], [2.0], [3.0]]]), np.array([[2.5]]))
+        array([[0.625]])
+    """
+    num_draws = int(np.shape(draws)[1]) if np.ndim(draws) == 3 else 0
+    return (sbc_ranks(draws, truth) + 0.5) / (num_draws + 1)
+
+
+def expected_band(shares: Array | Sequence[float], num: int, *, level: float = 0.99) -> tuple[NumPyArray, NumPyArray]:
+    """Give the band in which observed shares of independent trials lie by chance: a binomial's central interval.
+
+    It holds for each share alone, so that of a hundred shares one may be outside.
+
+    Args:
+        shares: the true ones, such as nominal coverages or a bin's share of ranks.
+        num: of trials.
+        level: the probability with which an observed share is in the band.
+
+    Shapes:
+        shares: ``(k,)``.
+
+    Returns:
+        The lowest and the highest share, each of shape ``(k,)``.
+
+    Raises:
+        TypeError: not numbers.
+        ValueError: a share or a level that is no probability, or ``num`` is not positive.
+
+    Example:
+        >>> low, high = expected_band([0.5], 400, level=0.95)
+        >>> low, high
+        (array([0.45]), array([0.55]))
+    """
+    from scipy.stats import binom
+
+    check_sizes(num=num)
+    check_number("level", level, "(0, 1)")
+    true = as_array("shares", shares, 1)
+    if ((true < 0) | (true > 1)).any():
+        raise ValueError(f"expected shares from 0 to 1; got {true.min():g} to {true.max():g}")
+    low, high = binom.interval(level, num, true)
+    return low / num, high / num
+
+
+def coverage(draws: Array, truth: Array, levels: Sequence[float] = (0.5, 0.8, 0.9, 0.95)) -> NumPyArray:
+    """Give how often central posterior intervals hold the true value.
+
+    Args:
+        draws: posterior draws for each simulated data set.
+        truth: the values each data set was simulated from.
+        levels: the probabilities of the intervals.
+
+    Shapes:
+        draws: ``(simulations, num_draws, d)``; truth: ``(simulations, d)``.
+
+    Returns:
+        Shares of the simulations, shape ``(levels, d)``; of a right posterior, the levels up to chance.
+
+    Raises:
+        TypeError: not numbers.
+        ValueError: shapes that do not match, numbers that are not finite, or a level that is no probability.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> coverage(rng.normal(size=(400, 500, 1)), rng.normal(size=(400, 1)), levels=[0.5])
+        array([[0.495]])
+    """
+    draws, truth = _simulations(draws, truth)
+    for level in levels:
+        check_number("a level", level, "(0, 1)")
+    tails = (1 - np.asarray(levels, dtype=float)) / 2
+    low, high = np.quantile(draws, tails, axis=1), np.quantile(draws, 1 - tails, axis=1)
+    return ((low <= truth) & (truth <= high)).mean(1)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What simulation-based calibration found.
+
+    Args:
+        names: of the columns.
+        ranks: of the true values among the draws, shape ``(simulations, d)``.
+        num_draws: the draws of each posterior.
+        p_values: of the chi-square test that the ranks are uniform, one a column.
+        levels: probabilities of central intervals.
+        coverage: how often each holds the truth, shape ``(levels, d)``.
+    """
+
+    names: tuple[str, ...]
+    ranks: NumPyArray
+    num_draws: int
+    p_values: NumPyArray
+    levels: tuple[float, ...]
+    coverage: NumPyArray
+
+    @property
+    def ok(self) -> bool:
+        """Whether no column's ranks are far from uniform: the smallest p-value, times the columns, is above 0.01."""
+        return bool(self.p_values.min() * len(self.names) > 0.01)
+
+    def __str__(self) -> str:
+        columns = ["p-value", *(f"in {level:.0%}" for level in self.levels)]
+        numbers = [self.p_values, *self.coverage]
+        head = f"{len(self.ranks)} simulations, {self.num_draws} draws each: ranks {'' if self.ok else 'NOT '}uniform"
+        return head + "\n" + table_text(self.names, columns, numbers, [".3f"] * len(columns))
+
+
+def calibration(
+    draws: Array,
+    truth: Array,
+    names: Sequence[str] | None = None,
+    *,
+    levels: Sequence[float] = (0.5, 0.8, 0.9, 0.95),
+) -> Calibration:
+    """Do simulation-based calibration: ranks, the test of their uniformity, and the coverage of central intervals.
+
+    Args:
+        draws: posterior draws for each simulated data set.
+        truth: the values each data set was simulated from.
+        names: of the columns.
+        levels: the probabilities of the intervals.
+
+    Shapes:
+        draws: ``(simulations, num_draws, d)``; truth: ``(simulations, d)``.
+
+    Returns:
+        A result that prints, with ``ok``.
+
+    Raises:
+        TypeError: not numbers.
+        ValueError: shapes that do not match, numbers that are not finite, fewer than 10 simulations, or a level that is
+            no probability.
+
+    References:
+        Validating Bayesian Inference Algorithms with Simulation-Based Calibration, Talts et al., 2018
+        (arXiv:1804.06788).
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> calibration(rng.normal(size=(400, 99, 1)), rng.normal(size=(400, 1)), ["mu"]).ok
+        True
+    """
+    ranks = sbc_ranks(draws, truth)
+    names = [f"x[{i}]" for i in range(ranks.shape[1])] if names is None else names
+    names = tuple(map(str, names))
+    if len(names) != ranks.shape[1]:
+        raise ValueError(f"expected a name for each of {ranks.shape[1]} columns; got {len(names)}")
+    num_draws = int(draws.shape[1])
+    p_values = sbc_p_values(ranks, num_draws)
+    return Calibration(names, ranks, num_draws, p_values, tuple(map(float, levels)), coverage(draws, truth, levels))
+
+
+def _simulations(draws: Array, truth: Array) -> tuple[NumPyArray, NumPyArray]:
+    draws, truth = as_array("draws", draws, 3), as_array("truth", truth, 2)
+    if draws.shape[::2] != truth.shape or 0 in draws.shape:
+        raise ValueError(
+            "expected draws of shape (simulations, num_draws, d) and a truth of (simulations, d), not empty; "
+            f"got {draws.shape} and {truth.shape}"
+        )
+    return draws, truth

@@ -1,0 +1,340 @@
+"""Gaussians to start a guide at, found from the log joint density and its score alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyroflows.arguments import check_option
+from pyroflows.inference.log_joint import LogJoint
+
+__all__ = ["STARTS", "Start", "find_start"]
+
+STARTS = ("auto", "laplace", "pathfinder", "fullrank", "meanfield", "none")
+_DRAWS = 64  # a Gaussian's draws, by which it is judged or improved; more where there are many latents
+_CANDIDATES = 128  # points of each width, of which the best are climbed from
+_CLIMBERS = 16  # climbs at once from points near the start; four where there are many latents
+_PRIOR_DRAWS = 64  # of which the best and others are climbed from
+_PRIOR_CLIMBERS = 16  # climbs at once from the prior; four where there are many latents
+_ITERATIONS = 100
+_PATIENCE = 15  # iterations of batch and match without a better ELBO
+_EVERY = 8  # iterations between the points of a climb that are kept
+_PATHS = 4  # climbs whose Gaussians are judged
+
+
+@dataclass(frozen=True)
+class Start:
+    """A Gaussian over the unconstrained vector.
+
+    Args:
+        method: how it was found.
+        loc: its mean, ``(dim,)``.
+        scale_tril: the Cholesky factor of its covariance, ``(dim, dim)``.
+        elbo: its ELBO in nats, estimated from a few draws, less two standard errors: luck does not win.
+    """
+
+    method: str
+    loc: Tensor
+    scale_tril: Tensor
+    elbo: float = -math.inf
+
+
+def find_start(log_joint: LogJoint, method: str = "auto", *, diagonal: bool = False, seed: int = 0) -> list[Start]:
+    r"""Find Gaussians near the posterior, the best first.
+
+    "laplace" climbs to a mode by BFGS from several points and takes the inverse Hessian there; "pathfinder" takes the
+    Gaussian of the best ELBO among those that the climb passes through, which on a posterior with a neck are better
+    than its mode; "fullrank" and "meanfield" fit a full or a diagonal Gaussian by batch and match, from the prior's
+    scale; "auto" does all of it, polishes the best by batch and match, and takes the best ELBO.
+
+    Args:
+        log_joint: the density.
+        method: one of those, or "none" for a standard normal around the model's initial values.
+        diagonal: whether a diagonal Gaussian is asked for, as where there are many latents; "auto" is then "meanfield".
+        seed: of the points climbed from, and of the draws that Gaussians are judged by.
+
+    Returns:
+        What was found, sorted by ELBO; those after the first are other modes, or other ways to the same.
+
+    References:
+        Pathfinder: Parallel quasi-Newton variational inference, Zhang et al., 2022 (arXiv:2108.03782);
+        Batch and match: black-box variational inference with a score-based divergence, Cai et al., 2024
+        (arXiv:2402.14758).
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model():
+        ...     pyro.sample("x", dist.MultivariateNormal(torch.ones(2), torch.tensor([[4.0, 1.0], [1.0, 1.0]])))
+        >>> best = find_start(LogJoint(model))[0]
+        >>> best.loc.round(decimals=2).tolist(), (best.scale_tril @ best.scale_tril.T).round(decimals=1).tolist()
+        ([1.0, 1.0], [[4.0, 1.0], [1.0, 1.0]])
+    """
+    check_option("init", method, STARTS)
+    initial = log_joint.initial.double()
+    eye = torch.eye(log_joint.dim).to(initial)
+    prior = Start("none", initial, eye)
+    if method == "none":
+        return [prior]
+    method = "meanfield" if diagonal and method == "auto" else method
+    found: list[Start] = []
+    generator = torch.Generator().manual_seed(seed)
+    if method in ("auto", "laplace", "pathfinder"):
+        paths = _distinct(_climb(log_joint, _places(log_joint, generator)))
+        if method != "laplace":
+            found += [_best_of_path(log_joint, path, generator) for path in paths]
+        if method != "pathfinder":
+            found += [start for path in paths if (start := _laplace(log_joint, path[-1], generator)) is not None]
+    if method in ("auto", "fullrank", "meanfield"):
+        finite = sorted((start for start in found if math.isfinite(start.elbo)), key=lambda start: -start.elbo)
+        for first in [*finite[:2], prior]:
+            found += _batch_and_match(log_joint, first, generator, diagonal=method == "meanfield")
+    found = sorted((start for start in found if math.isfinite(start.elbo)), key=lambda start: -start.elbo)
+    if not found:
+        raise ValueError(
+            f"expected a Gaussian with a finite ELBO by init={method!r}; found none: give init='none' or another model "
+            f"start"
+        )
+    return found
+
+
+def _places(log_joint: LogJoint, generator: torch.Generator) -> Tensor:
+    """Give points to climb from: the initial values, the best of many points around them, and draws of the prior.
+
+    Most of the latter are not the best ones: these may all lie on the slopes of one mode.
+    """
+    few = log_joint.dim > 100
+    width = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=torch.float64)
+    shape = (len(width), _CANDIDATES, log_joint.dim)
+    noise = width[:, None, None] * torch.randn(shape, dtype=torch.float64, generator=generator)
+    lots = log_joint.initial.double() + noise.to(log_joint.device)
+    value = torch.stack([_density(log_joint, lot)[0] for lot in lots])
+    best = value.topk(1 if few else _CLIMBERS // len(width)).indices
+    near = lots.gather(1, best[..., None].expand(*best.shape, shape[-1])).flatten(0, 1)
+    seed = int(torch.randint(2**31, (), generator=generator))
+    prior = log_joint.prior_draws(_PRIOR_DRAWS, seed=seed).double()
+    value, _ = _density(log_joint, prior)
+    prior, value = prior[value.isfinite()], value[value.isfinite()]
+    number = _PRIOR_CLIMBERS // 4 if few else _PRIOR_CLIMBERS
+    order = value.argsort(descending=True)
+    rows = torch.cat([order[: number // 4], order[number // 4 :].sort().values[: number - number // 4]])
+    return torch.cat([log_joint.initial.double()[None], near, prior[rows]])
+
+
+def _density(log_joint: LogJoint, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Give value and score in float64, in which the algebra here is done whatever the model's dtype."""
+    value, score = log_joint.value_and_score(u.to(log_joint.dtype))
+    return value.to(u.dtype), score.to(u.dtype)
+
+
+Path = list[tuple[Tensor, Tensor, Tensor]]
+"""The points of a climb, their values, and the inverse Hessians estimated there."""
+
+
+def _climb(log_joint: LogJoint, x: Tensor) -> list[Path]:
+    """Climb by BFGS from several points at once, ``(starts, dim)``; give the path of each that got anywhere."""
+    value, score = _density(log_joint, x)
+    eye = torch.eye(x.shape[-1]).to(x)
+    inverse = eye.expand(len(x), *eye.shape).clone()
+    fresh = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    active = value.isfinite()
+    learned = inverse  # of these, the last that a step told something
+    kept: list[Path] = [[] for _ in x]
+    for iteration in range(_ITERATIONS):
+        if not active.any():
+            break
+        direction = (inverse @ score.unsqueeze(-1)).squeeze(-1)
+        length = torch.where(fresh, (1 / direction.norm(dim=-1)).clamp(max=1.0), torch.ones_like(value))
+        new_x, new_value, new_score = _search(log_joint, x, value, score, direction, length, active)
+        moved = active & (new_value > value)
+        step, change = new_x - x, score - new_score
+        curvature = (step * change).sum(-1)
+        good = moved & (curvature > 1e-10 * step.norm(dim=-1) * change.norm(dim=-1))
+        inverse = torch.where(good[:, None, None], _update(inverse, step, change, curvature, fresh & good), inverse)
+        learned = torch.where(good[:, None, None], inverse, learned)
+        # A direction that led nowhere may be the fault of old curvature: start again from steepest ascent once.
+        stuck = active & ~moved
+        active = (moved & (new_value - value > 1e-9 * (1 + value.abs()))) | (stuck & ~fresh)
+        inverse = torch.where((stuck & ~fresh)[:, None, None], eye, inverse)
+        fresh = torch.where(stuck, True, fresh & ~good)
+        x = torch.where(moved[:, None], new_x, x)
+        score = torch.where(moved[:, None], new_score, score)
+        value = torch.where(moved, new_value, value)
+        if iteration % _EVERY == 0:
+            for row in good.nonzero()[:, 0].tolist():
+                kept[row].append((x[row], value[row], inverse[row].clone()))
+    for row, path in enumerate(kept):
+        if not fresh[row] or path:
+            path.append((x[row], value[row], learned[row]))
+    return [path for path in kept if path]
+
+
+def _distinct(paths: list[Path]) -> list[Path]:
+    """Give the highest paths, those to other modes before those to the same."""
+    paths = sorted(paths, key=lambda path: -float(path[-1][1]))
+    first: list[Path] = []
+    for path in paths:
+        end = path[-1][0]
+        if all(_distance(end, *other[-1][::2]) > 5 for other in first):
+            first.append(path)
+    others = [path for path in paths if not any(path is other for other in first)]
+    return (first + others)[:_PATHS]
+
+
+def _distance(x: Tensor, mode: Tensor, covariance: Tensor) -> float:
+    """Give the Mahalanobis distance of a point from a mode."""
+    factor, fine = _cholesky(covariance)
+    if not fine:
+        return math.inf
+    return float(torch.linalg.solve_triangular(factor, (x - mode)[:, None], upper=False).norm())
+
+
+def _search(
+    log_joint: LogJoint, x: Tensor, value: Tensor, score: Tensor, direction: Tensor, length: Tensor, active: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backtrack until every active start has risen enough."""
+    slope = (score * direction).sum(-1)
+    best = x, value, score
+    waiting = active.clone()
+    for _ in range(20):
+        rows = waiting.nonzero()[:, 0]
+        if not len(rows):
+            break
+        trial = x[rows] + length[rows, None] * direction[rows]
+        trial_value, trial_score = _density(log_joint, trial)
+        enough = trial_value >= value[rows] + 1e-4 * length[rows] * slope[rows]
+        done = rows[enough]
+        best_x, best_value, best_score = best
+        best = (
+            best_x.index_put((done,), trial[enough]),
+            best_value.index_put((done,), trial_value[enough]),
+            best_score.index_put((done,), trial_score[enough]),
+        )
+        waiting[done] = False
+        length = torch.where(waiting, length * 0.4, length)
+    return best
+
+
+def _update(inverse: Tensor, step: Tensor, change: Tensor, curvature: Tensor, first: Tensor) -> Tensor:
+    """BFGS's update of the inverse Hessian, of shape ``(starts, dim, dim)``."""
+    scale = torch.where(first, curvature / (change * change).sum(-1).clamp(min=1e-300), torch.ones_like(curvature))
+    inverse = inverse * scale[:, None, None]
+    rho = 1 / curvature[:, None, None]
+    s, y = step.unsqueeze(-1), change.unsqueeze(-1)
+    hy = inverse @ y
+    return inverse - rho * (hy @ s.mT + s @ hy.mT) + (rho**2 * (y.mT @ hy) + rho) * (s @ s.mT)
+
+
+def _judge(
+    log_joint: LogJoint, loc: Tensor, scale_tril: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draw from Gaussians ``(k, dim)``; give draws, scores ``(k, draws, dim)``, ELBOs and shares of finite draws."""
+    draws = loc.unsqueeze(1) + noise @ scale_tril.mT
+    value, score = _density(log_joint, draws.flatten(0, 1))
+    value, score = value.view(draws.shape[:2]), score.view(draws.shape)
+    log_q = -0.5 * (noise**2).sum(-1) - 0.5 * noise.shape[-1] * math.log(2 * math.pi)
+    log_ratio = value - log_q + scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1, keepdim=True)
+    elbo = log_ratio.mean(-1) - 2 * log_ratio.std(-1) / log_ratio.shape[-1] ** 0.5
+    return draws, score, elbo.nan_to_num(-torch.inf, -torch.inf, -torch.inf), value.isfinite().double().mean(-1)
+
+
+def _noise(log_joint: LogJoint, generator: torch.Generator, draws: int = 0) -> Tensor:
+    """Standard normal draws and their mirror images; by default enough to tell a full covariance."""
+    draws = draws or max(_DRAWS, 2 * min(log_joint.dim, 512))
+    half = torch.randn(draws // 2, log_joint.dim, dtype=torch.float64, generator=generator)
+    return torch.cat([half, -half]).to(log_joint.device)
+
+
+def _cholesky(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    factor, info = torch.linalg.cholesky_ex((covariance + covariance.mT) / 2)
+    fine = (info == 0) & factor.isfinite().all(-1).all(-1)
+    return torch.where(fine[..., None, None], factor, torch.eye(factor.shape[-1]).to(factor)), fine
+
+
+def _best_of_path(log_joint: LogJoint, path: Path, generator: torch.Generator) -> Start:
+    """Give the Gaussian of the best ELBO among those on a path."""
+    loc = torch.stack([x for x, _, _ in path])
+    factor, fine = _cholesky(torch.stack([inverse for _, _, inverse in path]))
+    noise = _noise(log_joint, generator, 32)
+    elbo = torch.cat([_judge(log_joint, m, f, noise)[2] for m, f in zip(loc.split(8), factor.split(8), strict=True)])
+    elbo = torch.where(fine & elbo.isfinite(), elbo, -torch.inf)
+    best = int(elbo.argmax())
+    if elbo[best].isfinite():  # the best of many is lucky too: fresh draws judge it
+        elbo[best] = _judge(log_joint, loc[best, None], factor[best], _noise(log_joint, generator))[2]
+    return Start("pathfinder", loc[best], factor[best], float(elbo[best]))
+
+
+def _laplace(log_joint: LogJoint, end: tuple[Tensor, Tensor, Tensor], generator: torch.Generator) -> Start | None:
+    """Give the Gaussian of the Hessian at the end of a path, by central differences in the units of BFGS's estimate."""
+    mode, _, inverse = end
+    factor, fine = _cholesky(inverse)
+    if not fine:
+        factor = torch.eye(len(mode)).to(mode)
+    size = 1e-4 if log_joint.dtype == torch.float64 else 0.2  # of the score's own rounding errors
+    steps = size * factor.mT
+    _, score = _density(log_joint, torch.cat([mode + steps, mode - steps]))
+    ahead, behind = score.chunk(2)
+    hessian = -(ahead - behind) @ factor / (2 * size)
+    values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
+    if not values.isfinite().all() or values.min() < 1e-6 * values.max() or values.max() <= 0:
+        return None
+    covariance = factor @ (vectors / values) @ vectors.mT @ factor.mT
+    scale, fine = _cholesky(covariance)
+    if not fine:
+        return None
+    elbo = _judge(log_joint, mode[None], scale[None], _noise(log_joint, generator))[2]
+    return Start("laplace", mode, scale, float(elbo))
+
+
+def _batch_and_match(log_joint: LogJoint, first: Start, generator: torch.Generator, *, diagonal: bool) -> list[Start]:
+    """Match the scores of a Gaussian to the posterior's at its own draws, again and again; give the best, if any."""
+    loc, factor = first.loc, first.scale_tril
+    method = "meanfield" if diagonal else "fullrank"
+    if diagonal:
+        factor = factor.norm(dim=-1).diag()
+    best, age = None, 0
+    for iteration in range(_ITERATIONS):
+        noise = _noise(log_joint, generator)
+        draws, score, elbo, share = _judge(log_joint, loc[None], factor[None], noise)
+        if share < 1:
+            # Where the density ends, the Gaussian is too wide there: draw it in and look again.
+            factor = factor * 0.5
+            continue
+        age += 1
+        if best is None or float(elbo) > best.elbo + 0.01:
+            best, age = Start(method, loc, factor, float(elbo)), 0
+        if age == _PATIENCE:
+            break
+        try:
+            loc, factor = _match(loc, factor, draws[0], score[0], len(noise) * len(loc) / (iteration + 1), diagonal)
+        except torch.linalg.LinAlgError:  # scores too large to tell anything, as far out in a prior
+            break
+    return [] if best is None else [best]
+
+
+def _match(
+    loc: Tensor, factor: Tensor, draws: Tensor, score: Tensor, rate: float, diagonal: bool
+) -> tuple[Tensor, Tensor]:
+    """One step of batch and match, in closed form, in the coordinates that whiten the present Gaussian."""
+    x = torch.linalg.solve_triangular(factor, (draws - loc).mT, upper=False).mT
+    g = score @ factor
+    mean_x, mean_g = x.mean(0), g.mean(0)
+    x, g, weight = x - mean_x, g - mean_g, rate / (1 + rate)
+    if diagonal:
+        u = rate * g.square().mean(0) + weight * mean_g**2
+        v = 1 + rate * x.square().mean(0) + weight * mean_x**2
+        covariance = (2 * v / (1 + (1 + 4 * u * v).sqrt())).diag()
+    else:
+        u = rate * g.mT @ g / len(g) + weight * mean_g.outer(mean_g)
+        v = torch.eye(len(loc)).to(loc) + rate * x.mT @ x / len(x) + weight * mean_x.outer(mean_x)
+        # Solves S U S + S = V: with V = C C', S = C 2 (I + sqrt(I + 4 C' U C))^-1 C'.
+        c, _ = _cholesky(v)
+        values, vectors = torch.linalg.eigh(c.mT @ u @ c)
+        covariance = c @ (vectors * (2 / (1 + (1 + 4 * values.clamp(min=0)).sqrt()))) @ vectors.mT @ c.mT
+    new, fine = _cholesky(covariance)
+    if not fine:
+        return loc, factor
+    mean = mean_x * weight + covariance @ mean_g * weight
+    return loc + factor @ mean, factor @ new

@@ -1,0 +1,192 @@
+"""The named flows of images, at several scales: Glow and RealNVP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Size, nn
+
+from pyroflows.arguments import Shape, as_image_shape, check_option, check_sizes
+from pyroflows.bijection import Bijection
+from pyroflows.compose import Compose
+from pyroflows.flow import Flow
+from pyroflows.layers.actnorm import ActNorm
+from pyroflows.layers.conv_coupling import ConvCoupling
+from pyroflows.layers.linear import InvertibleConv
+from pyroflows.layers.multiscale import Multiscale
+from pyroflows.layers.permutation import Permutation
+from pyroflows.layers.pointwise import ElementwiseAffine, Sigmoid
+from pyroflows.layers.squeeze import Squeeze
+from pyroflows.layers.transformers import Additive, Affine
+from pyroflows.networks.convnet import ResNet, ZeroConv
+from pyroflows.networks.one_hot import OneHot
+from pyroflows.priors import Prior, StandardNormal
+
+__all__ = ["image_glow", "image_realnvp"]
+
+PERMUTATIONS = ("conv", "conv-full", "shuffle", "reverse", "none")
+
+
+def image_glow(
+    features: Shape,
+    *,
+    num_levels: int = 3,
+    num_steps: int = 16,
+    hidden_channels: int = 512,
+    permutation: str = "conv",
+    coupling: str = "affine",
+    scale: str = "exp",
+    norm: str = "actnorm",
+    num_classes: int = 0,
+    context_features: int = 0,
+    learn_top: bool = True,
+    alpha: float | None = None,
+    prior: Prior | None = None,
+    dequantizer: nn.Module | None = None,
+) -> Flow:
+    """Build Glow for images; see :func:`pyroflows.glow`."""
+    check_sizes(num_levels=num_levels, num_steps=num_steps, hidden_channels=hidden_channels)
+    check_option("permutation", permutation, PERMUTATIONS)
+    check_option("coupling", coupling, ("affine", "additive"))
+    context, embedding = _conditions(num_classes, context_features)
+    transformer = Affine(scale=scale) if coupling == "affine" else Additive()
+
+    def step(shape: Size) -> Bijection:
+        move = ConvCoupling(
+            shape, transformer=transformer, context_features=context, hidden_channels=hidden_channels, norm=norm
+        )
+        return Compose([move, *_mix(shape, permutation), ActNorm(shape)])
+
+    levels: list[Bijection] = []
+    shape = _divisible(features, num_levels)
+    for number in range(num_levels):
+        squeeze = Squeeze(shape)
+        shape = squeeze.latent_shape
+        layers = [step(shape) for _ in range(num_steps)]
+        if number < num_levels - 1:
+            layers.insert(0, _split_prior(shape, context))
+        elif learn_top:
+            layers.insert(0, ElementwiseAffine(shape, context_features=context, hidden_features=()))
+        levels.insert(0, Compose([*layers, squeeze]))
+        shape = _kept(shape)
+    return _image_flow(levels, alpha, prior, embedding, dequantizer)
+
+
+def image_realnvp(
+    features: Shape,
+    *,
+    num_levels: int = 2,
+    num_blocks: int = 8,
+    hidden_channels: int = 64,
+    scale: str = "exp",
+    norm: str = "weight",
+    dropout: float = 0.0,
+    num_classes: int = 0,
+    context_features: int = 0,
+    alpha: float | None = 0.05,
+    prior: Prior | None = None,
+    dequantizer: nn.Module | None = None,
+) -> Flow:
+    """Build RealNVP for images; see :func:`pyroflows.realnvp`."""
+    check_sizes(num_levels=num_levels, num_blocks=num_blocks, hidden_channels=hidden_channels)
+    context, embedding = _conditions(num_classes, context_features)
+    transformer = Affine(scale=scale)
+
+    def couplings(shape: Size, mask: str, number: int, width: int) -> list[Bijection]:
+        channels = shape[0] if mask == "checkerboard" else None
+        layers: list[Bijection] = []
+        for index in range(number):
+            flip = index % 2 == 1
+            moved = channels or (shape[0] // 2 if flip else shape[0] - shape[0] // 2)
+            network = ResNet(
+                channels or shape[0] - moved,
+                2 * moved,
+                hidden_channels=width,
+                num_blocks=num_blocks,
+                context_features=context,
+                norm=norm,
+                dropout=dropout,
+            )
+            move = ConvCoupling(
+                shape,
+                transformer=transformer,
+                mask=mask,
+                flip=flip,
+                context_features=context,
+                conditioner=network,
+            )
+            layers.append(Compose([move, ActNorm(shape)]))
+        return layers
+
+    levels: list[Bijection] = []
+    shape = _divisible(features, num_levels - 1, least=2)
+    for number in range(num_levels):
+        width = hidden_channels * 2**number
+        if number == num_levels - 1:
+            levels.insert(0, Compose(couplings(shape, "checkerboard", 4, width)))
+            break
+        squeeze = Squeeze(shape)
+        above = couplings(shape, "checkerboard", 3, width)
+        shape = squeeze.latent_shape
+        levels.insert(0, Compose([*couplings(shape, "channels", 3, 2 * width), squeeze, *above]))
+        shape = _kept(shape)
+    return _image_flow(levels, alpha, prior, embedding, dequantizer)
+
+
+def _conditions(num_classes: int, context_features: int) -> tuple[int, nn.Module | None]:
+    """Give the length of the layers' context, and what makes it of class labels."""
+    if not num_classes:
+        return context_features, None
+    if context_features:
+        raise ValueError(f"expected num_classes or context_features; got {num_classes!r} and {context_features!r}")
+    return num_classes, OneHot(num_classes)
+
+
+def _divisible(features: Shape, halvings: int, *, least: int = 1) -> Size:
+    shape = as_image_shape(features)
+    _, height, width = shape
+    side = 2 ** min(halvings, 64)  # no image halves so often, and a file may ask for more
+    if height % side or width % side or (height // side) * (width // side) < least:
+        raise ValueError(
+            f"expected height and width that {side} divides, for {halvings} halvings; got {height} x {width}: "
+            f"use fewer levels, or pad the images (pyroflows.data.pad_images)"
+        )
+    return shape
+
+
+def _mix(shape: Size, permutation: str) -> list[Bijection]:
+    make: dict[str, Callable[[], list[Bijection]]] = {
+        "conv": lambda: [InvertibleConv(shape)],
+        "conv-full": lambda: [InvertibleConv(shape, factored=False)],
+        "shuffle": lambda: [Permutation(shape, "random")],
+        "reverse": lambda: [Permutation(shape, "reverse")],
+        "none": list,
+    }
+    return make[permutation]()
+
+
+def _split_prior(shape: Size, context_features: int) -> Bijection:
+    """Glow's learned prior of the channels that leave, given those that stay."""
+    stays = _kept(shape)[0]
+    network = ZeroConv(stays, 2 * (shape[0] - stays), context_features=context_features)
+    return ConvCoupling(shape, conditioner=network, context_features=context_features)
+
+
+def _kept(shape: Size) -> Size:
+    return Size((shape[0] // 2, *shape[1:]))
+
+
+def _image_flow(
+    levels: list[Bijection],
+    alpha: float | None,
+    prior: Prior | None,
+    embedding: nn.Module | None,
+    dequantizer: nn.Module | None,
+) -> Flow:
+    multiscale = Multiscale(levels)
+    layers: list[Bijection] = [multiscale]
+    if alpha is not None:
+        layers.append(Sigmoid(multiscale.data_shape, alpha))
+    options: dict[str, Any] = {"embedding": embedding, "dequantizer": dequantizer}
+    return Flow(StandardNormal(multiscale.latent_shape) if prior is None else prior, layers, **options)

@@ -1,0 +1,65 @@
+"""Class labels as a context."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pyroflows.arguments import check_sizes
+from pyroflows.private import inside_functorch
+from pyroflows.recipe import Recorded
+
+__all__ = ["OneHot"]
+
+
+class OneHot(Recorded, nn.Module):
+    """Class labels as vectors of zeros and a one, the embedding of class-conditional flows.
+
+    Args:
+        num_classes: number of classes, labelled from 0.
+
+    Shapes:
+        labels: ``(*batch,)``, integers; output: ``(*batch, num_classes)``.
+
+    Raises:
+        TypeError: the labels are not integers.
+        ValueError: a label is not one of the classes (at a call looked for on the CPU alone, where it costs nothing;
+            by :meth:`check` wherever the labels lie).
+
+    Example:
+        >>> OneHot(3)(torch.tensor([2, 0]))
+        tensor([[0., 0., 1.],
+                [1., 0., 0.]])
+    """
+
+    table: Tensor
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        check_sizes(num_classes=num_classes)
+        self.register_buffer("table", torch.eye(num_classes), persistent=False)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        self._check_dtype(labels)
+        # Neither a compiled graph nor a mapped function can look at values.
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling() and not inside_functorch():
+            self.check(labels)
+        return F.embedding(labels.long(), self.table)
+
+    def check(self, labels: Tensor) -> None:
+        """Refuse labels that are not those of the classes."""
+        self._check_dtype(labels)
+        if not labels.numel():
+            return
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= len(self.table):
+            raise ValueError(f"expected class labels from 0 to {len(self.table) - 1}; got {low} to {high}")
+
+    @staticmethod
+    def _check_dtype(labels: Tensor) -> None:
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise TypeError(f"expected class labels that are integers; got {labels.dtype}")
+
+    def extra_repr(self) -> str:
+        return str(len(self.table))
