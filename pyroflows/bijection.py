@@ -15,7 +15,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import biject_to, constraints, transform_to
 
 from pyroflows.arguments import Shape, as_shape
-from pyroflows.caching import marks_of, version
+from pyroflows.caching import fingerprint, version
 from pyroflows.recipe import Recorded
 
 __all__ = ["Bijection", "Conditioned", "Inverse"]
@@ -61,7 +61,7 @@ class _Record:
         self.result = weakref.ref(result, forget)
         self.grad = torch.is_grad_enabled()
         self.returned = False
-        self.marks = marks_of(owner)
+        self.marks = fingerprint(owner)
         self.versions = self._versions(result)
 
     def _versions(self, result: Tensor) -> tuple[Any, ...]:
@@ -80,7 +80,7 @@ class _Record:
             and context is self.context
             and (self.grad or not torch.is_grad_enabled())
             and self._versions(result) == self.versions
-            and marks_of(owner) == self.marks
+            and fingerprint(owner) == self.marks
         )
 
 
@@ -256,7 +256,7 @@ class Bijection(Recorded, TransformModule):
             raise ValueError(f"expected a tensor of shape {_batched(shape)}; got {tuple(x.shape)}")
         if context is None and not self.context_features:
             return x
-        batch = self._batch_shape(x.shape[: x.dim() - len(shape)], context)
+        batch = self.broadcast_batch(x.shape[: x.dim() - len(shape)], context)
         return x.expand(batch + shape)
 
     @staticmethod
@@ -278,7 +278,7 @@ class Bijection(Recorded, TransformModule):
     def _sides(self, forward: bool) -> tuple[Size, Size]:
         return (self.latent_shape, self.data_shape) if forward else (self.data_shape, self.latent_shape)
 
-    def _batch_shape(self, batch: Size, context: Tensor | None) -> Size:
+    def broadcast_batch(self, batch: Size, context: Tensor | None) -> Size:
         if context is None and self.context_features == 0:
             return batch
         expected = f"expected a context of shape (*batch, {self.context_features})"
@@ -299,7 +299,7 @@ class Bijection(Recorded, TransformModule):
                 f"expected a context whose batch shape broadcasts with {tuple(batch)}; got {tuple(context.shape)}"
             ) from None
 
-    def _context_for(self, context: Tensor | None) -> Tensor | None:
+    def context_for(self, context: Tensor | None) -> Tensor | None:
         """A stack hands its context to the layers that take one."""
         return context if self.context_features else None
 
@@ -471,7 +471,7 @@ class Conditioned(Bijection):
         if not isinstance(bijection, Bijection):
             raise TypeError(f"expected a Bijection; got {type(bijection).__name__}")
         super().__init__(bijection.latent_shape, data_shape=bijection.data_shape)
-        bijection._batch_shape(Size(), context)
+        bijection.broadcast_batch(Size(), context)
         self.bijection = bijection
         self.context = context
         self.domain, self.codomain = bijection.domain, bijection.codomain
@@ -503,14 +503,14 @@ class Conditioned(Bijection):
     def _map_shape(self, shape: Size, source: Size, target: Size) -> Size:
         mapped = super()._map_shape(shape, source, target)
         batch = mapped[: len(mapped) - len(target)]
-        return self.bijection._batch_shape(batch, self.context) + target
+        return self.bijection.broadcast_batch(batch, self.context) + target
 
     def _evaluate(self, x: Tensor, context: Tensor | None, *, forward: bool) -> Tensor:
-        self._batch_shape(Size(), context)
+        self.broadcast_batch(Size(), context)
         return self.bijection._evaluate(x, self.context, forward=forward)
 
     def _log_det_of(self, x: Tensor, y: Tensor, context: Tensor | None) -> Tensor:
-        self._batch_shape(Size(), context)
+        self.broadcast_batch(Size(), context)
         return self.bijection._log_det_of(x, y, self.context)
 
     def extra_repr(self) -> str:

@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pyroflows.private import inside_functorch
 
-__all__ = ["formed", "frozen", "marks_of", "version"]
+__all__ = ["cached", "caching", "fingerprint", "version"]
 
 Result = TypeVar("Result")
 
@@ -49,7 +49,7 @@ def _addresses(tensors: Sequence[Tensor]) -> list[int]:
         return [_address(tensor) for tensor in tensors]
 
 
-def marks_of(module: nn.Module) -> list[int]:
+def fingerprint(module: nn.Module) -> list[int]:
     """Give what an evaluation of ``module`` depends on beside its input: modes, and tensors with their versions."""
     modes, tensors, parts = [], [], [module]
     for part in parts:
@@ -74,20 +74,20 @@ class _Kept(dict[str, tuple[list[int] | None, Any]]):
         return type(None), ()
 
 
-def formed(method: Callable[[Any], Result]) -> Callable[[Any], Result]:
+def cached(method: Callable[[Any], Result]) -> Callable[[Any], Result]:
     """Have a method without arguments, which reads the weights alone, give its last result within :func:`frozen`."""
     name = method.__name__
 
     @functools.wraps(method)
     def give(self: Any) -> Result:
-        kept = self.__dict__.get("_formed")
+        kept = self.__dict__.get("_cache")
         if kept is None or torch.is_grad_enabled():
             return method(self)
         marks = None
         if kept.watch:
             if torch.compiler.is_compiling() or inside_functorch() or torch._C._is_any_autocast_enabled():
                 return method(self)
-            marks = marks_of(self)
+            marks = fingerprint(self)
         if name not in kept or kept[name][0] != marks:
             kept[name] = marks, method(self)
         found = kept[name][1]
@@ -98,16 +98,16 @@ def formed(method: Callable[[Any], Result]) -> Callable[[Any], Result]:
 
 
 @contextmanager
-def frozen(module: nn.Module, *, watch: bool = True) -> Iterator[None]:
+def caching(module: nn.Module, *, watch: bool = True) -> Iterator[None]:
     """Form what follows from the weights alone once, for calls without gradients in this block.
 
     Each call sees whether they have moved, unless nobody can move them meanwhile and there is nothing to watch.
     """
-    parts = [part for part in module.modules() if part.__dict__.get("_formed") is None]
+    parts = [part for part in module.modules() if part.__dict__.get("_cache") is None]
     for part in parts:
-        part.__dict__["_formed"] = _Kept(watch)
+        part.__dict__["_cache"] = _Kept(watch)
     try:
         yield
     finally:
         for part in parts:
-            part.__dict__.pop("_formed", None)
+            part.__dict__.pop("_cache", None)

@@ -95,7 +95,7 @@ class Compose(Bijection):
     ) -> tuple[Tensor, Tensor, Tensor]:
         total: Tensor | Literal[0] = 0
         for layer in self:
-            x, log_det, score = layer.forward_and_score(x, score, layer._context_for(context))
+            x, log_det, score = layer.forward_and_score(x, score, layer.context_for(context))
             total = total + log_det
         return x, total, score  # type: ignore[return-value]
 
@@ -104,7 +104,7 @@ class Compose(Bijection):
     ) -> tuple[Tensor, Tensor, Tensor]:
         total: Tensor | Literal[0] = 0
         for layer in reversed(self.layers):
-            y, log_det, score = layer.inverse_and_score(y, score, layer._context_for(context))  # type: ignore[operator]
+            y, log_det, score = layer.inverse_and_score(y, score, layer.context_for(context))  # type: ignore[operator]
             total = total + log_det
         return y, total, score  # type: ignore[return-value]
 
@@ -114,7 +114,7 @@ class Compose(Bijection):
             method = getattr(layer, direction)
             if recompute and not _recomputes_within(layer):
                 method = _recomputed(layer, method)
-            x, log_det = method(x, layer._context_for(context))
+            x, log_det = method(x, layer.context_for(context))
             total = log_det if total is None else total + log_det
         return x, cast(Tensor, total)
 

@@ -16,20 +16,20 @@ from pyroflows.contexts import random_state, set_random_state
 from pyroflows.private import inside_functorch
 
 __all__ = [
-    "agreed",
-    "alike",
-    "apart",
-    "from_first",
-    "from_first_in_place",
-    "gathered",
+    "all_gather",
+    "all_reduce",
+    "broadcast",
+    "broadcast_",
     "in_turn",
     "launch",
-    "own",
-    "own_random_state",
+    "on_first_rank",
     "rank",
-    "same_everywhere",
-    "set_own_random_state",
-    "summed",
+    "rank_random_state",
+    "rank_rng",
+    "rank_slice",
+    "set_rank_random_state",
+    "shared_rng",
+    "synchronize",
     "together",
     "var_mean",
     "world_size",
@@ -78,7 +78,7 @@ def _connect(device: torch.device) -> None:
 def together(device: torch.device, streams: Any = None) -> Iterator[Any]:
     """Work on one thing with all processes for the length of a block.
 
-    The random numbers of the first process are those of all, but for what is drawn :func:`apart`. The block gets the
+    The random numbers of the first process are those of all, but for what is drawn :func:`rank_rng`. The block gets the
     streams of random numbers, with which another can go on.
     """
     global _together, _random, _outside_compiled
@@ -90,7 +90,7 @@ def together(device: torch.device, streams: Any = None) -> Iterator[Any]:
     _outside_compiled = torch.compiler.disable(_var_mean)  # here, as the compiler takes seconds to import
     try:
         if streams is None:
-            set_random_state(from_first(random_state(device)), device)
+            set_random_state(broadcast(random_state(device)), device)
             streams = _Random(device)
         _random = streams
         yield streams
@@ -108,7 +108,7 @@ def rank() -> int:
     return dist.get_rank() if _together else 0
 
 
-def own(rows: int) -> slice:
+def rank_slice(rows: int) -> slice:
     """Give this process its part of so many rows; the parts of all are in order, and differ by one row at most."""
     size, more = divmod(rows, world_size())
     start = rank() * size + min(rank(), more)
@@ -118,14 +118,14 @@ def own(rows: int) -> slice:
 # What all processes know
 
 
-def summed(x: Tensor) -> Tensor:
+def all_reduce(x: Tensor) -> Tensor:
     """Give the sum over the processes, in place."""
     if _together:
         dist.all_reduce(x)
     return x
 
 
-def from_first(thing: Any) -> Any:
+def broadcast(thing: Any) -> Any:
     """Give what the first process has."""
     if not _together:
         return thing
@@ -135,13 +135,13 @@ def from_first(thing: Any) -> Any:
 
 
 @torch.no_grad()
-def from_first_in_place(x: Tensor) -> None:
+def broadcast_(x: Tensor) -> None:
     """Put the first process's numbers into a tensor."""
     if _together:
         dist.broadcast(x, 0)
 
 
-def gathered(thing: Any) -> list[Any]:
+def all_gather(thing: Any) -> list[Any]:
     """Give what each process has, in order."""
     if not _together:
         return [thing]
@@ -150,7 +150,7 @@ def gathered(thing: Any) -> list[Any]:
     return things
 
 
-def agreed(method: Callable[[], Any]) -> Any:
+def on_first_rank(method: Callable[[], Any]) -> Any:
     """Give what the first process finds; an error that it meets is raised by all."""
     if not _together:
         return method()
@@ -160,21 +160,21 @@ def agreed(method: Callable[[], Any]) -> Any:
             found = method()
         except Exception as caught:
             error = caught
-    found, error = from_first((found, error))
+    found, error = broadcast((found, error))
     if error is not None:
         raise error
     return found
 
 
 @torch.no_grad()
-def same_everywhere(module: nn.Module) -> None:
+def synchronize(module: nn.Module) -> None:
     """Give the module the parameters and buffers that it has in the first process."""
     if not _together:
         return
     state = module.state_dict()
     for value in state.values():
         if isinstance(value, Tensor):
-            from_first_in_place(value)
+            broadcast_(value)
     module.load_state_dict(state)  # for what a module keeps beside its tensors
 
 
@@ -183,7 +183,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return summed(x.clone())
+        return all_reduce(x.clone())
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -237,22 +237,22 @@ class _Random:
         self.other, self.is_apart = in_place, not self.is_apart
 
 
-def apart() -> Any:
+def rank_rng() -> Any:
     """Give a context in which each process draws random numbers of its own."""
     return nullcontext() if _random is None or _random.is_apart else _random.swapped()
 
 
-def alike() -> Any:
-    """Give a context, also within :func:`apart`, in which all processes draw the same random numbers."""
+def shared_rng() -> Any:
+    """Give a context, also within :func:`rank_rng`, in which all processes draw the same random numbers."""
     return _random.swapped() if _random is not None and _random.is_apart else nullcontext()
 
 
-def own_random_state() -> dict[str, Tensor] | None:
+def rank_random_state() -> dict[str, Tensor] | None:
     """Give the state of this process's own random numbers; None where it is alone. To be called outside of apart."""
     return None if _random is None else _random.other
 
 
-def set_own_random_state(state: dict[str, Tensor] | None) -> None:
+def set_rank_random_state(state: dict[str, Tensor] | None) -> None:
     """Go on with this process's own random numbers."""
     if _random is not None and state is not None:
         _random.other = state
@@ -277,5 +277,5 @@ def in_turn(function: Callable[[Any], Any], things: Iterable[Any]) -> Iterator[A
 
 
 def _computed(function: Callable[[Any], Any], group: list[Any]) -> list[Any]:
-    found = gathered(function(group[rank()]) if rank() < len(group) else None)
+    found = all_gather(function(group[rank()]) if rank() < len(group) else None)
     return found[: len(group)] if rank() == 0 else []

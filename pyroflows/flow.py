@@ -14,7 +14,7 @@ from pyro.distributions import TransformedDistribution
 from torch import Size, Tensor, nn
 
 from pyroflows.bijection import Bijection, vjp
-from pyroflows.caching import frozen
+from pyroflows.caching import caching
 from pyroflows.compose import Compose
 from pyroflows.contexts import evaluating
 from pyroflows.files import read, write
@@ -141,15 +141,15 @@ class Flow(Recorded, nn.Module):
 
     def forward(self, context: Tensor | None = None) -> TransformedDistribution:
         """Give the distribution, with the context's batch shape."""
-        context = self._embed(context)
-        self.bijection._batch_shape(Size(), context)
+        context = self.embed(context)
+        self.bijection.broadcast_batch(Size(), context)
         layers = [layer if context is None else layer.condition(context) for layer in self.layers]
         return TransformedDistribution(self.prior(), layers)
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Give the log-density of data, in nats."""
-        self._check_numbers(data=x)
-        context = self._embed(context)
+        self.check_input(data=x)
+        context = self.embed(context)
         z, log_det = self.bijection.inverse_and_log_det(x, context)
         return self.prior.log_prob(z) + log_det
 
@@ -169,26 +169,26 @@ class Flow(Recorded, nn.Module):
         in variety.
         """
         with torch.no_grad():
-            context = self._embed(context)
+            context = self.embed(context)
             narrowed = {} if temperature == 1.0 else {"temperature": temperature}
             z = self.prior.sample(self._sample_shape(shape, context), **narrowed)
             return self.bijection.forward_and_log_det(z, context)[0]
 
     def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Give the latent of data, shape ``(*batch, *latent_shape)``."""
-        self._check_numbers(data=x)
-        return self.bijection.inverse_and_log_det(x, self._embed(context))[0]
+        self.check_input(data=x)
+        return self.bijection.inverse_and_log_det(x, self.embed(context))[0]
 
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Give the data of a latent, shape ``(*batch, *event_shape)``."""
-        self._check_numbers(latent=z)
-        return self.bijection.forward_and_log_det(z, self._embed(context))[0]
+        self.check_input(latent=z)
+        return self.bijection.forward_and_log_det(z, self.embed(context))[0]
 
     def rsample_and_log_prob(
         self, shape: int | Sequence[int] = (), context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Draw data through which gradients pass, and give its log-density, in one pass."""
-        context = self._embed(context)
+        context = self.embed(context)
         z = self.prior.rsample(self._sample_shape(shape, context))
         x, log_det = self.bijection.forward_and_log_det(z, context)
         return x, self.prior.log_prob(z) - log_det
@@ -197,7 +197,7 @@ class Flow(Recorded, nn.Module):
         self, shape: int | Sequence[int] = (), context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Draw as above, and give also the gradient of the log-density at the draw, detached: for a path gradient."""
-        context = self._embed(context)
+        context = self.embed(context)
         z = self.prior.rsample(self._sample_shape(shape, context))
         with torch.enable_grad():
             z = z if z.requires_grad else z.detach().requires_grad_()
@@ -208,7 +208,7 @@ class Flow(Recorded, nn.Module):
         return x, log_prob - log_det, score
 
     @contextmanager
-    def frozen(self) -> Iterator[None]:
+    def cached(self) -> Iterator[None]:
         """Form what follows from the weights alone once, for calls without gradients in a block.
 
         Masked weights and the matrices of factors take longer than a few rows do. Weights that are loaded, trained or
@@ -217,10 +217,10 @@ class Flow(Recorded, nn.Module):
         Example:
             >>> from pyroflows import maf
             >>> flow = maf(2, num_layers=2)
-            >>> with flow.frozen(), torch.no_grad():
+            >>> with flow.cached(), torch.no_grad():
             ...     scores = [flow.log_prob(row) for row in torch.zeros(5, 2)]
         """
-        with frozen(self):
+        with caching(self):
             yield
 
     def save(self, path: str | os.PathLike[str], notes: Mapping[str, Any] | None = None) -> None:
@@ -282,12 +282,12 @@ class Flow(Recorded, nn.Module):
         sizes = tuple(shape) if isinstance(shape, Iterable) else (shape,)
         if not all(isinstance(size, Integral) and not isinstance(size, bool) and size >= 0 for size in sizes):
             raise ValueError(f"expected a sample shape of non-negative integers; got {shape!r}")
-        return Size(map(int, sizes)) + self.bijection._batch_shape(Size(), context)
+        return Size(map(int, sizes)) + self.bijection.broadcast_batch(Size(), context)
 
-    def _embed(self, context: Tensor | None) -> Tensor | None:
+    def embed(self, context: Tensor | None) -> Tensor | None:
         """Give the context that the layers take."""
         if context is not None:
-            self._check_numbers(context=context)
+            self.check_input(context=context)
         if self.embedding is None:
             return context
         if not isinstance(context, Tensor):
@@ -302,7 +302,7 @@ class Flow(Recorded, nn.Module):
             )
         return embedded
 
-    def _check_numbers(self, **inputs: Tensor | None) -> None:
+    def check_input(self, **inputs: Tensor | None) -> None:
         if torch.compiler.is_compiling():
             return  # the walk over Pyro's modules, which hash in a way of their own, would break the graph
         number = self._number()

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import pyroflows
 from pyroflows import MADE, MLP
-from pyroflows.caching import frozen
+from pyroflows.caching import caching
 from pyroflows.networks import MaskedLinear
 from pyroflows.networks.mlp import ACTIVATIONS
 
@@ -216,7 +216,7 @@ def test_made_in_blocks_is_made_as_a_whole():
     torch.testing.assert_close(made(x), wanted)
     with torch.no_grad():
         torch.testing.assert_close(made(x), wanted)
-        with frozen(made):
+        with caching(made):
             for _ in range(2):
                 torch.testing.assert_close(made(x), wanted)
                 torch.testing.assert_close(made(x[:1]), wanted[:1])

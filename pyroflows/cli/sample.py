@@ -67,7 +67,7 @@ def _sample(options: argparse.Namespace) -> None:
     from pyroflows.cli.progress import Progress
     from pyroflows.contexts import seeded
     from pyroflows.data.table_files import write_table
-    from pyroflows.distributed import from_first, in_turn, together
+    from pyroflows.distributed import broadcast, in_turn, together
 
     check_target(options.output, options.model, options.given)
     with model_file(options.model) as file:
@@ -76,7 +76,7 @@ def _sample(options: argparse.Namespace) -> None:
     given, total = _given(model, options.given)
     total = None if total is None else total * options.num_samples
     with together(model.flow.device), Progress("drawn", total, options.quiet) as progress:
-        base = from_first(int.from_bytes(os.urandom(4), "big") if options.seed is None else options.seed)
+        base = broadcast(int.from_bytes(os.urandom(4), "big") if options.seed is None else options.seed)
 
         def draw(part: tuple[int, Any]) -> Any:
             number, cells = part

@@ -96,7 +96,7 @@ class ParquetBatches:
         seed, steps = int(torch.randint(2**62, ())), len(self)  # the same in all processes
         order = np.random.default_rng(seed).permutation(len(self.sizes))
         # In the order of this pass each process has the rows of its part of every batch, in one piece.
-        mine = distributed.own(self.batch_size)
+        mine = distributed.rank_slice(self.batch_size)
         size = mine.stop - mine.start
         waiting: list[Array] = []
         generator = np.random.default_rng((seed, distributed.rank()))

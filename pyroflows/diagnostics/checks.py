@@ -97,12 +97,12 @@ def check(
     if len(x) == 0:
         raise ValueError("expected at least one row; got none")
     if isinstance(flow, Flow):
-        flow._check_numbers(data=x, context=context)
+        flow.check_input(data=x, context=context)
     flow = copy.deepcopy(flow).eval()
     bijection = flow.bijection if isinstance(flow, Flow) else flow
     with torch.no_grad():
         if isinstance(flow, Flow):
-            context = flow._embed(context)
+            context = flow.embed(context)
         z, inverse_log_det = bijection.inverse_and_log_det(x, context)
         back, forward_log_det = bijection.forward_and_log_det(z, context)
         z_back, _ = bijection.inverse_and_log_det(back, context)

@@ -61,14 +61,14 @@ class DistributedELBO(ELBO):
     def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """Give an estimate of the loss, from all processes."""
         with self._together(model, guide, args, kwargs):
-            with distributed.apart():
+            with distributed.rank_rng():
                 loss = self.elbo.loss(model, guide, *args, **kwargs)
             return _mean_number(loss, device_of(args, kwargs))
 
     def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """Give an estimate of the loss, and add its gradient to that of every parameter, from all processes."""
         with self._together(model, guide, args, kwargs):
-            with distributed.apart(), poutine.trace(param_only=True) as capture:
+            with distributed.rank_rng(), poutine.trace(param_only=True) as capture:
                 loss = self.elbo.loss_and_grads(model, guide, *args, **kwargs)
             parameters = _parameters(capture)
             if distributed.world_size() > 1:
@@ -101,9 +101,9 @@ class DistributedELBO(ELBO):
         set_random_state(before, device)
         for part in (model, guide):
             if isinstance(part, nn.Module):
-                distributed.same_everywhere(part)
+                distributed.synchronize(part)
         for parameter in _parameters(capture):
-            distributed.from_first_in_place(parameter)
+            distributed.broadcast_(parameter)
 
 
 class _OwnRows(Messenger):
@@ -115,7 +115,7 @@ class _OwnRows(Messenger):
         size, number = msg["fn"].size, msg["fn"].subsample_size
         if number is None or number >= size:
             return
-        with distributed.alike():
+        with distributed.shared_rng():
             rows = torch.randperm(size, device=msg["fn"].device)
         msg["value"], msg["done"] = rows.roll(-distributed.rank() * number)[:number], True
 
@@ -125,7 +125,7 @@ def _parameters(capture: Any) -> list[Tensor]:
 
 
 def _mean(x: Any) -> Any:
-    return distributed.summed(x).div_(distributed.world_size())
+    return distributed.all_reduce(x).div_(distributed.world_size())
 
 
 def _mean_number(x: float, device: torch.device) -> float:

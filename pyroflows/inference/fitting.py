@@ -141,8 +141,8 @@ def _own_draws(flow: Flow) -> Iterator[None]:
     whole = flow.prior.rsample
 
     def own(shape: Size) -> Tensor:
-        with distributed.alike():
-            return whole(shape)[distributed.own(shape[0])]
+        with distributed.shared_rng():
+            return whole(shape)[distributed.rank_slice(shape[0])]
 
     object.__setattr__(flow.prior, "rsample", own)
     try:
@@ -220,7 +220,7 @@ class _Training:
         return self.max_seconds is not None and self._seconds() >= self.max_seconds
 
     def _seconds(self) -> float:
-        return float(distributed.from_first(time.perf_counter() - self.began))
+        return float(distributed.broadcast(time.perf_counter() - self.began))
 
     def _fit(self, steps: int, rate: float, label: str) -> None:
         left = None if self.max_seconds is None else max(self.max_seconds - self._seconds(), 0.01)
@@ -248,7 +248,7 @@ class _Training:
             for _ in range(_GRADIENTS):
                 loss = objective(self.flow)
                 gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
-                rows.append(distributed.summed(gradient) / distributed.world_size())
+                rows.append(distributed.all_reduce(gradient) / distributed.world_size())
             noise = float(torch.stack(rows).var(0).sum())
             spread[objective] = noise if math.isfinite(noise) else math.inf
         return min(spread, key=lambda objective: spread[objective])
@@ -273,7 +273,7 @@ class _Training:
     def _loss(log_p: Tensor, log_q: Tensor, gradient: Tensor, fine: Tensor) -> Tensor:
         """A draw without a density gives no gradient; a batch of such draws gives a loss that is not finite."""
         value = torch.where(fine, log_p - log_q.detach() + gradient, 0.0)
-        return -value.sum() / (distributed.summed(fine.sum()) / distributed.world_size())
+        return -value.sum() / (distributed.all_reduce(fine.sum()) / distributed.world_size())
 
     @torch.no_grad()
     def _evaluate(self, draws: int) -> tuple[float, float, tuple[Tensor, Tensor]]:

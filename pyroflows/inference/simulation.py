@@ -519,7 +519,7 @@ class AmortizedPosterior:
 
     def _context(self, data: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Size]:
         given, batch = self._read(data)
-        return cast(Tensor, self.flow._embed(given)).reshape(*batch, self.flow.context_features), batch
+        return cast(Tensor, self.flow.embed(given)).reshape(*batch, self.flow.context_features), batch
 
     def _read(self, data: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Size]:
         """Give data as rows that the embedding takes, and their batch shape."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pyroflows.caching import frozen
+from pyroflows.caching import caching
 from pyroflows.layers.transformers import Transformer
 from pyroflows.networks.made import MADE
 
@@ -41,7 +41,7 @@ def invert(made: MADE, transformer: Transformer, x: Tensor, context: Tensor | No
     passes = features * _STEP // (work + _PASS)
     if rows and passes >= min(features, _ENOUGH):
         y = x
-        with frozen(made, watch=False):
+        with caching(made, watch=False):
             for _ in range(min(features, passes) + 1):
                 found, log_det = transformer.forward(x, made(y, context))
                 if torch.equal(found, y):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyroflows.arguments import Shape, as_image_shape, check_option, check_sizes
 from pyroflows.bijection import Bijection
-from pyroflows.caching import formed
+from pyroflows.caching import cached
 
 __all__ = ["DenseLinear", "InvertibleConv", "LULinear"]
 
@@ -74,13 +74,13 @@ class LULinear(Bijection):
         self.log_scale = nn.Parameter(upper.diagonal().abs().log())
         self.bias = nn.Parameter(torch.zeros(features)) if bias else None
 
-    @formed
+    @cached
     def weight(self) -> Tensor:
         """The matrix W, shape ``(features, features)``."""
         upper = self._upper()
         return torch.addmm(upper, self.lower.tril(-1), upper).index_select(0, self.permutation)
 
-    @formed
+    @cached
     def inverse_weight(self) -> Tensor:
         """The inverse of W."""
         columns = self.eye[self.permutation].T
@@ -106,11 +106,11 @@ class LULinear(Bijection):
             score = score @ self.weight()
         return *self.forward_and_log_det(x), score
 
-    @formed
+    @cached
     def _upper(self) -> Tensor:
         return torch.addcmul(self.upper.triu(1), self.eye, self.signs * self.log_scale.exp())
 
-    @formed
+    @cached
     def _log_det(self) -> Tensor:
         return self.log_scale.sum()
 
@@ -158,12 +158,12 @@ class DenseLinear(Bijection):
             x = nn.functional.linear(y, self.weight, self.bias)
         return x, self._log_det().expand(y.shape[:-1])
 
-    @formed
+    @cached
     def inverse_weight(self) -> Tensor:
         """The inverse of W."""
         return torch.linalg.inv(self.weight)
 
-    @formed
+    @cached
     def _log_det(self) -> Tensor:
         return torch.linalg.slogdet(self.weight).logabsdet
 

@@ -88,14 +88,14 @@ class Multiscale(Bijection):
         total, h = 0, None
         for level, part in zip(self.levels, parts, strict=True):
             h = part if h is None else torch.cat([h, part], -3)
-            h, log_det = level.forward_and_log_det(h, level._context_for(context))  # type: ignore[operator]
+            h, log_det = level.forward_and_log_det(h, level.context_for(context))  # type: ignore[operator]
             total = total + log_det
         return h, total  # type: ignore[return-value]
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         parts, total, h = [], 0, y
         for level, stay in zip(reversed(self.levels), reversed(self.stays), strict=True):
-            h, log_det = level.inverse_and_log_det(h, level._context_for(context))  # type: ignore[operator]
+            h, log_det = level.inverse_and_log_det(h, level.context_for(context))  # type: ignore[operator]
             total = total + log_det
             h, leaves = h.split((stay, h.shape[-3] - stay), -3)
             parts.append(leaves.flatten(-3))

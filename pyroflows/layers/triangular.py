@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from pyroflows.arguments import check_sizes
 from pyroflows.bijection import Bijection
-from pyroflows.caching import formed
+from pyroflows.caching import cached
 from pyroflows.layers.linear import in_full
 
 __all__ = ["TriangularAffine"]
@@ -109,7 +109,7 @@ class TriangularAffine(Bijection):
             pulled = flat / matrix if self.diagonal else solve(matrix, flat, upper=False, left=False)
         return *self.forward_and_log_det(x), pulled.reshape(score.shape)
 
-    @formed
+    @cached
     def _map(self) -> tuple[Tensor, Tensor]:
         """Give shift, and matrix or deviations, of the whole map."""
         if self.lower is None:
@@ -119,7 +119,7 @@ class TriangularAffine(Bijection):
         learned = self.log_scale.exp().diag().index_put((self.below[0], self.below[1]), below)
         return self.loc + self.scale @ self.shift, self.scale @ learned
 
-    @formed
+    @cached
     def _log_det(self) -> Tensor:
         return (self.scale if self.diagonal else self.scale.diagonal()).log().sum() + self.log_scale.sum()
 

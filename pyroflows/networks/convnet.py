@@ -10,7 +10,7 @@ from torch import Size, Tensor, nn
 from torch.nn import functional as F
 
 from pyroflows.arguments import Shape, as_image_shape, check_number, check_option, check_sizes
-from pyroflows.caching import formed
+from pyroflows.caching import cached
 from pyroflows.distributed import var_mean
 from pyroflows.networks.mlp import ACTIVATIONS
 from pyroflows.private import inside_functorch
@@ -49,7 +49,7 @@ class _Conv(nn.Conv2d):
             self._start(x)
         return self._conv_forward(x, self._scaled(), self.bias)
 
-    @formed
+    @cached
     def _scaled(self) -> Tensor:
         gain = self.log_gain.exp()  # type: ignore[union-attr]
         gain = gain if self.norm == "actnorm" else gain / self._length()
@@ -132,7 +132,7 @@ class ZeroConv(Recorded, nn.Module):
             h = h + _spread(self.context(context), batch)
         return h.contiguous().reshape(*batch, *h.shape[1:])  # a coupling reads channels, each in one piece
 
-    @formed
+    @cached
     def _scaled(self) -> tuple[Tensor, Tensor]:
         gain = torch.exp(3 * self.log_gain)
         return self.weight * gain.view(-1, 1, 1, 1), self.bias * gain

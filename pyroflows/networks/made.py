@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from pyroflows.arguments import as_widths, check_option, check_sizes
-from pyroflows.caching import formed
+from pyroflows.caching import cached
 from pyroflows.networks.mlp import MLP
 from pyroflows.private import inside_functorch
 
@@ -68,11 +68,11 @@ class MaskedLinear(nn.Linear):
         forward_mode = forward_ad._current_level >= 0  # for which the blocks have no derivative
         return not (forward_mode or inside_functorch() or torch.is_autocast_enabled("cpu"))
 
-    @formed
+    @cached
     def _masked(self) -> Tensor:
         return self.weight * self.mask
 
-    @formed
+    @cached
     def _in_blocks(self) -> list[Tensor]:
         return _masked_blocks(self.weight, self.mask, self.blocks)
 

@@ -185,7 +185,7 @@ def deformed_grid(
     x = torch.cat([upright, upright.flip(-1), circles]).to(flow.device, flow.dtype).flatten(0, 1)
     stages, titles = [x], ["latent"]
     with torch.no_grad(), evaluating(flow):
-        embedded = flow._embed(context)
+        embedded = flow.embed(context)
         for number, layer in enumerate(flow.layers, 1):
             x = layer.forward_and_log_det(x, embedded if layer.context_features else None)[0]
             stages.append(x)

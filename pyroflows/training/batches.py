@@ -79,7 +79,7 @@ class Rows:
         """Give the batches of an epoch of which so many are done."""
         if not self.runs_on and not done:
             self.waiting = self.waiting[:0]
-        mine = distributed.own(self.batch_size)
+        mine = distributed.rank_slice(self.batch_size)
         share = (mine.stop - mine.start) / self.batch_size
         for _ in range(self.steps - done):
             while len(self.waiting) < self.batch_size:
@@ -126,7 +126,7 @@ class Batches:
         self.sampler = sampler if isinstance(sampler, DistributedSampler) else None
         self.sharded = bool(getattr(batches, "sharded", self.sampler is not None))
         try:
-            self.steps: int | None = min(distributed.gathered(len(batches)))  # type: ignore[arg-type]
+            self.steps: int | None = min(distributed.all_gather(len(batches)))  # type: ignore[arg-type]
         except TypeError:  # a stream, or a DataLoader over one
             self.steps = None
         self.place: dict[str, Tensor] | None = None  # the random numbers at the start of the epoch
@@ -162,7 +162,7 @@ class Batches:
             if batch is not None:
                 x, context = self._checked(batch, number)
             rows = torch.tensor([batch is not None, x is not None and len(x) > 0, 0 if x is None else len(x)])
-            some, filled, total = distributed.summed(rows.to(self.device)).tolist()
+            some, filled, total = distributed.all_reduce(rows.to(self.device)).tolist()
             if some < distributed.world_size():
                 return
             if x is not None and filled == distributed.world_size():
@@ -175,7 +175,7 @@ class Batches:
         if not isinstance(x, Tensor) and not hasattr(x, "__array__"):
             raise TypeError(f"expected batches that are tensors or arrays, or pairs of them; got {type(x).__name__}")
         found, its_context = _data(self.flow, x, context, self.device, name=f"batch {number}")
-        mine = slice(None) if self.sharded else distributed.own(len(found))
+        mine = slice(None) if self.sharded else distributed.rank_slice(len(found))
         return found[mine], None if its_context is None else its_context[mine]
 
 
@@ -286,9 +286,9 @@ def _data(flow: Flow, x: Any, context: Any, device: torch.device, *, name: str, 
         else _as_tensor(context, flow, device, f"context of {name}", integers=embedded, first=first)
     )
     if not embedded:
-        flow.bijection._batch_shape(data.shape[:1], given)
+        flow.bijection.broadcast_batch(data.shape[:1], given)
     elif given is None:
-        flow._embed(None)  # says that it is missing
+        flow.embed(None)  # says that it is missing
     elif isinstance(flow.embedding, OneHot):
         flow.embedding.check(given)  # a GPU would look a label up beyond the table, and be of no use from then on
     if given is not None and given.shape[: 1 if embedded else -1] != data.shape[:1]:

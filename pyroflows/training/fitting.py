@@ -261,7 +261,7 @@ def fit(
     fabric = distributed.launch(accelerator, home, own)
     with seeded(seed, fabric.device), distributed.together(fabric.device), contextlib.ExitStack() as stack:
         file = None if checkpoint is None else Checkpoint(checkpoint, checkpoint_seconds, checkpoint_steps)
-        state = None if file is None else distributed.agreed(file.load)
+        state = None if file is None else distributed.on_first_rank(file.load)
         if state is not None:
             set_random_state(state["start"], fabric.device)  # so that the same rows are held out
         start = random_state(fabric.device)
@@ -290,7 +290,7 @@ def fit(
         )
         alone = distributed.world_size() == 1
         marks = {} if file is None and alone else _marks(options, flow, train, held_out)
-        _refuse_differences(distributed.gathered(marks))
+        _refuse_differences(distributed.all_gather(marks))
         if file is not None and state is not None:
             file.check(state["marks"], marks)
         for part in flow.modules():
@@ -298,7 +298,7 @@ def fit(
                 part.restart_if_untrained()  # type: ignore[operator]
         stack.callback(flow.to, home)
         fabric.to_device(flow)
-        distributed.same_everywhere(flow)
+        distributed.synchronize(flow)
         trained: Any = flow
         if strategy == "fsdp" and not alone:
             if state is not None:
@@ -388,19 +388,19 @@ def _start(flow: Flow, objective: Objective, train: Any, augment: Any, accumulat
     """Have the norms of a flow start from the first batch, as they do in the first step of another strategy."""
     if all(getattr(part, "_started", True) for part in flow.modules()):
         return
-    place, state, own = train.place, random_state(device), distributed.own_random_state()
+    place, state, own = train.place, random_state(device), distributed.rank_random_state()
     x, context, _ = next(iter(train.after(0)))
     flow.train()
-    with distributed.apart():
+    with distributed.rank_rng():
         if x is not None:
             x = x if augment is None else augment(x)
-            number = min(distributed.gathered(min(accumulate, len(x))))
+            number = min(distributed.all_gather(min(accumulate, len(x))))
             x = x.tensor_split(number)[0]
             context = None if context is None else context[: len(x)]
         objective(flow, x, context)
     train.go_to(place)
     set_random_state(state, device)
-    distributed.set_own_random_state(own)
+    distributed.set_rank_random_state(own)
 
 
 @dataclass
@@ -456,7 +456,7 @@ class _Trainer:
                     self._exchange()
                     if self.is_spread:
                         self.flow.load_state_dict(gather(self.trained.state_dict()))
-                    with distributed.apart():
+                    with distributed.rank_rng():
                         loss = self._evaluate(train)
                     if self.is_spread:
                         for buffer, value in zip(self.trained.buffers(), self.flow.buffers(), strict=True):
@@ -471,7 +471,7 @@ class _Trainer:
             if kept is not None:
                 self.flow.load_state_dict(kept)
             self.flow.eval()
-        distributed.same_everywhere(self.flow)
+        distributed.synchronize(self.flow)
         return result
 
     def _save(self, *, epoch_ended: bool = False) -> None:
@@ -503,7 +503,7 @@ class _Trainer:
             "best": self.best,
             "place": self.train.place,
             "random": random_state(self.fabric.device),
-            "apart": distributed.gathered(distributed.own_random_state()),
+            "apart": distributed.all_gather(distributed.rank_random_state()),
         }
 
     def resume(self, state: dict[str, Any]) -> None:
@@ -527,7 +527,7 @@ class _Trainer:
         self.began = time.perf_counter() - self.result.seconds
         set_random_state(state["random"], self.fabric.device)
         if len(state["apart"]) == distributed.world_size():  # else the others have new ones
-            distributed.set_own_random_state(state["apart"][distributed.rank()])
+            distributed.set_rank_random_state(state["apart"][distributed.rank()])
         if self.file is not None:
             self.file.written = self.result.seconds, self.result.steps
         if not self.done:
@@ -578,7 +578,7 @@ class _Trainer:
 
     def _seconds(self) -> float:
         """Give the time since the start, on the first process's clock."""
-        return float(distributed.from_first(time.perf_counter() - self.began))
+        return float(distributed.broadcast(time.perf_counter() - self.began))
 
     def _epoch(self, bar: Any) -> tuple[float, float]:
         self.trained.train()
@@ -588,7 +588,7 @@ class _Trainer:
         for x, context, share in self.train.after(self.done):
             elapsed = self._seconds() if timed else time.perf_counter() - self.began
             self._set_rate(elapsed)
-            with distributed.apart():
+            with distributed.rank_rng():
                 loss, norm, bad = self._step(x, context, share)
             self.sums += torch.where(bad > 0, 0, torch.stack([loss, norm, torch.ones_like(loss)]).float())
             self.result.steps += 1
@@ -664,14 +664,14 @@ class _Trainer:
         if distributed.world_size() == 1:
             return loss
         if self.is_spread:
-            return distributed.summed(loss)
+            return distributed.all_reduce(loss)
         trained = [p for p in self.parameters if p.requires_grad]
         for parameter in trained:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [p.grad.flatten() for p in trained]
         parts = [*gradients, loss.to(gradients[0])[None]]
-        sums = distributed.summed(torch.cat(parts)).split([len(part) for part in parts])
+        sums = distributed.all_reduce(torch.cat(parts)).split([len(part) for part in parts])
         for parameter, gradient in zip(trained, sums, strict=False):
             parameter.grad.copy_(gradient.view_as(parameter))  # in its layout, of which a fused optimizer knows one
         return sums[-1][0]
@@ -690,7 +690,7 @@ class _Trainer:
                 got = f"{x.dtype} of {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
                 raise TypeError(f"expected augment to give {dtype} of {tuple(shape)}, as it gets; got {got}")
         # As many in every process: norms in training sum over all of them in each.
-        rows, number = len(x), min(distributed.gathered(min(number, len(x)))) if number > 1 else 1
+        rows, number = len(x), min(distributed.all_gather(min(number, len(x)))) if number > 1 else 1
         parts = self._laid_out(x).tensor_split(number)
         contexts = [None] * number if context is None else context.tensor_split(number)
         for part, its_context in zip(parts, contexts, strict=True):
@@ -708,9 +708,9 @@ class _Trainer:
         if self.held_out is None:
             return train
         rows = len(self.held_out.x)
-        chunks = self.held_out.chunks(distributed.own(rows))
+        chunks = self.held_out.chunks(distributed.rank_slice(rows))
         losses = [float(self.objective(self.flow, self._laid_out(x), c)) * len(x) for x, c in chunks]
-        return sum(distributed.gathered(sum(losses))) / rows
+        return sum(distributed.all_gather(sum(losses))) / rows
 
 
 @torch.no_grad()
@@ -720,7 +720,7 @@ def _set_batch_statistics(flow: Flow, train: Rows) -> None:
     if not any(isinstance(layer, BatchNorm) for layer in layers):
         return
     train = train.sample(_STATISTICS_ROWS)
-    mine = distributed.own(len(train.x))
+    mine = distributed.rank_slice(len(train.x))
     parts = train.slices(mine)
     if flow.dequantizer is None:
         x = train.x[mine]
@@ -728,11 +728,11 @@ def _set_batch_statistics(flow: Flow, train: Rows) -> None:
         x = torch.cat([flow.dequantizer(train.x[rows])[0] for rows in parts])
     context = train.context
     if context is not None:
-        context = torch.cat([flow._embed(context[rows]) for rows in parts])  # type: ignore[misc]
+        context = torch.cat([flow.embed(context[rows]) for rows in parts])  # type: ignore[misc]
     parts = [slice(rows.start - mine.start, rows.stop - mine.start) for rows in parts]
     for layer in reversed(layers):
         if isinstance(layer, BatchNorm):
             layer.set_statistics(x)
-        given = layer._context_for(context)
+        given = layer.context_for(context)
         found = [layer.inverse_and_log_det(x[rows], None if given is None else given[rows])[0] for rows in parts]
         x = torch.cat(found)

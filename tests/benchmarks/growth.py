@@ -1,7 +1,7 @@
 """How the time of flows of vectors grows with rows, features and layers, beside their bare networks; and the memory.
 
 A training step, ``log_prob`` and sampling of a MAF, a RealNVP and a spline flow of couplings, of the sizes of
-``vector_step.py``, one of the three sizes varied at a time. "frozen" is ``log_prob`` within ``flow.frozen()``, where
+``vector_step.py``, one of the three sizes varied at a time. "frozen" is ``log_prob`` within ``flow.cached()``, where
 what follows from the weights alone is formed once, as it is of the networks there. Memory is the largest resident set
 during one operation above that before it (Linux).
 """
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from vector_step import CASES, CLOCKS, OPERATIONS, Case, measure, networks, pyroflows, summary
 
-from pyroflows.caching import frozen
+from pyroflows.caching import caching
 
 SWEEPS: dict[str, tuple[str, tuple[int, ...]]] = {
     "rows": ("batch", (1, 16, 256, 4096, 65536)),
@@ -57,8 +57,8 @@ def point(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         steps = {"pyroflows": flow.operation(called, data), "networks": floor.operation(called, data)}
         with ExitStack() as stack:
             if operation == "frozen":
-                stack.enter_context(frozen(flow.module))
-                stack.enter_context(frozen(floor.module))
+                stack.enter_context(caching(flow.module))
+                stack.enter_context(caching(floor.module))
             steps["pyroflows"]()
             peak = peak_of(steps["pyroflows"])
             times = measure(steps, options.repeats, options.seconds, CLOCKS[options.clock])

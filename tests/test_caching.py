@@ -9,7 +9,7 @@ import torch
 from contract import FLOWS, IMAGE_FLOWS, perturb
 
 from pyroflows import DenseLinear, Flow, InvertibleConv, LULinear, StandardNormal, TriangularAffine
-from pyroflows.caching import formed, frozen
+from pyroflows.caching import cached, caching
 from pyroflows.networks import MADE
 
 ALL = {name: partial(build, 3, 0) for name, build in FLOWS.items()}
@@ -28,17 +28,17 @@ def test_a_frozen_flow_gives_the_same(name):
         z = torch.randn(4, *flow.bijection.latent_shape, dtype=torch.float64)
         x = flow.decode(z)
         expected = flow.log_prob(x)
-        with flow.frozen():
+        with flow.cached():
             for _ in range(2):
                 torch.testing.assert_close(flow.decode(z), x)
                 torch.testing.assert_close(flow.log_prob(x), expected)
-    assert not any("_formed" in part.__dict__ for part in flow.modules())
+    assert not any("_cache" in part.__dict__ for part in flow.modules())
 
 
 class Double(torch.nn.Linear):
     calls = 0
 
-    @formed
+    @cached
     def doubled(self):
         self.calls += 1
         return 2 * self.weight
@@ -46,11 +46,11 @@ class Double(torch.nn.Linear):
 
 def test_it_is_formed_once_without_gradients_and_anew_with_them():
     module = Double(2, 2)
-    with frozen(module):
+    with caching(module):
         with torch.no_grad():
             first = module.doubled()
             assert module.doubled() is first
-            with frozen(module):  # a block within goes on with what there is
+            with caching(module):  # a block within goes on with what there is
                 assert module.doubled() is first
             assert module.doubled() is first
             assert module.calls == 1
@@ -63,7 +63,7 @@ def test_it_is_formed_once_without_gradients_and_anew_with_them():
 
 def test_a_block_ends_with_an_error_too():
     module = Double(2, 2)
-    with pytest.raises(KeyError), frozen(module):
+    with pytest.raises(KeyError), caching(module):
         raise KeyError
     with torch.no_grad():
         assert module.doubled() is not module.doubled()
@@ -72,13 +72,13 @@ def test_a_block_ends_with_an_error_too():
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
 def test_a_copy_made_within_a_block_has_weights_of_its_own(copied):
     module = Double(2, 2)
-    with frozen(module), torch.no_grad():
+    with caching(module), torch.no_grad():
         module.doubled()
         other = copied(module)
-        assert not other.__dict__["_formed"]
+        assert not other.__dict__["_cache"]
         other.weight.add_(1)
         assert torch.equal(other.doubled(), 2 * other.weight)
-        with frozen(other):
+        with caching(other):
             assert torch.equal(other.doubled(), 2 * other.weight)
             assert other.doubled() is other.doubled()
 
@@ -103,7 +103,7 @@ def load(flow):
 @pytest.mark.parametrize("name", ["maf", "realnvp", "iaf", "image, glow"])
 def test_weights_that_change_within_a_block_are_seen(name, change):
     flow = perturb(ALL[name](), 0.1).eval()
-    with flow.frozen():
+    with flow.cached():
         draws = flow.sample(3)
         flow.rsample_and_score(2)
         change(flow)
@@ -120,7 +120,7 @@ def test_weights_that_change_within_a_block_are_seen(name, change):
 
 def test_a_number_that_is_kept_is_the_callers_own():
     layer = DenseLinear(3)
-    with frozen(layer), torch.no_grad():
+    with caching(layer), torch.no_grad():
         _, first = layer.inverse_and_log_det(torch.ones(3))
         before = first.clone()
         first.add_(100)
@@ -129,7 +129,7 @@ def test_a_number_that_is_kept_is_the_callers_own():
 
 def test_what_is_formed_under_autocast_does_not_stay():
     flow = Flow(StandardNormal(4), [LULinear(4), DenseLinear(4), TriangularAffine(4)])
-    with flow.frozen():
+    with flow.cached():
         with torch.autocast("cpu", torch.bfloat16):
             x, _, _ = flow.rsample_and_score((3,))
         with torch.no_grad():
@@ -141,9 +141,9 @@ def test_each_kind_keeps_what_it_forms(make):
     module = make(3)
 
     def kept():
-        return [id(value) for part in module.modules() for _, value in part.__dict__["_formed"].values()]
+        return [id(value) for part in module.modules() for _, value in part.__dict__["_cache"].values()]
 
-    with frozen(module), torch.no_grad():
+    with caching(module), torch.no_grad():
         x = torch.randn(2, 3, *[1] * (len(getattr(module, "latent_shape", ())) - 1))
         call = getattr(module, "inverse_and_log_det", module)
         call(x)
