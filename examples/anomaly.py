@@ -9,7 +9,7 @@ from sklearn.mixture import GaussianMixture
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from pyroflows import StudentT, fit, realnvp
+from pyroflows import FitOptions, StudentT, fit, realnvp
 from pyroflows.data import load_table, make_table
 
 
@@ -27,7 +27,7 @@ def normality(train: Tensor, validation: Tensor, rows: Tensor, seed: int, quick:
         epochs=3 if quick else 300,
         batch_size=128,
         learning_rate=5e-3,
-        weight_decay=1e-3,
+        options=FitOptions(weight_decay=1e-3),
         patience=60,
         seed=seed,
         progress=False,

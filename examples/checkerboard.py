@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from pyroflows import fit, nsf
+from pyroflows import FitOptions, fit, nsf
 from pyroflows.data import Checkerboard
 from pyroflows.plots import density_2d, samples_2d
 
@@ -32,7 +32,7 @@ def main() -> None:
         epochs=1 if options.quick else 16,
         batch_size=1024,
         learning_rate=5e-3,
-        warmup=0.1,
+        options=FitOptions(warmup=0.1),
         validation=None,
         max_seconds=150,
         seed=options.seed,

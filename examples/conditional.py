@@ -7,7 +7,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyroflows import Flow, fit, realnvp
+from pyroflows import FitOptions, Flow, fit, realnvp
 from pyroflows.data import load_table
 
 
@@ -49,7 +49,7 @@ def main() -> None:
             epochs=3 if options.quick else 150,
             batch_size=128,
             learning_rate=3e-3,
-            weight_decay=1e-3,
+            options=FitOptions(weight_decay=1e-3),
             seed=options.seed,
             progress=False,
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from sklearn.svm import SVC
 
-from pyroflows import bits_per_dim, fit, glow, sample_images
+from pyroflows import FitOptions, bits_per_dim, fit, glow, sample_images
 from pyroflows.data import load_images
 from pyroflows.dequantizers import UniformDequantizer
 from pyroflows.plots import save_image_grid
@@ -41,7 +41,7 @@ def main() -> None:
         epochs=2 if options.quick else 100,
         batch_size=128,
         learning_rate=2e-3,
-        average=0.99,
+        options=FitOptions(ema_decay=0.99),
         patience=20,
         seed=options.seed,
     )

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from sklearn.mixture import GaussianMixture
 
-from pyroflows import Flow, Logit, bits_per_dim, fit, glow, interpolate, realnvp, sample_images
+from pyroflows import FitOptions, Flow, Logit, bits_per_dim, fit, glow, interpolate, realnvp, sample_images
 from pyroflows.data import ImageData, load_images
 from pyroflows.dequantizers import UniformDequantizer, VariationalDequantizer
 from pyroflows.plots import save_image_grid
@@ -50,7 +50,13 @@ def main() -> None:
     torch.set_num_threads(1)  # networks this small are slower on more
     options.output.mkdir(parents=True, exist_ok=True)
     data = load_images("digits")
-    settings = {"epochs": 100, "batch_size": 128, "learning_rate": 2e-3, "average": 0.99, "patience": 20}
+    settings = {
+        "epochs": 100,
+        "batch_size": 128,
+        "learning_rate": 2e-3,
+        "patience": 20,
+        "options": FitOptions(ema_decay=0.99),
+    }
     if options.quick:
         options.seeds, settings["epochs"] = 1, 2
     results: dict[str, list[float]] = {"mixture": [mixture_bits(data, seed) for seed in range(options.seeds)]}

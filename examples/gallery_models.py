@@ -46,7 +46,13 @@ def digits() -> tuple[Tensor, Tensor]:
     """Give samples of a Glow of digits, and ways between digits that were held out, as levels from 0 to 16."""
     images, dequantizer = load_images("digits"), UniformDequantizer((1, 8, 8), 17)
     flow = pf.glow((1, 8, 8), num_levels=2, num_steps=4, hidden_channels=48, alpha=0.01, dequantizer=dequantizer)
-    settings = {"epochs": 25, "batch_size": 128, "learning_rate": 4e-3, "average": 0.99, **ALIKE}
+    settings = {
+        "epochs": 25,
+        "batch_size": 128,
+        "learning_rate": 4e-3,
+        "options": pf.FitOptions(ema_decay=0.99),
+        **ALIKE,
+    }
     pf.fit(flow, images.train, validation=images.validation, **settings)
     samples = pf.sample_images(flow, 40, temperature=0.7, seed=0)
     return samples, pf.interpolate(flow, images.test[:5], images.test[5:10], 8)

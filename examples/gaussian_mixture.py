@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from pyroflows import fit, nsf
+from pyroflows import FitOptions, fit, nsf
 from pyroflows.data import RandomGaussianMixture
 from pyroflows.plots import density_2d
 
@@ -33,7 +33,7 @@ def main() -> None:
         epochs=1 if options.quick else 16,
         batch_size=1024,
         learning_rate=5e-3,
-        warmup=0.1,
+        options=FitOptions(warmup=0.1),
         max_seconds=90,
         seed=options.seed,
         progress=False,

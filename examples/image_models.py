@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pyroflows import Flow, bits_per_dim, fit, sample_images
+from pyroflows import FitOptions, Flow, bits_per_dim, fit, sample_images
 from pyroflows.data import ImageData
 from pyroflows.plots import save_image_grid
 
@@ -38,7 +38,7 @@ def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
     return made
 
 
-def train(name: str, flow: Flow, data: ImageData, options: argparse.Namespace, **fit_options: Any) -> dict[str, Any]:
+def train(name: str, flow: Flow, data: ImageData, options: argparse.Namespace, augment: Any = None) -> dict[str, Any]:
     """Fit, or go on with a fit; write the bits per dimension over time, the test's, and a grid of samples."""
     labelled = flow.embedding is not None
     parts = {"train": data.train, "validation": data.validation[:500], "test": data.test}
@@ -57,20 +57,23 @@ def train(name: str, flow: Flow, data: ImageData, options: argparse.Namespace, *
         "patience": None,
         "max_seconds": 60 * options.minutes,
         "batch_size": options.batch_size,
-        "accumulate": options.accumulate,
         "learning_rate": options.learning_rate,
-        "steps_per_epoch": options.steps_per_epoch,
-        "average": 0.999,
-        "recompute": options.recompute,
-        "precision": "bf16-mixed" if DEVICE == "cuda" else None,
-        "channels_last": DEVICE == "cuda",
         "checkpoint": options.output / f"{name}.ckpt",
-        "checkpoint_seconds": 30.0,
         "seed": options.seed,
     }
+    more = FitOptions(
+        accumulate=options.accumulate,
+        steps_per_epoch=options.steps_per_epoch,
+        ema_decay=0.999,
+        activation_checkpointing=options.recompute,
+        precision="bf16-mixed" if DEVICE == "cuda" else None,
+        channels_last=DEVICE == "cuda",
+        checkpoint_seconds=30.0,
+        augment=augment,
+    )
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    result = fit(flow, parts["train"], **{**settings, **fit_options})
+    result = fit(flow, parts["train"], options=more, **settings)
     nats_per_bit = math.log(2) * flow.event_shape.numel()
     curve = [loss / nats_per_bit for loss in result.history["validation"]]
     flow.to(DEVICE)

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
-from pyroflows import fit, glow
+from pyroflows import FitOptions, fit, glow
 from pyroflows.data import make_table
 from pyroflows.plots import training_curves
 
@@ -47,7 +47,7 @@ def main() -> None:
             epochs=2 if options.quick else 25,
             batch_size=512,
             learning_rate=2e-3,
-            warmup=0.1,
+            options=FitOptions(warmup=0.1),
             max_seconds=100,
             seed=options.seed,
             progress=False,

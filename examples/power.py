@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pyroflows import StudentT, fit, maf, nsf, realnvp
+from pyroflows import FitOptions, StudentT, fit, maf, nsf, realnvp
 from pyroflows.data import load_power
 
 # Published, in nats: MAF of 10 layers 0.24, RQ-NSF 0.64 to 0.66. The affine flows have a prior with heavy tails: ten
@@ -49,7 +49,7 @@ def main() -> None:
             batch_size=options.batch_size,
             learning_rate=options.learning_rate,
             max_seconds=60 * options.minutes,
-            compile=options.compile,
+            options=FitOptions(compile=options.compile),
             seed=options.seed,
         )
         with torch.no_grad():

@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from pyroflows import ElementwiseAffine, Flow, StandardNormal, fit, nsf
+from pyroflows import ElementwiseAffine, FitOptions, Flow, StandardNormal, fit, nsf
 from pyroflows.plots import COLORS
 
 M = 32  # minutes looked back, of which two convolutions leave 5
@@ -51,7 +51,12 @@ def main() -> None:
     splines = nsf(1, autoregressive=True, context_features=32, num_layers=2, hidden_features=(64, 64), bound=5.0)
     location = ElementwiseAffine(1, context_features=32, hidden_features=(64,))
     flow = Flow(StandardNormal(1), [*splines.layers, location], embedding=embedding)
-    settings = {"epochs": 2 if options.quick else 10, "learning_rate": 2e-3, "average": 0.999, "seed": 0}
+    settings = {
+        "epochs": 2 if options.quick else 10,
+        "learning_rate": 2e-3,
+        "options": FitOptions(ema_decay=0.999),
+        "seed": 0,
+    }
     fit(flow, future[train], context=past[train], validation=(future[held], past[held]), progress=False, **settings)
     gain = flow.log_prob(future[test], past[test]).detach() - linear
     blocks = gain[: len(gain) // 240 * 240].view(-1, 240).mean(1)  # of four hours: neighbouring minutes are alike

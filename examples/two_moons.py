@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from pyroflows import GaussianMixture, StandardNormal, fit, glow
+from pyroflows import FitOptions, GaussianMixture, StandardNormal, fit, glow
 from pyroflows.data import TwoMoons
 from pyroflows.plots import density_2d, samples_2d
 
@@ -42,7 +42,7 @@ def main() -> None:
             epochs=1 if options.quick else 13,
             batch_size=1024,
             learning_rate=5e-3,
-            warmup=0.1,
+            options=FitOptions(warmup=0.1),
             validation=None,
             max_seconds=80,
             seed=options.seed,

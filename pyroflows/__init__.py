@@ -57,7 +57,7 @@ from pyroflows.layers import (
 from pyroflows.models import glow, iaf, maf, nice, nsf, planar, radial, realnvp
 from pyroflows.networks import MADE, MLP, ConvNet, OneHot, ResNet, ZeroConv
 from pyroflows.priors import DiagonalNormal, GaussianMixture, LogitNormal, Prior, StandardNormal, StudentT, Uniform
-from pyroflows.training import FitResult, fit
+from pyroflows.training import FitOptions, FitResult, fit
 
 if TYPE_CHECKING:
     from pyroflows.tables.estimator import FlowClassifier as FlowClassifier
@@ -145,6 +145,7 @@ __all__ = [  # noqa: RUF022
     # training, diagnostics
     "BitsPerDim",
     "CheckReport",
+    "FitOptions",
     "FitResult",
     "__version__",
     "bits_per_dim",

@@ -165,7 +165,7 @@ def _fit(options: argparse.Namespace) -> None:
                 objective=objective,
                 checkpoint=options.checkpoint,
                 seed=options.seed,
-                accelerator=options.device,
+                device=options.device,
                 progress=False if options.quiet else "fit",
             )
     except KeyboardInterrupt:

@@ -23,7 +23,7 @@ from pyroflows.inference.guide import AutoFlow
 from pyroflows.inference.log_joint import LogJoint, device_of
 from pyroflows.inference.posterior import Posterior, whole_log_joint
 from pyroflows.models import realnvp
-from pyroflows.training import FitResult, fit
+from pyroflows.training import FitOptions, FitResult, fit
 
 __all__ = ["fit_posterior"]
 
@@ -229,12 +229,10 @@ class _Training:
             None,
             objective=self._quieter(),
             epochs=max(1, steps // 50),
-            steps_per_epoch=min(50, steps),
             learning_rate=rate,
-            average=0.998,
-            clip_norm=10.0,
             max_seconds=left,
-            accelerator=self.flow.device.type,
+            device=self.flow.device.type,
+            options=FitOptions(steps_per_epoch=min(50, steps), ema_decay=0.998, max_grad_norm=10.0),
             progress=label if self.progress is None else self.progress,
         )
         self.results.append(result)

@@ -27,7 +27,7 @@ from pyroflows.layers.spline import Spline
 from pyroflows.layers.transformers import Affine
 from pyroflows.layers.triangular import TriangularAffine
 from pyroflows.priors import StandardNormal
-from pyroflows.training import FitResult, fit
+from pyroflows.training import FitOptions, FitResult, fit
 
 __all__ = ["AmortizedPosterior", "fit_amortized"]
 
@@ -407,7 +407,12 @@ def _default_flow(features: int, context_features: int) -> Flow:
 def _fit_options(num_simulations: int) -> dict[str, Any]:
     """Give options of ``fit`` that need no tuning: about as many steps for any number of simulations."""
     epochs = min(100, max(10, 500_000 // num_simulations))
-    return {"epochs": epochs, "batch_size": min(128, num_simulations // 2), "learning_rate": 2e-3, "average": 0.998}
+    return {
+        "epochs": epochs,
+        "batch_size": min(128, num_simulations // 2),
+        "learning_rate": 2e-3,
+        "options": FitOptions(ema_decay=0.998),
+    }
 
 
 class AmortizedPosterior:

@@ -33,7 +33,7 @@ from pyroflows.contexts import seeded
 from pyroflows.flow import Flow
 from pyroflows.layers.pointwise import Standardize
 from pyroflows.tables import table_flow
-from pyroflows.training import fit
+from pyroflows.training import FitOptions, fit
 
 __all__ = ["FlowClassifier", "FlowDensity"]
 
@@ -177,11 +177,12 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
             "learning_rate": self.learning_rate,
             "patience": self.patience,
             "max_seconds": self.max_seconds,
-            "accelerator": device.type,
+            "device": device.type,
             "progress": None if self.verbose else False,
         }
+        more: dict[str, Any] = {}
         if len(kept) // options["batch_size"] < _STEPS_OF_AN_EPOCH:
-            options["steps_per_epoch"] = _STEPS_OF_AN_EPOCH
+            more["steps_per_epoch"] = _STEPS_OF_AN_EPOCH
         held_out: Any = None
         if len(held):
             held_out = training.rows(data, given, _scaled(weights, order[heavy], self.validation), held)
@@ -194,7 +195,8 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
             validation=held_out,
             objective=training.loss,
             seed=seed,
-            **options | dict(self.fit_options or {}),
+            options=FitOptions(**more | dict(self.fit_options or {})),
+            **options,
         )
         if self.result_.best_epoch is None:
             raise ValueError(f"expected a finite likelihood after an epoch at least; got none: {self.result_.stopped}")

@@ -23,6 +23,7 @@ from pyroflows.layers.batchnorm import BatchNorm
 from pyroflows.training.batches import Batches, Rows, Steps, prepare
 from pyroflows.training.checkpoint import Checkpoint, fingerprint
 from pyroflows.training.modes import compiled, laid_out, mixed, recomputing
+from pyroflows.training.options import FitOptions
 from pyroflows.training.sharding import gather, shard, spread
 
 Array = Tensor | np.ndarray[Any, Any]
@@ -87,31 +88,15 @@ def fit(
     validation: float | Array | tuple[Array, Array] | None = 0.1,
     epochs: int = 100,
     batch_size: int | None = None,
-    accumulate: int = 1,
-    optimizer: str = "adam",
     learning_rate: float = 1e-3,
-    weight_decay: float = 0.0,
-    schedule: str = "cosine",
-    warmup: float = 0.05,
-    clip_norm: float | None = 5.0,
     patience: int | None = 30,
     max_seconds: float | None = None,
-    average: float = 0.0,
-    max_skipped: int = 20,
-    steps_per_epoch: int | None = None,
     objective: Objective = negative_log_likelihood,
-    augment: Callable[[Tensor], Tensor] | None = None,
-    recompute: bool = False,
-    channels_last: bool = False,
-    compile: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
-    checkpoint_seconds: float | None = None,
-    checkpoint_steps: int | None = None,
     seed: int | None = None,
-    accelerator: str = "auto",
-    strategy: str = "auto",
-    precision: str | None = None,
+    device: str = "auto",
     progress: bool | str | None = None,
+    options: FitOptions | None = None,
 ) -> FitResult:
     r"""Train a flow, by default by maximum likelihood, and leave it with its best weights, in evaluation mode.
 
@@ -207,6 +192,13 @@ def fit(
         >>> result.stopped
         'all 5 epochs done'
     """
+    options = FitOptions() if options is None else options
+    accumulate, optimizer, weight_decay = options.accumulate, options.optimizer, options.weight_decay
+    schedule, warmup, clip_norm = options.schedule, options.warmup, options.max_grad_norm
+    average, max_skipped, steps_per_epoch = options.ema_decay, options.max_skipped, options.steps_per_epoch
+    augment, recompute, channels_last = options.augment, options.activation_checkpointing, options.channels_last
+    compile, strategy, precision, accelerator = options.compile, options.strategy, options.precision, device
+    checkpoint_seconds, checkpoint_steps = options.checkpoint_seconds, options.checkpoint_steps
     if not isinstance(flow, Flow):
         raise TypeError(f"expected a Flow; got {type(flow).__name__}")
     check_sizes(epochs=epochs, max_skipped=max_skipped, accumulate=accumulate)
@@ -222,7 +214,7 @@ def fit(
     check_option("strategy", strategy, ("auto", "ddp", "fsdp"))
     check_number("learning_rate", learning_rate, "(0, inf)")
     for name, value in (
-        ("clip_norm", clip_norm),
+        ("max_grad_norm", clip_norm),
         ("max_seconds", max_seconds),
         ("checkpoint_seconds", checkpoint_seconds),
     ):
@@ -230,7 +222,7 @@ def fit(
             check_number(name, value, "(0, inf)")
     check_number("weight_decay", weight_decay, "[0, inf)")
     check_number("warmup", warmup, "[0, 1)")
-    check_number("average", average, "[0, 1)")
+    check_number("ema_decay", average, "[0, 1)")
     if augment is not None and not callable(augment):
         raise TypeError(f"expected augment to be a function; got {type(augment).__name__}")
     for name, often in (("checkpoint_seconds", checkpoint_seconds), ("checkpoint_steps", checkpoint_steps)):
@@ -271,7 +263,7 @@ def fit(
         parameters = [p for p in flow.parameters() if p.requires_grad]
         if not parameters:
             raise ValueError("expected a flow with parameters to train; got none")
-        options = _Options(
+        steps = _Options(
             learning_rate=float(learning_rate),
             weight_decay=float(weight_decay),
             schedule=schedule,
@@ -289,7 +281,7 @@ def fit(
             augment=_name(augment),
         )
         alone = distributed.world_size() == 1
-        marks = {} if file is None and alone else _marks(options, flow, train, held_out)
+        marks = {} if file is None and alone else _marks(steps, flow, train, held_out)
         _refuse_differences(distributed.all_gather(marks))
         if file is not None and state is not None:
             file.check(state["marks"], marks)
@@ -312,7 +304,7 @@ def fit(
         if trained is not flow:
             trained = shard(trained)
             parameters = [p for p in trained.parameters() if p.requires_grad]
-        wrapped = fabric.setup_optimizers(_optimizer(options, parameters))
+        wrapped = fabric.setup_optimizers(_optimizer(steps, parameters))
         if compile:
             stack.enter_context(compiled(flow))
         trainer = _Trainer(
@@ -324,7 +316,7 @@ def fit(
             augment,
             train,
             held_out,
-            options,
+            steps,
             epochs=epochs,
             patience=patience,
             max_seconds=None if max_seconds is None else float(max_seconds),

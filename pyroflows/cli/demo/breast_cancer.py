@@ -16,6 +16,7 @@ from pyroflows.data import Table, load_table
 from pyroflows.flow import Flow
 from pyroflows.models import nsf, realnvp
 from pyroflows.priors import StudentT
+from pyroflows.training import FitOptions
 
 __all__ = ["breast_cancer"]
 
@@ -32,7 +33,8 @@ def breast_cancer(output: Path, seed: int, quick: bool, until: float) -> Part:
                 30, num_layers=2, hidden_features=(32,), dropout=0.4, num_bins=4, bound=6.0, prior=_heavy_tails(30)
             ),
         }
-        options = {"batch_size": 128, "learning_rate": 5e-3, "weight_decay": 1e-3, "patience": 60}
+        options: dict[str, Any] = {"batch_size": 128, "learning_rate": 5e-3, "patience": 60}
+        options["options"] = FitOptions(weight_decay=1e-3)
         options |= {"epochs": 10 if quick else 300}
         return _compare_on_table(table, flows, options, ("mean radius", "mean concavity"), output, seed, quick, until)
 

@@ -110,7 +110,7 @@ def fit_flows(
             seed=seed,
             max_seconds=seconds,
             progress=False,
-            accelerator="cpu",
+            device="cpu",
             **options,
         )
         say(f"  {name}: {result.steps} steps, {result.seconds:.1f} s, {result.stopped}")

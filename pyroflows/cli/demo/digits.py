@@ -21,6 +21,7 @@ from pyroflows.flow import Flow
 from pyroflows.layers import Sigmoid
 from pyroflows.models import glow
 from pyroflows.priors import GaussianMixture
+from pyroflows.training import FitOptions
 
 __all__ = ["digits"]
 
@@ -43,7 +44,13 @@ def digits(output: Path, seed: int, quick: bool, until: float) -> Part:
             alpha=_ALPHA,
             dequantizer=dequantizer,
         )
-        options = {"epochs": epochs, "batch_size": 128, "learning_rate": 4e-3, "average": 0.99, "patience": 20}
+        options = {
+            "epochs": epochs,
+            "batch_size": 128,
+            "learning_rate": 4e-3,
+            "patience": 20,
+            "options": FitOptions(ema_decay=0.99),
+        }
         fitted = fit_flows({"Glow": flow}, "", data.train, data.validation, seed, until, options)[0]
         flows = {"Gaussian mixture": mixture, "Glow": flow}
         bits = {name: _bits(each, data.test, seed) for name, each in flows.items()}

@@ -16,6 +16,7 @@ from pyroflows.cli.demo.part import Part, one_thread, save
 from pyroflows.data import TwoMoons
 from pyroflows.models import glow, nsf
 from pyroflows.priors import GaussianMixture
+from pyroflows.training import FitOptions
 
 __all__ = ["moons"]
 
@@ -33,7 +34,7 @@ def moons(output: Path, seed: int, quick: bool, until: float) -> Part:
             "neural spline flow": nsf(2, num_layers=4, hidden_features=(64, 64), residual=False),
         }
         models = simple_models(train, validation, components=(4,) if quick else (8, 16, 24), ridges=(1e-6,))
-        options = {"learning_rate": 5e-3, "warmup": 0.1}
+        options = {"learning_rate": 5e-3, "options": FitOptions(warmup=0.1)}
         options |= {"epochs": 10, "batch_size": 256} if quick else {"epochs": 75, "batch_size": 1024}
         models += fit_flows(flows, "", train, validation, seed, until, options)
         true_log_prob = truth.log_prob(test)
