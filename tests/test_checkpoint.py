@@ -10,17 +10,17 @@ import textwrap
 
 import pytest
 import torch
-from test_training import Stream, affine, failing, gaussian, same, small
+from fits import Stream, affine, failing, fit, gaussian, same, small
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyroflows import Permutation, fit, realnvp
+from pyroflows import Permutation, realnvp
 from pyroflows.training.checkpoint import Checkpoint
 
-OPTIONS = {"epochs": 6, "batch_size": 32, "learning_rate": 1e-2, "seed": 0, "accelerator": "cpu"}
+OPTIONS = {"epochs": 6, "batch_size": 32, "learning_rate": 1e-2, "seed": 0, "device": "cpu"}
 CASES = {
     "plain": {},
-    "averaged": {"average": 0.9, "optimizer": "adamax", "recompute": True},
-    "parts": {"accumulate": 3, "steps_per_epoch": 4, "average": 0.99},
+    "averaged": {"ema_decay": 0.9, "optimizer": "adamax", "activation_checkpointing": True},
+    "parts": {"accumulate": 3, "steps_per_epoch": 4, "ema_decay": 0.99},
     "unseeded": {"seed": None, "validation": 0.2},
     "mixed": {"precision": "bf16-mixed", "validation": None},
 }
@@ -188,13 +188,13 @@ def test_a_shuffled_data_loader_goes_on_to_the_same_numbers(tmp_path):
         ({"batch_size": 64}, "of a fit with batch_size=64; got 32"),
         ({"learning_rate": 0.1}, "of a fit with learning_rate=0.1; got 0.01"),
         ({"optimizer": "adamax"}, "of a fit with optimizer='adamax'; got 'adam'"),
-        ({"average": 0.9}, "of a fit with average=0.9; got 0.0"),
+        ({"ema_decay": 0.9}, "of a fit with ema_decay=0.9; got 0.0"),
         ({"accumulate": 2}, "of a fit with accumulate=2; got 1"),
         ({"schedule": "constant"}, "of a fit with schedule='constant'; got 'cosine'"),
         ({"seed": 1}, "of a fit with seed=1; got 0"),
         ({"validation": 0.3}, "of a fit with steps_per_epoch=4; got 5"),
         ({"augment": abs}, "of a fit with augment='abs'; got None"),
-        ({"clip_norm": None}, "of a fit with clip_norm=inf; got 5.0"),
+        ({"max_grad_norm": None}, "of a fit with max_grad_norm=inf; got 5.0"),
     ],
 )
 def test_a_checkpoint_of_another_fit_is_refused(tmp_path, options, message):

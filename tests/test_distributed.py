@@ -15,11 +15,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from fits import fit
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from pyroflows import AutoFlow, DistributedELBO, distributed, fit, fit_posterior, glow, maf, realnvp
+from pyroflows import AutoFlow, DistributedELBO, distributed, fit_posterior, glow, maf, realnvp
 from pyroflows.data import ParquetBatches
 from pyroflows.dequantizers import UniformDequantizer
 from pyroflows.inference.fitting import _Training
@@ -31,7 +32,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
 # The optimizer divides a gradient by its own size: one that is zero but for rounding, as that of a shift in front of a
 # norm, would move a weight by rounding alone. The decay gives every weight a gradient of its own.
-OPTIONS = {"batch_size": 32, "learning_rate": 1e-3, "weight_decay": 0.1, "seed": 0, "accelerator": "cpu"}
+OPTIONS = {"batch_size": 32, "learning_rate": 1e-3, "weight_decay": 0.1, "seed": 0, "device": "cpu"}
 FIFTY = {"epochs": 5, "steps_per_epoch": 10, **OPTIONS}
 
 
@@ -128,7 +129,7 @@ def spread():
             numbers["own"] = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in flow.parameters())
         return negative_log_likelihood(flow, x, context)
 
-    options = {**FIFTY, "epochs": 2, "average": 0.9, "strategy": "fsdp", "objective": objective}
+    options = {**FIFTY, "epochs": 2, "ema_decay": 0.9, "strategy": "fsdp", "objective": objective}
     found = result_of(flow, fit(flow, pictures().double(), **options))
     share = numbers["own"] / sum(p.numel() for p in flow.parameters())
     assert share == 1 if processes() == 1 else 0.4 < share < 0.6
@@ -281,7 +282,7 @@ def different(folder):
 
 def interrupted(folder, strategy="ddp"):
     """Stop in the middle of the second epoch, and go on from the checkpoint."""
-    options = {**OPTIONS, "batch_size": 64, "epochs": 2, "strategy": strategy, "average": 0.9}
+    options = {**OPTIONS, "batch_size": 64, "epochs": 2, "strategy": strategy, "ema_decay": 0.9}
 
     def fitted(at=None, **more):
         left = [at]
@@ -666,7 +667,7 @@ def die_while_saving(number, share):
 
 def run_to(path, kills, **options):
     flow = small("batchnorm", torch.float32, dropout=0.1)
-    fit(flow, table(), average=0.9, **{**OPTIONS, "epochs": 3 * kills}, **options)
+    fit(flow, table(), ema_decay=0.9, **{**OPTIONS, "epochs": 3 * kills}, **options)
     torch.save(flow.state_dict(), path)
 
 

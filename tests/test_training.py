@@ -12,7 +12,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 import tqdm.auto
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from fits import Stream, affine, failing, fit, gaussian, same, small
+from torch.utils.data import DataLoader, TensorDataset
 
 from pyroflows import (
     ActNorm,
@@ -25,32 +26,12 @@ from pyroflows import (
     LULinear,
     Permutation,
     StandardNormal,
-    fit,
     glow,
     maf,
     realnvp,
 )
 from pyroflows.training.batches import Rows
 from pyroflows.training.modes import laid_out, mixed, recomputing
-
-
-def affine(features=2, **options):
-    return Flow(StandardNormal(features), [LULinear(features), ElementwiseAffine(features, **options)])
-
-
-def small(**options):
-    return realnvp(2, num_layers=2, hidden_features=(8,), **options)
-
-
-def gaussian(rows=200, features=2, seed=0):
-    return 3 + 2 * torch.randn(rows, features, generator=torch.Generator().manual_seed(seed))
-
-
-def same(first, second):
-    return all(
-        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
-    )
-
 
 # Bookkeeping
 
@@ -140,7 +121,7 @@ def test_weight_decay_shrinks_the_weights():
     assert norms[1] < norms[0]
 
 
-def test_clip_norm_bounds_the_gradient():
+def test_max_grad_norm_bounds_the_gradient():
     def objective(flow, x, context):
         return -1e3 * flow.log_prob(x).mean()
 
@@ -155,8 +136,8 @@ def test_clip_norm_bounds_the_gradient():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.Adam, "step", watched)
-        result = fit(flow, gaussian(), epochs=5, clip_norm=0.5, objective=objective, validation=None, seed=0)
-        fit(affine(), gaussian(), epochs=5, clip_norm=None, objective=objective, validation=None, seed=0)
+        result = fit(flow, gaussian(), epochs=5, max_grad_norm=0.5, objective=objective, validation=None, seed=0)
+        fit(affine(), gaussian(), epochs=5, max_grad_norm=None, objective=objective, validation=None, seed=0)
     assert max(seen[:5]) <= 0.5 + 1e-5
     assert min(seen[5:]) > 10
     assert min(result.history["gradient_norm"]) > 10
@@ -301,21 +282,96 @@ def test_own_objective_sees_batches():
     assert seen == [((40, 2), (40, 1)), ((40, 2), (40, 1)), ((20, 2), (20, 1))]
 
 
+# Weights of rows
+
+
+def weighted(rows=200, seed=0):
+    """Rows, weights that are whole numbers, and the rows repeated as often."""
+    x = gaussian(rows, seed=seed).double()
+    weights = torch.randint(0, 4, (rows,), generator=torch.Generator().manual_seed(seed))
+    return x, weights, x.repeat_interleave(weights, 0)
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 3}, {"ema_decay": 0.9}, {"steps_per_epoch": 2}])
+@pytest.mark.parametrize("form", [lambda w: w, lambda w: 7.5 * w.double().numpy()])
+def test_a_weight_is_a_row_so_many_times(options, form):
+    x, weights, repeated = weighted()
+    held_x, held_weights, held_repeated = weighted(50, seed=1)
+    flows, results = [], []
+    for rows, w, validation in (
+        (x, form(weights), (held_x, None, form(held_weights))),
+        (repeated, None, held_repeated),
+    ):
+        torch.manual_seed(0)
+        flows.append(small(norm="none").double())
+        fixed = {"epochs": 4, "batch_size": len(rows), "learning_rate": 1e-2, "seed": 0}
+        results.append(fit(flows[-1], rows, weights=w, validation=validation, **fixed, **options))
+    for name in ("train", "validation", "gradient_norm"):
+        assert results[0].history[name] == pytest.approx(results[1].history[name], rel=1e-9), name
+    for a, b in zip(*(flow.parameters() for flow in flows), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7)
+
+
+def test_weights_go_with_the_rows_and_contexts_held_out_and_reach_an_objective():
+    x = torch.arange(1.0, 101)[:, None].repeat(1, 2)
+    seen = {True: [], False: []}
+
+    def objective(flow, x, context, weights):
+        assert torch.equal(context, x[:, :1])
+        seen[flow.training] += [x[:, 0] / weights]
+        return -(weights * flow.log_prob(x, context)).mean()
+
+    flow = small(context_features=1)
+    fit(flow, x, context=x[:, :1], weights=x[:, 0], objective=objective, batch_size=20, epochs=1, seed=0)
+    for batches in seen.values():
+        ratios = torch.cat(batches)
+        torch.testing.assert_close(ratios, ratios[:1].expand(len(ratios)))
+    assert sum(map(len, seen[True])) == 80
+    assert sum(map(len, seen[False])) == 10
+
+
+def test_held_out_rows_have_their_own_weights_or_none():
+    x, weights, _ = weighted()
+    flow, seen = small().double(), []
+
+    def objective(flow, *batch):
+        seen.append((flow.training, len(batch)))
+        return -flow.log_prob(*batch[:2]).mean()
+
+    fit(flow, x, weights=weights, validation=(x, None), objective=objective, epochs=1, batch_size=200)
+    fit(flow, x, validation=(x, None, weights), objective=objective, epochs=1, batch_size=200)
+    assert seen == [(True, 3), (False, 2), (True, 2), (False, 3)]
+
+
+@pytest.mark.parametrize(
+    "weights, error, message",
+    [
+        (torch.ones(199), ValueError, r"expected weights of shape \(200,\), one for each row of data; got \(199,\)"),
+        (torch.ones(200, 1), ValueError, r"expected weights of shape \(200,\).*got \(200, 1\)"),
+        (-torch.arange(200.0), ValueError, "expected finite weights of at least 0 for data; got -1.0 in row 1"),
+        (torch.arange(200) / 0.0, ValueError, "expected finite weights of at least 0 for data; got nan in row 0"),
+        (torch.zeros(200), ValueError, "expected a weight above 0 among those of the rows held out; got zeros only"),
+        (["a"] * 200, TypeError, "expected weights of data as a tensor or an array; got list"),
+    ],
+)
+def test_messages_of_weights(weights, error, message):
+    with pytest.raises(error, match=message):
+        fit(small(), gaussian(), weights=weights)
+
+
+def test_more_messages_of_weights():
+    x, ones = gaussian(), torch.ones(200)
+    with pytest.raises(ValueError, match="among those of the training rows; got zeros only"):
+        fit(small(), x, weights=0 * ones, validation=None)
+    with pytest.raises(ValueError, match="among those of validation data; got zeros only"):
+        fit(small(), x, validation=(x, None, 0 * ones))
+    with pytest.raises(ValueError, match="one for each row of validation data; got"):
+        fit(small(), x, validation=(x, None, ones[:3]))
+    with pytest.raises(ValueError, match="expected weights beside a tensor or an array alone; got it beside list"):
+        fit(small(), [x], weights=ones)
+
+
 # Steps that are not finite
-
-
-def failing(when):
-    count = [0]
-
-    def objective(flow, x, context):
-        loss = -flow.log_prob(x, context).mean()
-        if torch.is_grad_enabled():
-            count[0] += 1
-            if when(count[0]):
-                loss = loss * math.nan
-        return loss
-
-    return objective
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted():
@@ -469,7 +525,11 @@ def spoiled(value, row, column):
             r"expected learning_rate in \(0, inf\); got -1",
         ),
         (lambda: fit(small(), gaussian(), learning_rate=math.nan), ValueError, r"learning_rate in \(0, inf\); got nan"),
-        (lambda: fit(small(), gaussian(), clip_norm=0.0), ValueError, r"expected clip_norm in \(0, inf\); got 0.0"),
+        (
+            lambda: fit(small(), gaussian(), max_grad_norm=0.0),
+            ValueError,
+            r"expected max_grad_norm in \(0, inf\); got 0.0",
+        ),
         (lambda: fit(small(), gaussian(), max_seconds=-1), ValueError, r"expected max_seconds in \(0, inf\); got -1"),
         (lambda: fit(small(), gaussian(), max_skipped=0), ValueError, "max_skipped to be a positive integer; got 0"),
         (
@@ -541,7 +601,11 @@ def test_progress_bar_does_not_break():
             ValueError,
             "one row of validation data; got none",
         ),
-        (lambda: fit(small(), gaussian(), validation=(1, 2, 3)), ValueError, r"as \(data, context\); got 3 items"),
+        (
+            lambda: fit(small(), gaussian(), validation=(1, 2, 3, 4)),
+            ValueError,
+            r"\(data, context, weights\); got 4 items",
+        ),
         (lambda: fit(small(), gaussian(), seed="a"), TypeError, "expected seed to be an integer; got 'a'"),
         (lambda: fit(small(), gaussian(), learning_rate="a"), TypeError, r"learning_rate in \(0, inf\); got 'a'"),
         (lambda: fit(small(), gaussian(), objective=lambda *_: 1.0), TypeError, "gives a scalar tensor.*; got float"),
@@ -570,11 +634,6 @@ def test_a_fit_that_blows_up_at_once_keeps_the_first_weights():
     assert result.best_epoch is None
     assert "not finite in 2 steps in a row" in result.stopped
     assert all(torch.equal(value, before[name]) for name, value in flow.state_dict().items())
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        yield from gaussian().split(20)
 
 
 @pytest.mark.parametrize("batches", [DataLoader(Stream(), batch_size=None), (b for b in gaussian().split(20))])
@@ -717,19 +776,19 @@ class Seen:
         return loss * math.nan if len(self.weights) - 1 in self.bad else loss
 
 
-def fitted(average, bad=(), **options):
+def fitted(ema_decay, bad=(), **options):
     torch.manual_seed(0)
     flow, seen = affine(), Seen(bad)
     x = gaussian(40)
-    fit(flow, x, objective=seen, epochs=6, batch_size=10, learning_rate=0.05, average=average, seed=0, **options)
+    fit(flow, x, objective=seen, epochs=6, batch_size=10, learning_rate=0.05, ema_decay=ema_decay, seed=0, **options)
     return flow, seen
 
 
-@pytest.mark.parametrize("average", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize("ema_decay", [0.5, 0.9, 0.99])
 @pytest.mark.parametrize("bad", [(), (3, 7)])
-def test_averaged_weights_are_a_moving_average_by_hand(average, bad):
+def test_averaged_weights_are_a_moving_average_by_hand(ema_decay, bad):
     plain, seen = fitted(0.0, bad, validation=None)
-    flow, also_seen = fitted(average, bad, validation=None)
+    flow, also_seen = fitted(ema_decay, bad, validation=None)
     # The average is taken beside the training, which it does not change.
     for a, b in zip(seen.weights, also_seen.weights, strict=True):
         assert all(map(torch.equal, a, b))
@@ -737,7 +796,7 @@ def test_averaged_weights_are_a_moving_average_by_hand(average, bad):
     assert len(after) == 24
     wanted = after[0]
     for step, weights in enumerate(after[1:], 1):
-        share = max(1 - average, 5 / (step + 5))
+        share = max(1 - ema_decay, 5 / (step + 5))
         wanted = [(1 - share) * mean + share * weight for mean, weight in zip(wanted, weights, strict=True)]
     for found, by_hand in zip(flow.parameters(), wanted, strict=True):
         torch.testing.assert_close(found.detach(), by_hand, rtol=1e-5, atol=1e-6)
@@ -747,7 +806,7 @@ def test_averaged_weights_are_a_moving_average_by_hand(average, bad):
 def test_averaged_weights_are_what_is_evaluated_and_kept():
     held = gaussian(100, seed=1)
     flow = affine()
-    result = fit(flow, gaussian(60), validation=held, epochs=20, learning_rate=5e-2, average=0.9, seed=0)
+    result = fit(flow, gaussian(60), validation=held, epochs=20, learning_rate=5e-2, ema_decay=0.9, seed=0)
     assert -flow.log_prob(held).mean().item() == pytest.approx(result.best_loss, abs=1e-5)
     assert result.best_loss == min(result.history["validation"])
 
@@ -756,11 +815,11 @@ def test_averaged_weights_of_a_noisy_fit_are_nearer():
     x = gaussian(4000)
     wanted = dist.MultivariateNormal(x.mean(0), x.T.cov()).log_prob(x).mean().item()
     gaps = []
-    for average in (0.0, 0.99):
+    for ema_decay in (0.0, 0.99):
         torch.manual_seed(0)
         flow = affine()
         options = {"batch_size": 10, "schedule": "constant", "validation": None, "seed": 0}
-        fit(flow, x, epochs=2, learning_rate=5e-2, average=average, **options)
+        fit(flow, x, epochs=2, learning_rate=5e-2, ema_decay=ema_decay, **options)
         gaps.append(wanted - flow.log_prob(x).mean().item())
     assert gaps[1] < gaps[0] / 3
 
@@ -770,15 +829,15 @@ def test_averaged_weights_leave_frozen_ones():
     frozen = [p.requires_grad_(False) for p in flow.layers[0].parameters()]
     before = [p.clone() for p in frozen]
     moving = [p.clone() for p in flow.parameters() if p.requires_grad]
-    fit(flow, gaussian(), epochs=3, average=0.9, seed=0)
+    fit(flow, gaussian(), epochs=3, ema_decay=0.9, seed=0)
     assert all(map(torch.equal, frozen, before))
     assert not all(map(torch.equal, (p for p in flow.parameters() if p.requires_grad), moving))
 
 
-@pytest.mark.parametrize("average, error", [(1.0, ValueError), (-0.1, ValueError), ("most", TypeError)])
-def test_an_average_out_of_range_is_refused(average, error):
-    with pytest.raises(error, match=r"expected average in \[0, 1\); got"):
-        fit(small(), gaussian(), average=average)
+@pytest.mark.parametrize("ema_decay, error", [(1.0, ValueError), (-0.1, ValueError), ("most", TypeError)])
+def test_an_average_out_of_range_is_refused(ema_decay, error):
+    with pytest.raises(error, match=r"expected ema_decay in \[0, 1\); got"):
+        fit(small(), gaussian(), ema_decay=ema_decay)
 
 
 @pytest.mark.parametrize(
@@ -852,8 +911,8 @@ def test_discrete_data_in_batches():
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamax"])
-@pytest.mark.parametrize("average", [0.0, 0.9])
-def test_a_step_left_out_leaves_weights_and_optimizer_as_they_were(monkeypatch, optimizer, average):
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_a_step_left_out_leaves_weights_and_optimizer_as_they_were(monkeypatch, optimizer, ema_decay):
     made = []
     for name in ("Adam", "Adamax"):
         kind = getattr(torch.optim, name)
@@ -872,7 +931,7 @@ def test_a_step_left_out_leaves_weights_and_optimizer_as_they_were(monkeypatch, 
         gaussian(40),
         objective=objective,
         optimizer=optimizer,
-        average=average,
+        ema_decay=ema_decay,
         batch_size=10,
         epochs=2,
         validation=None,
@@ -896,13 +955,13 @@ def test_adamax_learns():
 
 
 @pytest.mark.parametrize("accumulate", [2, 3, 50])
-@pytest.mark.parametrize("average", [0.0, 0.9])
-def test_parts_of_a_batch_give_its_step(accumulate, average):
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_parts_of_a_batch_give_its_step(accumulate, ema_decay):
     flows, results = [], []
     for number in (1, accumulate):
         torch.manual_seed(0)
         flows.append(small(norm="none").double())
-        options = {"batch_size": 50, "epochs": 4, "average": average, "accumulate": number, "seed": 0}
+        options = {"batch_size": 50, "epochs": 4, "ema_decay": ema_decay, "accumulate": number, "seed": 0}
         results.append(fit(flows[-1], gaussian().double(), **options))
     assert results[0].history["train"] == pytest.approx(results[1].history["train"], rel=1e-10)
     assert results[0].history["gradient_norm"] == pytest.approx(results[1].history["gradient_norm"], rel=1e-10)
@@ -942,7 +1001,7 @@ def test_a_part_that_is_not_finite_leaves_the_whole_step_out():
 
 
 def test_steps_of_a_running_shuffle_see_all_rows_before_one_again():
-    rows = Rows(torch.arange(10.0)[:, None], None, 4, steps=3)
+    rows = Rows(torch.arange(10.0)[:, None], batch_size=4, steps=3)
     seen = [x.flatten().tolist() for _ in range(5) for x, *_ in rows.after(0)]
     assert len(seen) == 15
     assert all(len(batch) == 4 for batch in seen)
@@ -959,10 +1018,11 @@ def test_steps_per_epoch():
 
 
 def test_evaluation_takes_fewer_rows_of_larger_events():
-    sizes = {shape: Rows(torch.zeros(20_000, *shape), None, 1).slices()[0].stop for shape in ((2,), (64,), (3, 16, 16))}
+    sizes = {shape: Rows(torch.zeros(20_000, *shape)).slices()[0].stop for shape in ((2,), (64,), (3, 16, 16))}
     assert sizes == {(2,): 8192, (64,): 8192, (3, 16, 16): 682}
-    assert Rows(torch.zeros(2, 2**20), None, 1).slices() == [slice(0, 1), slice(1, 2)]
-    covered = torch.cat([x for x, _ in Rows(torch.arange(20_000.0)[:, None], None, 1).chunks()])
+    assert Rows(torch.zeros(2, 2**20)).slices() == [slice(0, 1), slice(1, 2)]
+    rows = Rows(torch.arange(20_000.0)[:, None])
+    covered = torch.cat([rows[part].x for part in rows.slices()])
     assert torch.equal(covered.flatten(), torch.arange(20_000.0))
 
 
@@ -1064,7 +1124,7 @@ def test_recomputation_leaves_running_averages_as_they_are():
     for recompute in (False, True):
         torch.manual_seed(0)
         flow = small(norm="batchnorm")
-        fit(flow, [gaussian()], epochs=3, recompute=recompute, seed=0)
+        fit(flow, [gaussian()], epochs=3, activation_checkpointing=recompute, seed=0)
         buffers.append([b.clone() for b in flow.buffers()])
     assert all(map(torch.equal, *buffers))
 
@@ -1088,7 +1148,7 @@ def test_the_stacks_that_recompute():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"accumulate": 2}, {"average": 0.9, "optimizer": "adamax"}, {"precision": "bf16-mixed"}],
+    [{}, {"accumulate": 2}, {"ema_decay": 0.9, "optimizer": "adamax"}, {"precision": "bf16-mixed"}],
 )
 def test_recomputation_in_a_fit_is_the_same_fit(options):
     flows, results = [], []
@@ -1096,7 +1156,7 @@ def test_recomputation_in_a_fit_is_the_same_fit(options):
         torch.manual_seed(0)
         flow = nested(dropout=0.2).float()
         x = torch.randn(200, 8, generator=torch.Generator().manual_seed(1))
-        results.append(fit(flow, x, epochs=3, batch_size=45, recompute=recompute, seed=0, **options))
+        results.append(fit(flow, x, epochs=3, batch_size=45, activation_checkpointing=recompute, seed=0, **options))
         flows.append(flow)
     assert results[0].history["train"] == pytest.approx(results[1].history["train"], abs=1e-6)
     for a, b in zip(*(flow.state_dict().values() for flow in flows), strict=True):
@@ -1155,7 +1215,7 @@ def test_channels_last_is_the_same_fit_in_another_layout(recompute, accumulate):
             return -flow.log_prob(x).mean()
 
         flow = picture_flow()
-        options = {"recompute": recompute, "accumulate": accumulate, "channels_last": channels_last}
+        options = {"activation_checkpointing": recompute, "accumulate": accumulate, "channels_last": channels_last}
         results.append(fit(flow, pictures(), objective=objective, epochs=2, batch_size=9, seed=0, **options))
         assert set(seen) == {channels_last}
         conv = flow.layers[0][0][0].conditioner
@@ -1181,7 +1241,9 @@ def test_channels_last_is_of_images_alone():
 def test_mixed_precision_is_of_networks_in_training(recompute):
     flow = picture_flow()
     conv = flow.layers[0][0][0].conditioner
-    result = fit(flow, pictures(), precision="bf16-mixed", epochs=1, batch_size=9, recompute=recompute, seed=0)
+    result = fit(
+        flow, pictures(), precision="bf16-mixed", epochs=1, batch_size=9, activation_checkpointing=recompute, seed=0
+    )
     assert {(training, dtype) for training, dtype, _ in conv.seen} == {(True, torch.bfloat16), (False, torch.float32)}
     assert "forward" not in vars(conv)
     assert flow.dtype == torch.float32
@@ -1222,7 +1284,11 @@ def test_mixed_precision_takes_the_embedding_and_leaves_the_maps():
         ({"checkpoint": "/no/such/folder/fit.pt"}, ValueError, "in a folder that exists; got /no/such/folder/fit.pt"),
         ({"checkpoint": "/"}, ValueError, "expected checkpoint as the path of a file in a folder that exists; got /"),
         ({"checkpoint_seconds": 3}, ValueError, "expected checkpoint_seconds beside a checkpoint; got 3 alone"),
-        ({"compile": True, "recompute": True}, ValueError, "expected compile or recompute, .*; got both"),
+        (
+            {"compile": True, "activation_checkpointing": True},
+            ValueError,
+            "compile cannot be combined with activation_ch",
+        ),
     ],
 )
 def test_messages_of_the_options_for_large_flows(options, error, message):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from copy import copy
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +24,20 @@ if TYPE_CHECKING:
 
 __all__ = ["Batches", "Mapped", "Rows", "Steps", "prepare"]
 
-Batch = tuple[Tensor | None, Tensor | None, float]
-"""Data and context, and the share of the whole batch's rows that this process has."""
+
+class Batch(NamedTuple):
+    """A batch, or this rank's slice of it, and the share of the batch's rows that the slice has."""
+
+    x: Tensor | None
+    context: Tensor | None = None
+    weights: Tensor | None = None
+    share: float = 1.0
+
+    @property
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        """What an objective takes after the flow: data, context, and the weights of rows if there are any."""
+        return (self.x, self.context) if self.weights is None else (self.x, self.context, self.weights)
+
 
 _EVALUATION_ROWS = 8192
 _EVALUATION_NUMBERS = 2**19
@@ -69,11 +81,26 @@ class Rows:
     shuffle after another, each of which goes through all rows. Each process takes its part of every batch.
     """
 
-    def __init__(self, x: Tensor | Mapped, context: Tensor | Mapped | None, batch_size: int, steps: int | None = None):
-        self.x, self.context, self.batch_size = x, context, batch_size
+    def __init__(
+        self,
+        x: Tensor | Mapped,
+        context: Tensor | Mapped | None = None,
+        weights: Tensor | None = None,
+        *,
+        batch_size: int = 1,
+        steps: int | None = None,
+    ):
+        self.x, self.context, self.weights, self.batch_size = x, context, weights, batch_size
         self.steps = steps or len(x) // batch_size
         self.runs_on = steps is not None
         self.waiting = torch.empty(0, dtype=torch.long, device=x.device)  # the rows of a shuffle not seen yet
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, rows: Tensor | slice) -> Batch:
+        context = None if self.context is None else self.context[rows]
+        return Batch(self.x[rows], context, None if self.weights is None else self.weights[rows])
 
     def after(self, done: int) -> Iterator[Batch]:
         """Give the batches of an epoch of which so many are done."""
@@ -85,7 +112,7 @@ class Rows:
             while len(self.waiting) < self.batch_size:
                 self.waiting = torch.cat([self.waiting, torch.randperm(len(self.x), device=self.x.device)])
             rows, self.waiting = self.waiting[: self.batch_size][mine], self.waiting[self.batch_size :]
-            yield self.x[rows], None if self.context is None else self.context[rows], share
+            yield self[rows]._replace(share=share)
 
     @property
     def place(self) -> Tensor:
@@ -101,16 +128,12 @@ class Rows:
         start, stop, _ = part.indices(len(self.x))
         return [slice(i, min(i + rows, stop)) for i in range(start, stop, rows)]
 
-    def chunks(self, part: slice = slice(None)) -> Iterator[tuple[Tensor, Tensor | None]]:
-        for rows in self.slices(part):
-            yield self.x[rows], None if self.context is None else self.context[rows]
-
     def sample(self, most: int) -> Rows:
         """Give so many rows, evenly spaced, where they are not in memory and more."""
         if isinstance(self.x, Tensor) or len(self.x) <= most:
             return self
         rows = torch.linspace(0, len(self.x) - 1, most, dtype=torch.float64).long()
-        return Rows(self.x[rows], None if self.context is None else self.context[rows], 1)
+        return Rows(*self[rows].inputs)  # type: ignore[arg-type]
 
 
 class Batches:
@@ -152,7 +175,7 @@ class Batches:
 
     def _whole(self) -> Iterator[Batch]:
         for number, batch in enumerate(self.batches):
-            yield *self._checked(batch, number), 1.0
+            yield Batch(*self._checked(batch, number))
 
     def _shared(self, numbered: Iterator[tuple[int, Any]]) -> Iterator[Batch]:
         """Give this process's parts; a batch that does not give every process a row is left out by all."""
@@ -166,7 +189,7 @@ class Batches:
             if some < distributed.world_size():
                 return
             if x is not None and filled == distributed.world_size():
-                yield x, context, len(x) / total
+                yield Batch(x, context, share=len(x) / total)
 
     def _checked(self, batch: Any, number: int) -> tuple[Tensor, Tensor | None]:
         x, context = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
@@ -192,13 +215,14 @@ class Steps:
     def after(self, done: int) -> Iterator[Batch]:
         """Give the batches of an epoch of which so many are done."""
         for _ in range(self.steps - done):
-            yield None, None, 1 / distributed.world_size()
+            yield Batch(None, share=1 / distributed.world_size())
 
 
 def prepare(
     flow: Flow,
     x: Any,
     context: Any,
+    weights: Any,
     validation: Any,
     batch_size: int | None,
     steps_per_epoch: int | None,
@@ -212,15 +236,23 @@ def prepare(
         check_number("the share of validation rows", validation, "[0, 1)")
         share, validation = float(validation), None
     held_out = None
-    if isinstance(validation, tuple) and len(validation) != 2:
-        raise ValueError(f"expected validation as (data, context); got {len(validation)} items")
+    if isinstance(validation, tuple) and len(validation) not in (2, 3):
+        raise ValueError(
+            f"expected validation as (data, context) or (data, context, weights); got {len(validation)} items"
+        )
     if validation is not None:
-        rows, its_context = validation if isinstance(validation, tuple) else (validation, None)
-        held_out = Rows(*_data(flow, rows, its_context, device, name="validation data"), 1)
-        if len(held_out.x) == 0:
+        held_x, held_context, held_weights, *_ = (
+            *(validation if isinstance(validation, tuple) else (validation,)),
+            None,
+            None,
+        )
+        held_x, held_context = _data(flow, held_x, held_context, device, name="validation data")
+        if len(held_x) == 0:
             raise ValueError("expected at least one row of validation data; got none")
+        held_weights = _weights(held_weights, len(held_x), device, name="validation data")
+        held_out = Rows(held_x, held_context, _scaled(held_weights, "validation data", flow.dtype))
     if not isinstance(x, Tensor) and not hasattr(x, "__array__"):
-        alone = {"context": context, "batch_size": batch_size}
+        alone = {"context": context, "weights": weights, "batch_size": batch_size}
         if x is not None:
             alone["steps_per_epoch"] = steps_per_epoch
         for name, given in alone.items():
@@ -234,6 +266,7 @@ def prepare(
     data, its_context = _data(flow, x, context, device, name="data")
     if len(data) < 2:
         raise ValueError(f"expected at least 2 rows of data; got {len(data)}")
+    weights = _weights(weights, len(data), device, name="data")
     if flow.dequantizer is None:
         _refuse_constant_columns(data)
     elif isinstance(flow.dequantizer, ColumnDequantizer):
@@ -242,19 +275,51 @@ def prepare(
         # Drawn on the CPU, so that a fit that goes on elsewhere holds out the same rows.
         order = torch.randperm(len(data)).to(device)
         number = max(1, int(share * len(data)))
-        kept, held = order[number:], order[:number]
-        held_out = Rows(_among(data, held), None if its_context is None else _among(its_context, held), 1)
-        data, its_context = _among(data, kept), None if its_context is None else _among(its_context, kept)
+        columns = (data, its_context, weights)
+        data, its_context, weights = (_among(column, order[number:]) for column in columns)
+        held_x, held_context, held_weights = (_among(column, order[:number]) for column in columns)
+        held_out = Rows(held_x, held_context, _scaled(held_weights, "the rows held out", flow.dtype))
     if batch_size is None:
         batch_size = min(256, len(data))
     if len(data) < batch_size or len(data) == 0:
         raise ValueError(f"expected at least batch_size={batch_size} training rows; got {len(data)}")
     if batch_size < distributed.world_size():
         raise ValueError(f"expected at least a row a batch for each process; got batch_size={batch_size}")
-    return Rows(data, its_context, batch_size, steps_per_epoch), held_out
+    weights = _scaled(weights, "the training rows", flow.dtype)
+    return Rows(data, its_context, weights, batch_size=batch_size, steps=steps_per_epoch), held_out
 
 
-def _among(data: Tensor | Mapped, rows: Tensor) -> Tensor | Mapped:
+def _weights(weights: Any, rows: int, device: torch.device, *, name: str) -> Tensor | None:
+    """Return the weights of rows as float64 on the device."""
+    if weights is None:
+        return None
+    try:
+        tensor = weights.detach() if isinstance(weights, Tensor) else _numbers(np.asarray(weights))
+    except TypeError:
+        raise TypeError(f"expected weights of {name} as a tensor or an array; got {type(weights).__name__}") from None
+    if tensor.shape != (rows,):
+        raise ValueError(f"expected weights of shape ({rows},), one for each row of {name}; got {tuple(tensor.shape)}")
+    tensor = tensor.to(device, torch.float64)
+    bad = ~(tensor.isfinite() & (tensor >= 0))
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(f"expected finite weights of at least 0 for {name}; got {float(tensor[row])} in row {row}")
+    return tensor
+
+
+def _scaled(weights: Tensor | None, name: str, dtype: torch.dtype) -> Tensor | None:
+    """Scale the weights of rows to mean 1."""
+    if weights is None:
+        return None
+    mean = weights.mean()
+    if not mean > 0:
+        raise ValueError(f"expected a weight above 0 among those of {name}; got zeros only")
+    return (weights / mean).to(dtype)
+
+
+def _among(data: Any, rows: Tensor) -> Any:
+    if data is None:
+        return None
     return data.among(rows) if isinstance(data, Mapped) else data[rows]
 
 

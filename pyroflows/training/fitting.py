@@ -20,7 +20,7 @@ from pyroflows.arguments import check_number, check_option, check_sizes
 from pyroflows.contexts import random_state, seeded, set_random_state
 from pyroflows.flow import Flow
 from pyroflows.layers.batchnorm import BatchNorm
-from pyroflows.training.batches import Batches, Rows, Steps, prepare
+from pyroflows.training.batches import Batch, Batches, Rows, Steps, prepare
 from pyroflows.training.checkpoint import Checkpoint, fingerprint
 from pyroflows.training.modes import compiled, laid_out, mixed, recomputing
 from pyroflows.training.options import FitOptions
@@ -32,21 +32,23 @@ _STATISTICS_ROWS = 2**17  # of data that are not in memory, for the statistics o
 
 __all__ = ["FitResult", "Objective", "fit", "negative_log_likelihood"]
 
-Objective = Callable[[Any, Tensor | None, Tensor | None], Tensor]
-"""Gives the loss, a scalar, of a flow on a batch of data and context."""
+Objective = Callable[..., Tensor]
+"""Returns the loss, a scalar, from the flow, a batch, its context, and the weights of its rows if there are any."""
 
 
-def negative_log_likelihood(flow: Any, x: Tensor | None, context: Tensor | None) -> Tensor:
-    """The mean negative log-likelihood of a batch, in nats; of discrete data a bound on it, by the dequantizer."""
+def negative_log_likelihood(
+    flow: Any, x: Tensor | None, context: Tensor | None, weights: Tensor | None = None
+) -> Tensor:
+    """Return the mean over rows of the negative log-density times weight, in nats; with a dequantizer, of its bound."""
     method = flow.log_prob if flow.dequantizer is None else flow.dequantized_log_prob
-    found = method(x, context)
+    log_prob = method(x, context)
     # What an embedding gives may broadcast, such as labels of shape (rows, 1) to every row beside every label.
-    if x is not None and context is not None and found.shape != x.shape[: x.dim() - len(flow.event_shape)]:
+    if x is not None and context is not None and log_prob.shape != x.shape[: x.dim() - len(flow.event_shape)]:
         raise ValueError(
             f"expected a context that gives one log-density to each row of {tuple(x.shape)}; "
-            f"got {tuple(found.shape)} from a context of shape {tuple(context.shape)}"
+            f"got {tuple(log_prob.shape)} from a context of shape {tuple(context.shape)}"
         )
-    return -found.mean()
+    return -(log_prob if weights is None else weights * log_prob).mean()
 
 
 @dataclass
@@ -85,7 +87,8 @@ def fit(
     x: Array | Iterable[Any] | None = None,
     *,
     context: Array | None = None,
-    validation: float | Array | tuple[Array, Array] | None = 0.1,
+    weights: Array | None = None,
+    validation: float | Array | tuple[Array | None, ...] | None = 0.1,
     epochs: int = 100,
     batch_size: int | None = None,
     learning_rate: float = 1e-3,
@@ -124,9 +127,13 @@ def fit(
             (an ELBO). On several processes all read the same batches and share the rows of each, unless the iterable
             has a true attribute ``sharded`` or a ``DistributedSampler``: then each process reads batches of its own.
         context: the context of each row, where the flow takes one and ``x`` is an array.
-        validation: the share of rows to hold out; or data, or ``(data, context)``; 0 or None for none. A share is
-            of an array's rows; batches of the user's own stay whole, and without data held out neither patience nor
-            the choice of the best epoch applies: the last one's weights are kept.
+        weights: a weight of at least 0 for each row, if ``x`` is an array. They are scaled to mean 1 over the rows
+            trained on, and the loss of a batch is the mean over its rows of weight times negative log-density; the
+            validation loss is the weighted mean over the rows held out.
+        validation: the share of rows to hold out, with their contexts and weights; or data, ``(data, context)`` or
+            ``(data, context, weights)``, where context may be None; 0 or None for none. Batches of the user's own stay
+            whole, and without data held out neither patience nor the choice of the best epoch applies: the last one's
+            weights are kept.
         epochs: passes through the data.
         batch_size: rows a step, over all processes; by default 256, or all rows where there are fewer. The rows left
             over by the last whole batch of an epoch wait for another epoch's shuffle.
@@ -145,8 +152,8 @@ def fit(
         max_skipped: steps in a row that may be left out before the fit ends.
         steps_per_epoch: steps an epoch has; by default those of a whole pass, or 100 where ``x`` is None. Beside an
             array one shuffle then runs on through the epochs until all rows were seen, and another follows.
-        objective: gives the loss from the flow, a batch and its context; by default the mean of
-            ``-flow.log_prob``, or of ``-flow.dequantized_log_prob`` where the flow has a dequantizer.
+        objective: returns the loss from the flow, a batch and its context, and the weights of its rows as a fourth
+            argument if there are weights; by default :func:`negative_log_likelihood`.
         augment: gives from the ``x`` of a training batch, before it is dequantised, another like it, such as images
             mirrored at random.
         recompute: keep for the gradient what goes into a layer (of a flow in levels: into a step), and run that again
@@ -170,7 +177,7 @@ def fit(
 
     Shapes:
         x: ``(rows, *event_shape)``; context: ``(rows, context_features)``, or ``(rows, ...)``, also of integers, where
-        the flow has an embedding.
+        the flow has an embedding; weights: ``(rows,)``.
 
     Returns:
         The history, and why the fit ended.
@@ -233,7 +240,7 @@ def fit(
     if x is None and objective is negative_log_likelihood:
         raise ValueError("expected data, or an objective that needs none; got neither")
     if compile and recompute:
-        raise ValueError("expected compile or recompute, since torch.compile cannot see through both; got both")
+        raise ValueError("compile cannot be combined with activation_checkpointing")
     if strategy == "fsdp" and (compile or channels_last):
         raise ValueError("expected strategy='fsdp' without compile and channels_last; got it beside one of them")
     if x is None and augment is not None:
@@ -257,7 +264,7 @@ def fit(
         if state is not None:
             set_random_state(state["start"], fabric.device)  # so that the same rows are held out
         start = random_state(fabric.device)
-        train, held_out = prepare(flow, x, context, validation, batch_size, steps_per_epoch, fabric.device)
+        train, held_out = prepare(flow, x, context, weights, validation, batch_size, steps_per_epoch, fabric.device)
         if isinstance(train, Rows) and train.batch_size < accumulate:
             raise ValueError(f"expected at least accumulate={accumulate} rows a batch; got {train.batch_size}")
         parameters = [p for p in flow.parameters() if p.requires_grad]
@@ -268,8 +275,8 @@ def fit(
             weight_decay=float(weight_decay),
             schedule=schedule,
             warmup=float(warmup),
-            clip_norm=math.inf if clip_norm is None else float(clip_norm),
-            average=float(average),
+            max_grad_norm=math.inf if clip_norm is None else float(clip_norm),
+            ema_decay=float(average),
             optimizer=optimizer,
             batch_size=train.batch_size if isinstance(train, Rows) else None,
             steps_per_epoch=train.steps,
@@ -337,8 +344,8 @@ class _Options:
     weight_decay: float
     schedule: str
     warmup: float
-    clip_norm: float
-    average: float
+    max_grad_norm: float
+    ema_decay: float
     optimizer: str
     batch_size: int | None
     steps_per_epoch: int | None
@@ -353,7 +360,7 @@ class _Options:
 def _marks(options: _Options, flow: Flow, train: Any, held_out: Rows | None) -> dict[str, Any]:
     """What has to be the same where a fit goes on from a checkpoint."""
     rows = [rows for rows in (train, held_out) if isinstance(rows, Rows)]
-    data = fingerprint(*(tensor for each in rows for tensor in (each.x, each.context)))
+    data = fingerprint(*(tensor for each in rows for tensor in (each.x, each.context, each.weights)))
     return {**asdict(options), "flow": fingerprint(flow), "data": data}
 
 
@@ -381,7 +388,8 @@ def _start(flow: Flow, objective: Objective, train: Any, augment: Any, accumulat
     if all(getattr(part, "_started", True) for part in flow.modules()):
         return
     place, state, own = train.place, random_state(device), distributed.rank_random_state()
-    x, context, _ = next(iter(train.after(0)))
+    batch = next(iter(train.after(0)))
+    x, context, weights = batch.x, batch.context, batch.weights
     flow.train()
     with distributed.rank_rng():
         if x is not None:
@@ -389,7 +397,8 @@ def _start(flow: Flow, objective: Objective, train: Any, augment: Any, accumulat
             number = min(distributed.all_gather(min(accumulate, len(x))))
             x = x.tensor_split(number)[0]
             context = None if context is None else context[: len(x)]
-        objective(flow, x, context)
+            weights = None if weights is None else weights[: len(x)]
+        objective(flow, *Batch(x, context, weights).inputs)
     train.go_to(place)
     set_random_state(state, device)
     distributed.set_rank_random_state(own)
@@ -422,7 +431,7 @@ class _Trainer:
         self.skipped = torch.zeros(2, device=self.fabric.device)  # in all, in a row
         self.parameters = list(self.trained.parameters())
         self.is_spread = self.trained is not self.flow
-        self.averaged = [p.detach().clone() for p in self.parameters] if self.options.average else []
+        self.averaged = [p.detach().clone() for p in self.parameters] if self.options.ema_decay else []
         self.first: dict[str, Tensor] | None = self._weights()  # until there are best ones
         self.best: dict[str, Tensor] | None = None
         self.began = time.perf_counter()
@@ -577,11 +586,11 @@ class _Trainer:
         shown, timed = 0.0, self.max_seconds is not None
         # Reading the count makes a GPU wait: there it is looked at now and then.
         often = 1 if self.fabric.device.type == "cpu" else 50
-        for x, context, share in self.train.after(self.done):
+        for batch in self.train.after(self.done):
             elapsed = self._seconds() if timed else time.perf_counter() - self.began
             self._set_rate(elapsed)
             with distributed.rank_rng():
-                loss, norm, bad = self._step(x, context, share)
+                loss, norm, bad = self._step(batch)
             self.sums += torch.where(bad > 0, 0, torch.stack([loss, norm, torch.ones_like(loss)]).float())
             self.result.steps += 1
             self.done += 1
@@ -617,21 +626,21 @@ class _Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.learning_rate * rise * fall
 
-    def _step(self, x: Tensor | None, context: Tensor | None, share: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _step(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
-        for part, its_context, its_share in self._parts(x, context):
-            loss = self.objective(self.trained, part, its_context)
+        for part in self._parts(batch):
+            loss = self.objective(self.trained, *part.inputs)
             if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
                 got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
                 raise TypeError(f"expected an objective that gives a scalar tensor with a gradient; got {got}")
-            weight = its_share * share
-            loss = loss if weight == 1 else loss * weight
+            share = part.share * batch.share
+            loss = loss if share == 1 else loss * share
             # What is spread averages its gradients over the processes.
             self.fabric.backward(loss * distributed.world_size() if self.is_spread else loss)
             losses.append(loss.detach())
         loss = self._over_processes(torch.stack(losses).sum())
-        norm = gather(torch.nn.utils.clip_grad_norm_(self.parameters, self.options.clip_norm, foreach=True))
+        norm = gather(torch.nn.utils.clip_grad_norm_(self.parameters, self.options.max_grad_norm, foreach=True))
         bad = (~(loss.isfinite() & norm.isfinite())).float()
         if self.options.optimizer == "adam":
             # The fused optimizer reads this flag on the device and leaves the step out.
@@ -643,7 +652,7 @@ class _Trainer:
         self.skipped[1] *= bad
         if self.averaged:
             # The first steps are soon forgotten: early on, the average looks back over a fifth of them.
-            weight = max(1 - self.options.average, 5 / (self.result.steps + 5))
+            weight = max(1 - self.options.ema_decay, 5 / (self.result.steps + 5))
             torch._foreach_lerp_(self.averaged, [p.detach() for p in self.parameters], weight)
         return loss, norm, bad
 
@@ -668,12 +677,12 @@ class _Trainer:
             parameter.grad.copy_(gradient.view_as(parameter))  # in its layout, of which a fused optimizer knows one
         return sums[-1][0]
 
-    def _parts(self, x: Tensor | None, context: Tensor | None) -> Iterator[tuple[Tensor | None, Tensor | None, float]]:
-        """Give the parts of a batch that are run one after another, and the share of its rows that each has."""
-        number = self.options.accumulate
+    def _parts(self, batch: Batch) -> Iterator[Batch]:
+        """Yield the parts of a batch that are run one after another; ``share`` is the part's share of its rows."""
+        number, x = self.options.accumulate, batch.x
         if x is None:
             for _ in range(number):
-                yield None, None, 1 / number
+                yield Batch(None, share=1 / number)
             return
         if self.augment is not None:
             shape, dtype = x.shape, x.dtype
@@ -681,12 +690,12 @@ class _Trainer:
             if not isinstance(x, Tensor) or x.shape != shape or x.dtype != dtype:
                 got = f"{x.dtype} of {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
                 raise TypeError(f"expected augment to give {dtype} of {tuple(shape)}, as it gets; got {got}")
-        # As many in every process: norms in training sum over all of them in each.
+        # The same number in every process: norms in training sum over all of them in each part.
         rows, number = len(x), min(distributed.all_gather(min(number, len(x)))) if number > 1 else 1
-        parts = self._laid_out(x).tensor_split(number)
-        contexts = [None] * number if context is None else context.tensor_split(number)
-        for part, its_context in zip(parts, contexts, strict=True):
-            yield part, its_context, len(part) / rows
+        columns = (self._laid_out(x), batch.context, batch.weights)
+        parts = [[None] * number if column is None else column.tensor_split(number) for column in columns]
+        for part, context, weights in zip(*parts, strict=True):
+            yield Batch(part, context, weights, len(part) / rows)
 
     def _laid_out(self, x: Tensor) -> Tensor:
         return x.contiguous(memory_format=torch.channels_last) if self.options.channels_last else x
@@ -700,9 +709,12 @@ class _Trainer:
         if self.held_out is None:
             return train
         rows = len(self.held_out.x)
-        chunks = self.held_out.chunks(distributed.rank_slice(rows))
-        losses = [float(self.objective(self.flow, self._laid_out(x), c)) * len(x) for x, c in chunks]
-        return sum(distributed.all_gather(sum(losses))) / rows
+        total = 0.0
+        for part in self.held_out.slices(distributed.rank_slice(rows)):
+            batch = self.held_out[part]
+            batch = batch._replace(x=self._laid_out(batch.x))  # type: ignore[arg-type]
+            total += float(self.objective(self.flow, *batch.inputs)) * (part.stop - part.start)
+        return sum(distributed.all_gather(total)) / rows
 
 
 @torch.no_grad()
