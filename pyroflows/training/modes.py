@@ -1,10 +1,9 @@
-"""Ways in which modules run, and random numbers are drawn, each for the length of a block."""
+"""How a flow runs while it trains: memory layout, precision, activation checkpointing, compiled methods."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,35 +12,52 @@ from torch import Tensor, nn
 from pyroflows.bijection import Bijection
 from pyroflows.compose import Compose
 from pyroflows.flow import Flow
+from pyroflows.training.options import FitOptions
 
-__all__ = ["METHODS", "compiled", "laid_out", "mixed", "recomputing"]
+__all__ = ["METHODS", "CompiledFlow", "activation_checkpointing", "bf16_networks", "channels_last", "training_modes"]
 
 METHODS = ("log_prob", "dequantized_log_prob", "rsample_and_log_prob", "rsample_and_score")
-"""The methods of a flow that an objective may call."""
+"""The methods of a flow that an objective calls, and that are compiled or sharded."""
 
 
-@contextmanager
-def compiled(flow: Flow) -> Iterator[None]:
-    """Put compiled methods in front of the flow's own for the length of a block."""
-    for method in METHODS:
-        # Train and evaluation batches each have one shape: a graph for each is faster than one for all.
-        object.__setattr__(flow, method, torch.compile(getattr(flow, method), dynamic=False))
-    try:
-        yield
-    finally:
+class CompiledFlow:
+    """What an objective gets in place of a flow: its methods compiled, all else the flow's own."""
+
+    def __init__(self, flow: Flow):
+        self.flow = flow
         for method in METHODS:
-            object.__delattr__(flow, method)
+            # Batches for training and for evaluation each have one shape: a graph for each is faster than one for all.
+            setattr(self, method, torch.compile(getattr(flow, method), dynamic=False))
+
+    def __call__(self, *args: Any) -> Any:
+        return self.flow(*args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.flow, name)
 
 
 @contextmanager
-def recomputing(flow: Flow) -> Iterator[None]:
-    """Keep the inputs of layers alone: of the flow's own, or of the innermost stacks where it has stacks of stacks."""
-    whole = {id(part.bijection) for part in flow.modules() if isinstance(part, Flow)}
+def training_modes(flow: Flow, options: FitOptions) -> Iterator[None]:
+    """Run a flow in the layout, the precision and the memory that the options ask for."""
+    with ExitStack() as stack:
+        if options.channels_last:
+            stack.enter_context(channels_last(flow))
+        if options.precision == "bf16-mixed":
+            stack.enter_context(bf16_networks(flow))
+        if options.activation_checkpointing:
+            stack.enter_context(activation_checkpointing(flow))
+        yield
+
+
+@contextmanager
+def activation_checkpointing(flow: Flow) -> Iterator[None]:
+    """Keep only the inputs of layers: of the flow's own, or of the innermost stacks if it has stacks of stacks."""
+    outermost = {id(part.bijection) for part in flow.modules() if isinstance(part, Flow)}
     stacks = [
         part
         for part in flow.modules()
         if isinstance(part, Compose)
-        and (id(part) in whole or any(isinstance(inner, Compose) and inner is not part for inner in part.modules()))
+        and (id(part) in outermost or any(isinstance(inner, Compose) and inner is not part for inner in part.modules()))
     ]
     before = [stack.recompute for stack in stacks]
     for stack in stacks:
@@ -54,8 +70,8 @@ def recomputing(flow: Flow) -> Iterator[None]:
 
 
 @contextmanager
-def laid_out(flow: Flow) -> Iterator[None]:
-    """Have the weights of convolutions in ``torch.channels_last`` for the length of a block."""
+def channels_last(flow: Flow) -> Iterator[None]:
+    """Hold the weights of convolutions in ``torch.channels_last``."""
     flow.to(memory_format=torch.channels_last)
     try:
         yield
@@ -64,29 +80,54 @@ def laid_out(flow: Flow) -> Iterator[None]:
 
 
 @contextmanager
-def mixed(flow: Flow) -> Iterator[None]:
-    """Train networks in bfloat16; the maps, in which a rounded point would have another log-determinant, in full."""
+def bf16_networks(flow: Flow) -> Iterator[None]:
+    """Run conditioners and embedding in bfloat16 in training mode, and leave maps and densities in full precision.
+
+    Rounded, a map's point would have another log-determinant. The networks run under ``torch.autocast``, which hooks
+    enter before each call and leave after it.
+    """
     parents = [part for part in flow.modules() if isinstance(part, (Bijection, Flow))]
-    networks = [child for parent in parents for child in _networks(parent)]
-    for network in {id(network): network for network in networks}.values():
-        # Of arguments that are copied with the network: a copy made meanwhile must not run the original's weights.
-        network.forward = partial(_in_bfloat16, network, flow.device.type, flow.dtype)
+    networks = {id(network): network for parent in parents for network in _networks(parent)}
+    hooks = [_Autocast(flow.device.type, flow.dtype) for _ in networks]
+    handles = []
+    for network, hook in zip(networks.values(), hooks, strict=True):
+        handles.append(network.register_forward_pre_hook(hook.enter))
+        handles.append(network.register_forward_hook(hook.leave, always_call=True))
     try:
         yield
     finally:
-        for network in networks:
-            vars(network).pop("forward", None)
+        for handle in handles:
+            handle.remove()
+        for hook in hooks:
+            hook.close()
+
+
+class _Autocast:
+    """Forward hooks of a network that runs in bfloat16 in training mode."""
+
+    def __init__(self, device: str, dtype: torch.dtype):
+        self.device, self.dtype = device, dtype
+        self.entered: list[Any] = []
+
+    def enter(self, network: nn.Module, inputs: Any) -> None:
+        autocast = torch.autocast(self.device, torch.bfloat16, enabled=network.training)
+        autocast.__enter__()
+        self.entered.append(autocast)
+
+    def leave(self, network: nn.Module, inputs: Any, output: Any) -> Any:
+        if self.entered:  # it is not where another hook failed before ours
+            self.entered.pop().__exit__(None, None, None)
+        return output.to(self.dtype) if isinstance(output, Tensor) else output
+
+    def close(self) -> None:
+        """Leave what an interrupt, for which no hook is called, has left entered."""
+        while self.entered:
+            self.entered.pop().__exit__(None, None, None)
 
 
 def _networks(parent: nn.Module) -> list[nn.Module]:
-    """Give the networks of a bijection (its children that are none), or the embedding of a flow."""
+    """Return the networks of a bijection, its children that are none, or the embedding of a flow."""
     if isinstance(parent, Flow):
         return [] if parent.embedding is None else [parent.embedding]
     children = [c for child in parent.children() for c in (child if isinstance(child, nn.ModuleList) else [child])]
     return [child for child in children if not isinstance(child, Bijection)]
-
-
-def _in_bfloat16(network: nn.Module, device: str, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
-    with torch.autocast(device, torch.bfloat16, enabled=network.training):
-        found = type(network).forward(network, *args, **kwargs)
-    return found.to(dtype) if isinstance(found, Tensor) else found
