@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pandas
@@ -13,6 +16,7 @@ import pytest
 import torch
 import tqdm.auto
 from fits import Stream, affine, failing, fit, gaussian, same, small
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyroflows import (
@@ -695,7 +699,8 @@ def test_a_flow_of_two_dtypes_is_refused():
         fit(flow, gaussian())
 
 
-def test_compiled_fit_gives_the_same_result_and_leaves_the_flow_as_it_was(monkeypatch):
+@pytest.mark.parametrize("precision", [None, "bf16-mixed"])
+def test_compiled_fit_gives_the_same_result_and_leaves_the_flow_as_it_was(monkeypatch, precision):
     compiled, compile = [], torch.compile
 
     def with_eager_backend(method, **options):
@@ -707,10 +712,64 @@ def test_compiled_fit_gives_the_same_result_and_leaves_the_flow_as_it_was(monkey
     for option in (False, True):
         torch.manual_seed(0)
         flow = small()
-        losses.append(fit(flow, gaussian(), epochs=2, batch_size=50, compile=option, seed=0).best_loss)
+        losses.append(
+            fit(flow, gaussian(), epochs=2, batch_size=50, compile=option, precision=precision, seed=0).best_loss
+        )
         assert "log_prob" not in vars(flow)
     assert compiled == ["log_prob", "dequantized_log_prob", "rsample_and_log_prob", "rsample_and_score"]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_a_first_fit_imports_no_compiler():
+    script = """
+import sys, torch, pyroflows
+for optimizer in ("adam", "adamax"):
+    options = pyroflows.FitOptions(ema_decay=0.9, accumulate=2, precision="bf16-mixed", optimizer=optimizer)
+    pyroflows.fit(pyroflows.realnvp(2, num_layers=2), torch.randn(100, 2), epochs=2, options=options)
+print([name for name in ("torch._dynamo", "sympy", "lightning_fabric") if name in sys.modules])
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert ended.stdout == "[]\n", ended.stderr
+
+
+@pytest.mark.parametrize("kind", ["Adam", "Adamax"])
+def test_the_optimizers_are_those_of_torch(kind):
+    counted, results = [], []
+    with contextlib.closing(contextlib.ExitStack()) as stack:
+        handle = register_optimizer_step_post_hook(lambda *_: counted.append(1))
+        stack.callback(handle.remove)
+        for module in (torch.optim, optimizers):
+            weights = torch.nn.Parameter(torch.arange(1.0, 5.0))
+            optimizer = getattr(module, kind)([weights], 0.1, weight_decay=0.1)
+            for _ in range(5):
+                optimizer.zero_grad()
+                weights.pow(3).sum().backward()
+                optimizer.step()
+            again = getattr(module, kind)([weights], 1.0)
+            again.load_state_dict(optimizer.state_dict())
+            again.step()
+            results.append(weights.detach())
+    assert torch.equal(*results)
+    assert len(counted) == 12
+    assert isinstance(optimizer, getattr(torch.optim, kind))
+
+
+@pytest.mark.parametrize(
+    "device, message",
+    [
+        ("gpu", "expected device to be 'auto' or one that torch knows, such as 'cpu'; got 'gpu'"),
+        (3.0, "expected device to be 'auto' or one that torch knows, such as 'cpu'; got 3.0"),
+        ("meta", "expected a device that torch sees; got 'meta', of which there is none"),
+        ("cuda:99", "expected a device that torch sees; got 'cuda:99', of which there is none"),
+    ],
+)
+def test_messages_of_devices(device, message):
+    with pytest.raises(ValueError, match=message):
+        fit(small(), gaussian(), device=device)
+
+
+def test_a_device_may_be_an_object():
+    assert fit(small(), gaussian(), device=torch.device("cpu"), epochs=1).steps == 1
 
 
 # An embedding of the context
@@ -1228,6 +1287,16 @@ def test_channels_last_is_the_same_fit_in_another_layout(recompute, accumulate):
     assert results[0].history["train"] == pytest.approx(results[1].history["train"], rel=1e-4)
     for a, b in zip(*(flow.parameters() for flow in flows), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_an_interrupt_within_a_network_leaves_full_precision():
+    flow = picture_flow()
+    network = flow.layers[0][0][0].conditioner
+    network.last.register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt), bf16_networks(flow.train()):
+        flow.log_prob(pictures())
+    assert not torch.is_autocast_enabled("cpu")
+    assert not network._forward_hooks
 
 
 def test_channels_last_is_of_images_alone():

@@ -186,7 +186,7 @@ def fit(
         if sharded:
             trained = shard(trained)
         elif options.compile:
-            trained = CompiledFlow(flow)
+            trained = CompiledFlow(flow, options)
         trainer = Trainer(
             flow,
             trained,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -23,17 +24,30 @@ METHODS = ("log_prob", "dequantized_log_prob", "rsample_and_log_prob", "rsample_
 class CompiledFlow:
     """What an objective gets in place of a flow: its methods compiled, all else the flow's own."""
 
-    def __init__(self, flow: Flow):
+    def __init__(self, flow: Flow, options: FitOptions):
         self.flow = flow
-        for method in METHODS:
+        for name in METHODS:
+            method = getattr(flow, name)
+            if options.precision is not None:
+                method = _with_hooks(method)
             # Batches for training and for evaluation each have one shape: a graph for each is faster than one for all.
-            setattr(self, method, torch.compile(getattr(flow, method), dynamic=False))
+            setattr(self, name, torch.compile(method, dynamic=False))
 
     def __call__(self, *args: Any) -> Any:
         return self.flow(*args)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.flow, name)
+
+
+def _with_hooks(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a method, so that its compiled graphs are not those of a flow without hooks, which the compiler ignores."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return method(*args, **kwargs)
+
+    return call
 
 
 @contextmanager
@@ -83,46 +97,52 @@ def channels_last(flow: Flow) -> Iterator[None]:
 def bf16_networks(flow: Flow) -> Iterator[None]:
     """Run conditioners and embedding in bfloat16 in training mode, and leave maps and densities in full precision.
 
-    Rounded, a map's point would have another log-determinant. The networks run under ``torch.autocast``, which hooks
-    enter before each call and leave after it.
+    Rounded, a map's point would have another log-determinant. Hooks switch autocast on for each call of a network.
     """
     parents = [part for part in flow.modules() if isinstance(part, (Bijection, Flow))]
     networks = {id(network): network for parent in parents for network in _networks(parent)}
-    hooks = [_Autocast(flow.device.type, flow.dtype) for _ in networks]
-    handles = []
-    for network, hook in zip(networks.values(), hooks, strict=True):
+    device, handles = flow.device.type, []
+    outer = _autocast_state(device)
+    for network in networks.values():
+        hook = _Autocast(device, flow.dtype)
         handles.append(network.register_forward_pre_hook(hook.enter))
-        handles.append(network.register_forward_hook(hook.leave, always_call=True))
+        handles.append(network.register_forward_hook(hook.leave))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for hook in hooks:
-            hook.close()
+        _set_autocast(device, *outer)  # after an error or interrupt within a network, for which no hook is called
 
 
 class _Autocast:
-    """Forward hooks of a network that runs in bfloat16 in training mode."""
+    """Forward hooks that run a network in bfloat16 in training mode.
+
+    They set what ``torch.autocast`` sets: the compiler does not trace a context that one hook enters and another exits.
+    """
 
     def __init__(self, device: str, dtype: torch.dtype):
         self.device, self.dtype = device, dtype
-        self.entered: list[Any] = []
+        self.outer: list[tuple[bool, torch.dtype]] = []
 
     def enter(self, network: nn.Module, inputs: Any) -> None:
-        autocast = torch.autocast(self.device, torch.bfloat16, enabled=network.training)
-        autocast.__enter__()
-        self.entered.append(autocast)
+        self.outer.append(_autocast_state(self.device))
+        _set_autocast(self.device, network.training, torch.bfloat16)
 
     def leave(self, network: nn.Module, inputs: Any, output: Any) -> Any:
-        if self.entered:  # it is not where another hook failed before ours
-            self.entered.pop().__exit__(None, None, None)
+        _set_autocast(self.device, *self.outer.pop())
         return output.to(self.dtype) if isinstance(output, Tensor) else output
 
-    def close(self) -> None:
-        """Leave what an interrupt, for which no hook is called, has left entered."""
-        while self.entered:
-            self.entered.pop().__exit__(None, None, None)
+
+def _autocast_state(device: str) -> tuple[bool, torch.dtype]:
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
+def _set_autocast(device: str, enabled: bool, dtype: torch.dtype) -> None:
+    torch.set_autocast_enabled(device, enabled)
+    torch.set_autocast_dtype(device, dtype)
+    if not enabled:
+        torch.clear_autocast_cache()  # of weights in bfloat16, which the next step changes
 
 
 def _networks(parent: nn.Module) -> list[nn.Module]:
