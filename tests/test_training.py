@@ -355,7 +355,7 @@ def test_held_out_rows_have_their_own_weights_or_none():
         (torch.ones(200, 1), ValueError, r"expected weights of shape \(200,\).*got \(200, 1\)"),
         (-torch.arange(200.0), ValueError, "expected weights of data that are at least 0; got -1.0 in row 1"),
         (torch.arange(200) / 0.0, ValueError, "expected finite numbers in weights of data; got NaN in row 0"),
-        (torch.zeros(200), ValueError, "expected a weight above 0 among those of the rows held out; got zeros only"),
+        (torch.zeros(200), ValueError, "expected a weight above 0 among those of the held-out rows; got zeros only"),
         (["a"] * 200, TypeError, "expected weights of data as a tensor or an array of numbers; got list"),
     ],
 )
