@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from numbers import Integral
 from typing import Any
 
@@ -13,15 +14,17 @@ import torch
 from pyro.distributions import TransformedDistribution
 from torch import Size, Tensor, nn
 
-from pyroflows.bijection import Bijection, vjp
-from pyroflows.caching import caching
+from pyroflows.arguments import check_context
+from pyroflows.bijection import Bijection
+from pyroflows.caching import Record, caching
 from pyroflows.compose import Compose
 from pyroflows.contexts import evaluating
 from pyroflows.files import read, write
+from pyroflows.gradients import vjp
 from pyroflows.priors import Prior
 from pyroflows.recipe import Recorded, describe, restore
 
-__all__ = ["Flow", "load"]
+__all__ = ["Flow", "FlowDistribution", "load"]
 
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 
@@ -70,6 +73,8 @@ class Flow(Recorded, nn.Module):
         torch.Size([5, 7, 2])
     """
 
+    last_draw: Record | None = None
+
     def __init__(
         self,
         prior: Prior,
@@ -99,6 +104,9 @@ class Flow(Recorded, nn.Module):
         self.dequantizer = dequantizer
         self.notes: dict[str, Any] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "last_draw": None}
+
     @property
     def layers(self) -> list[Bijection]:
         """The layers, the first nearest the latent."""
@@ -125,31 +133,20 @@ class Flow(Recorded, nn.Module):
         return self._number().device
 
     def _number(self) -> Tensor:
-        """The first parameter, or buffer; every call asks, and torch's own walk takes as long as a small network."""
-        buffers: list[Tensor] = []
-        parts: list[nn.Module] = [self]
-        while parts:
-            part = parts.pop()
-            for parameter in part._parameters.values():
-                if parameter is not None and parameter.is_floating_point():
-                    return parameter
-            buffers += [
-                buffer for buffer in part._buffers.values() if buffer is not None and buffer.is_floating_point()
-            ]
-            parts += [child for child in reversed(part._modules.values()) if child is not None]
-        return buffers[0] if buffers else torch.empty(())
+        numbers = (number for number in chain(self.parameters(), self.buffers()) if number.is_floating_point())
+        return next(numbers, torch.empty(()))
 
-    def forward(self, context: Tensor | None = None) -> TransformedDistribution:
-        """Give the distribution, with the context's batch shape."""
-        context = self.embed(context)
-        self.bijection.broadcast_batch(Size(), context)
-        layers = [layer if context is None else layer.condition(context) for layer in self.layers]
-        return TransformedDistribution(self.prior(), layers)
+    def forward(self, context: Tensor | None = None) -> FlowDistribution:
+        """Return the distribution given a context, whose batch shape it has."""
+        return FlowDistribution(self, self.embed(context))
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Give the log-density of data, in nats."""
+        """Return the log-density of data, in nats."""
         self.check_input(data=x)
-        context = self.embed(context)
+        return self.log_prob_embedded(x, self.embed(context))
+
+    def log_prob_embedded(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """Return the log-density of data given a context that has passed through the embedding."""
         z, log_det = self.bijection.inverse_and_log_det(x, context)
         return self.prior.log_prob(z) + log_det
 
@@ -311,6 +308,59 @@ class Flow(Recorded, nn.Module):
                 raise TypeError(f"expected {name} of the flow's {number.dtype}; got {tensor.dtype}")
             if isinstance(tensor, Tensor) and tensor.device != number.device:
                 raise ValueError(f"expected {name} on the flow's device, {number.device}; got {tensor.device}")
+
+
+class FlowDistribution(TransformedDistribution):
+    """The distribution of a flow, which scores by the flow's own ``log_prob``, and its last draw without another pass.
+
+    The flow holds the last draw of its distributions weakly, and scores it once from the pass that made it, if nothing
+    has changed since. Any other value, and the draw from then on, is scored at the parameters that the flow has then.
+
+    Args:
+        flow: the flow.
+        context: its context after the embedding, if it takes one.
+
+    Example:
+        >>> from pyroflows import realnvp
+        >>> distribution = realnvp(2)()
+        >>> x = distribution.rsample((5,))
+        >>> distribution.log_prob(x).shape
+        torch.Size([5])
+    """
+
+    def __init__(self, flow: Flow, context: Tensor | None = None):
+        check_context(context, flow.context_features, Size())
+        self.flow, self.context = flow, context
+        layers = [layer if context is None else layer.condition(context) for layer in flow.layers]
+        super().__init__(flow.prior(), layers)
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> FlowDistribution:
+        new = type(self).__new__(type(self)) if _instance is None else _instance
+        new.flow, new.context = self.flow, self.context
+        return super().expand(batch_shape, _instance=new)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        with torch.no_grad():
+            return self._draw(self.flow.prior.sample, sample_shape)
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        return self._draw(self.flow.prior.rsample, sample_shape)
+
+    def _draw(self, sample_prior: Callable[..., Tensor], sample_shape: Sequence[int]) -> Tensor:
+        z = sample_prior(Size(sample_shape) + self.batch_shape)
+        x, log_det = self.flow.bijection.forward_and_log_det(z, self.context)
+        self.flow.last_draw = None if x is z else Record(self.flow, "last_draw", z, x, log_det, self.context)
+        return x
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        record, self.flow.last_draw = self.flow.last_draw, None
+        if record is not None and not value.is_inference() and record.is_valid(self.flow, value, self.context):
+            return self.flow.prior.log_prob(record.source) - record.current_log_det()
+        self.flow.check_input(data=value)
+        log_prob = self.flow.log_prob_embedded(value, self.context)
+        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
 
 
 def load(path: str | os.PathLike[str], device: str | torch.device = "cpu", *, classes: Sequence[type] = ()) -> Flow:
