@@ -13,6 +13,7 @@ from torch import Size, Tensor, broadcast_shapes
 __all__ = [
     "Shape",
     "as_image_shape",
+    "as_sample_shape",
     "as_shape",
     "as_widths",
     "batched_shape",
@@ -43,6 +44,14 @@ def as_shape(shape: Shape) -> Size:
     sizes = tuple(shape) if isinstance(shape, Iterable) else (shape,)
     if not sizes or not all(map(_is_size, sizes)):
         raise ValueError(f"expected a positive number of features or a shape of positive sizes; got {shape!r}")
+    return Size(map(int, sizes))
+
+
+def as_sample_shape(shape: Shape) -> Size:
+    """Return a sample shape, which may have sizes of zero, from itself or from a number of draws."""
+    sizes = tuple(shape) if isinstance(shape, Iterable) else (shape,)
+    if not all(isinstance(size, Integral) and not isinstance(size, bool) and int(size) >= 0 for size in sizes):
+        raise ValueError(f"expected a sample shape of non-negative integers; got {shape!r}")
     return Size(map(int, sizes))
 
 

@@ -280,7 +280,7 @@ def test_an_embedding_of_integers():
         (
             lambda: Flow(StandardNormal(2), Coupling(2), embedding=nn.Identity()),
             ValueError,
-            "layers that take a context, for the embedding to give; got context_features=0",
+            "an embedding needs layers that take a context; got context_features=0",
         ),
     ],
 )
