@@ -23,6 +23,7 @@ __all__ = [
     "check_names",
     "check_number",
     "check_option",
+    "check_placement",
     "check_score",
     "check_sizes",
     "check_varying",
@@ -160,6 +161,14 @@ def check_context(context: Any, features: int, batch: Size) -> Size:
         raise ValueError(
             f"expected a context whose batch shape broadcasts with {tuple(batch)}; got {tuple(context.shape)}"
         ) from None
+
+
+def check_placement(name: str, tensor: Any, number: Tensor) -> None:
+    """Refuse a tensor of another floating-point dtype than a flow's numbers, or on another device."""
+    if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != number.dtype:
+        raise TypeError(f"expected {name} of the flow's {number.dtype}; got {tensor.dtype}")
+    if isinstance(tensor, Tensor) and tensor.device != number.device:
+        raise ValueError(f"expected {name} on the flow's device, {number.device}; got {tensor.device}")
 
 
 def check_score(score: Any, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from pyro.distributions import TransformedDistribution
 from torch import Size, Tensor, nn
 
-from pyroflows.arguments import Shape, as_sample_shape, check_context
+from pyroflows.arguments import Shape, as_sample_shape, batched_shape, check_context, check_placement
 from pyroflows.bijection import Bijection, Pair, Triple
 from pyroflows.caching import Record, caching
 from pyroflows.compose import Compose
@@ -123,7 +123,7 @@ class Flow(Recorded, nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the flow's parameters, and of the data it takes."""
+        """The dtype of the flow's parameters and data."""
         return self._number().dtype
 
     @property
@@ -237,9 +237,6 @@ class Flow(Recorded, nn.Module):
             x: at least two rows of the kind to score; their values do not matter.
             context: their context, if the flow takes one.
 
-        Raises:
-            ValueError: fewer than two rows.
-
         Example:
             >>> from pyroflows import realnvp
             >>> flow = realnvp(3, num_layers=2).eval()
@@ -270,10 +267,8 @@ class Flow(Recorded, nn.Module):
         embedded = self.embedding(context)
         if not isinstance(embedded, Tensor) or embedded.shape[-1:] != (self.context_features,):
             got = f"shape {tuple(embedded.shape)}" if isinstance(embedded, Tensor) else type(embedded).__name__
-            raise ValueError(
-                f"expected an embedding that returns (*batch, {self.context_features}); "
-                f"got {got} from a context of shape {tuple(context.shape)}"
-            )
+            expected = f"an embedding that returns {batched_shape((self.context_features,))}"
+            raise ValueError(f"expected {expected}; got {got} from a context of shape {tuple(context.shape)}")
         return embedded
 
     def check_input(self, **inputs: Tensor | None) -> None:
@@ -282,10 +277,7 @@ class Flow(Recorded, nn.Module):
             return  # the walk over Pyro's modules, which define their own hash, would break the graph
         number = self._number()
         for name, tensor in inputs.items():
-            if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != number.dtype:
-                raise TypeError(f"expected {name} of the flow's {number.dtype}; got {tensor.dtype}")
-            if isinstance(tensor, Tensor) and tensor.device != number.device:
-                raise ValueError(f"expected {name} on the flow's device, {number.device}; got {tensor.device}")
+            check_placement(name, tensor, number)
 
 
 class FlowDistribution(TransformedDistribution):
