@@ -32,11 +32,11 @@ def _checked(method: Callable[..., Any], side: str) -> Callable[..., Any]:
         return method(self, self._check(x, getattr(self, side), context), context)
 
     @functools.wraps(method)
-    def checked_score(self: Bijection, x: Tensor, score: Tensor, context: Tensor | None = None) -> Any:
+    def score_checked(self: Bijection, x: Tensor, score: Tensor, context: Tensor | None = None) -> Any:
         x = self._check(x, getattr(self, side), context)
         return method(self, x, check_score(score, x), context)
 
-    return checked_score if method.__name__.endswith("score") else checked
+    return score_checked if method.__name__.endswith("score") else checked
 
 
 class Bijection(Recorded, EvaluatedOnce, TransformModule):
@@ -202,9 +202,6 @@ class Inverse(Bijection):
 
     Args:
         bijection: the bijection to invert; its parameters are registered here.
-
-    Shapes:
-        x: ``(*batch, *bijection.data_shape)``; y: ``(*batch, *bijection.latent_shape)``.
 
     Example:
         >>> from pyroflows.layers import ElementwiseAffine
