@@ -15,10 +15,7 @@ __all__ = ["evaluating", "random_state", "seeded", "set_random_state"]
 
 @contextmanager
 def seeded(seed: int | None, device: torch.device | None = None) -> Iterator[None]:
-    """Seed torch in a block and restore its generators afterwards, a GPU's too; None leaves them alone.
-
-    With a device only the generators of the CPU and of this device are restored, which is faster with several GPUs.
-    """
+    """Seed torch in a block, and restore its generators, on the device or all GPUs, afterwards; None does neither."""
     if seed is None:
         yield
         return

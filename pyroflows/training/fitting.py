@@ -68,21 +68,20 @@ def fit(
 ) -> FitResult:
     r"""Train a flow, by default by maximum likelihood, and leave it with its best weights, in evaluation mode.
 
-    The data are moved to the device at once and shuffled there by index; with a dequantizer they may be integers, and
-    stay integers on the device. The learning rate warms up, then falls along a half cosine (for a stream of unknown
-    length, from the second epoch on). A step whose loss or gradient is not finite is skipped and counted. With a seed,
-    torch's random state is restored afterwards.
+    The data are moved to the device at once and shuffled there by index; with a dequantizer, integers stay integers on
+    the device. The learning rate warms up, then falls along a half cosine (for a stream of unknown length, from the
+    second epoch on). A step whose loss or gradient is not finite is skipped and counted. With a seed, torch's random
+    state is restored afterwards.
 
-    With a checkpoint, the state of the fit is written to a file after each epoch (or as ``options`` say), and a fit
-    that finds the file resumes from it: bit for bit on a CPU, if all random numbers come from torch's default
-    generator and the user's own batches repeat. All that a step depends on must be the same; ``epochs``,
+    A fit that finds its checkpoint resumes from it: bit for bit on a CPU, if all random numbers come from torch's
+    default generator and the user's own batches repeat. All that a step depends on must be the same; ``epochs``,
     ``max_seconds``, ``patience`` and ``max_skipped`` may change, and the schedule is then that of the new length. A
     fit that had ended returns its result at once.
 
     Under ``torchrun`` the processes share the fit: each takes its slice of every batch; gradients, losses and the
     statistics of norms are sums over all; each ends with the same flow, which is that of one process except for
     rounding and for random numbers within a step (dropout, dequantization, draws of an ELBO), which differ between
-    processes. The first process writes the checkpoint and shows the bar. All must be given the same data.
+    processes. The first process writes the checkpoint and shows the bar. All must get the same data.
 
     Args:
         flow: the flow; trained in place.
@@ -106,7 +105,8 @@ def fit(
         max_seconds: limit of wall time; the schedule then ends with it.
         objective: returns the loss from the flow, a batch and its context, and the weights of its rows as a fourth
             argument if there are weights; by default :func:`negative_log_likelihood`.
-        checkpoint: a file to which the state of the fit is written, and from which it resumes.
+        checkpoint: a file to which the state of the fit is written after each epoch (or as the options say), and from
+            which it resumes.
         seed: seed of split, shuffles and dropout (not of the flow's initial weights); None uses the global generator.
         device: "auto" for the accelerator if torch sees one, or a device such as "cpu" or "cuda"; the flow is moved
             there and back. Of several processes on a machine each uses the GPU of its local rank.
@@ -138,8 +138,13 @@ def fit(
         'all 5 epochs done'
     """
     options = FitOptions() if options is None else options
-    _check_flow(flow, options)
-    _check_options(options, x, epochs, learning_rate, patience, max_seconds, objective, checkpoint)
+    _check(flow, options, x, objective, checkpoint)
+    check_sizes(epochs=epochs)
+    check_number("learning_rate", learning_rate, "(0, inf)")
+    if patience is not None:
+        check_sizes(patience=patience)
+    if max_seconds is not None:
+        check_number("max_seconds", max_seconds, "(0, inf)")
     device = distributed.choose_device(device, near=flow.device)
     distributed.initialize(device)
     with seeded(seed, device), distributed.together(device), ExitStack() as stack:
@@ -193,7 +198,8 @@ def _trained(flow: Flow, objective: Objective, train: Any, options: FitOptions, 
     return shard(copied)
 
 
-def _check_flow(flow: Flow, options: FitOptions) -> None:
+def _check(flow: Flow, options: FitOptions, x: Any, objective: Objective, checkpoint: Any) -> None:
+    """Refuse a flow that cannot be trained, and arguments that cannot be combined."""
     if not isinstance(flow, Flow):
         raise TypeError(f"expected a Flow; got {type(flow).__name__}")
     if not isinstance(options, FitOptions):
@@ -204,35 +210,17 @@ def _check_flow(flow: Flow, options: FitOptions) -> None:
         raise TypeError(f"expected a flow whose prior and layers are of one dtype; got {got}")
     if flow.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"expected a flow of float32 or float64; got {flow.dtype}")
-    if options.channels_last and len(flow.event_shape) != 3:
-        raise ValueError(f"expected a flow of images (C, H, W) for channels_last; got {tuple(flow.event_shape)}")
     if not any(p.requires_grad for p in flow.parameters()):
         raise ValueError("expected a flow with parameters to train; got none")
-
-
-def _check_options(
-    options: FitOptions,
-    x: Any,
-    epochs: int,
-    learning_rate: float,
-    patience: int | None,
-    max_seconds: float | None,
-    objective: Objective,
-    checkpoint: Any,
-) -> None:
-    check_sizes(epochs=epochs)
-    if patience is not None:
-        check_sizes(patience=patience)
-    check_number("learning_rate", learning_rate, "(0, inf)")
-    if max_seconds is not None:
-        check_number("max_seconds", max_seconds, "(0, inf)")
-    for name in ("checkpoint_seconds", "checkpoint_steps"):
-        if checkpoint is None and getattr(options, name) is not None:
-            raise ValueError(f"expected {name} only with a checkpoint; got {getattr(options, name)} without")
+    if options.channels_last and len(flow.event_shape) != 3:
+        raise ValueError(f"expected a flow of images (C, H, W) for channels_last; got {tuple(flow.event_shape)}")
     if x is None and objective is negative_log_likelihood:
         raise ValueError("expected data, or an objective that needs none; got neither")
     if x is None and options.augment is not None:
         raise ValueError("expected data for augment; got none")
+    for name in ("checkpoint_seconds", "checkpoint_steps"):
+        if checkpoint is None and getattr(options, name) is not None:
+            raise ValueError(f"expected {name} only with a checkpoint; got {getattr(options, name)} without")
 
 
 def _check_ranks(options: list[dict[str, Any]]) -> None:
