@@ -147,7 +147,7 @@ def test_sliced_wasserstein_of_shift_and_scale(rng):
 
 def test_sliced_wasserstein_refuses():
     ones = np.ones((5, 2))
-    with pytest.raises(ValueError, match=r"shapes \(n, d\) and \(m, d\), not empty; got \(5, 2\) and \(5, 1\)"):
+    with pytest.raises(ValueError, match=r"shapes \(n, d\) and \(m, d\); got \(5, 2\) and \(5, 1\)"):
         sliced_wasserstein(ones, ones[:, :1])
     with pytest.raises(ValueError, match="columns of y that vary; got a constant column 0"):
         sliced_wasserstein(ones, ones)

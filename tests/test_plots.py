@@ -366,7 +366,7 @@ def test_the_band_of_quantiles_holds_what_it_says():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"z": np.zeros((0, 2))}, r"expected at least one row and one feature; got shape \(0, 2\)"),
+        ({"z": np.zeros((0, 2))}, r"expected z of at least one row and one column; got shape \(0, 2\)"),
         ({"z": FINITE, "level": 1.0}, r"expected level in \(0, 1\); got 1.0"),
         ({"z": np.full((2, 1), np.inf)}, r"expected finite numbers in z; got inf at \(0, 0\)"),
     ],
