@@ -473,7 +473,7 @@ def test_coverage_is_drawn_by_level():
 
 @pytest.mark.parametrize("draw", [plots.rank_histograms, plots.coverage_curves])
 def test_calibration_alone_is_drawn(draw):
-    with pytest.raises(TypeError, match=r"expected a Calibration, as calibration\(\) gives it; got ndarray"):
+    with pytest.raises(TypeError, match=r"expected a Calibration, as calibration\(\) returns it; got ndarray"):
         draw(FINITE)
     with pytest.raises(ValueError, match=r"expected level in \(0, 1\); got 2"):
         draw(RESULT, level=2)
