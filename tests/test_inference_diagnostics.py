@@ -9,9 +9,16 @@ import pytest
 import torch
 from scipy.stats import norm, wasserstein_distance
 
-from pyroflows.diagnostics.calibration import calibration, coverage, sbc_p_values, sbc_ranks
-from pyroflows.diagnostics.samples import moment_table, sliced_wasserstein
-from pyroflows.diagnostics.weights import importance_ess, psis
+from pyroflows.diagnostics import (
+    calibration,
+    coverage,
+    importance_ess,
+    moment_table,
+    psis,
+    sbc_p_values,
+    sbc_ranks,
+    sliced_wasserstein,
+)
 
 
 @pytest.fixture
