@@ -132,9 +132,7 @@ def khat_by_size(log_weights: Array, sizes: Sequence[int] | None = None) -> dict
         For each size, the k-hats of ``n // size`` disjoint subsets.
 
     Raises:
-        TypeError: not numbers.
-        ValueError: another shape, a size below 30 or above the number of draws, a weight that is NaN or infinite, or a
-            subset without a weight above zero.
+        TypeError, ValueError: as in :func:`psis`, or a size is below 30 or above the number of draws.
 
     Example:
         >>> log_weights = np.random.default_rng(0).normal(size=400)
@@ -166,8 +164,7 @@ def importance_ess(log_weights: Array) -> float:
         log_weights: ``(n,)``.
 
     Raises:
-        TypeError: not numbers.
-        ValueError: another shape, no draws, a weight that is NaN or infinite, or none above zero.
+        TypeError, ValueError: as in :func:`psis`, or there are no draws.
 
     References:
         Survey Sampling, Kish, 1965.

@@ -32,8 +32,7 @@ def latent_normality(
     those farthest from the normal have a colour and a name.
 
     Args:
-        z: the latent of data that the flow was not trained on, such as ``flow.encode(x)``; the prior must be a standard
-            normal.
+        z: the latent of held-out data, such as ``flow.encode(x)``, of a flow whose prior is a standard normal.
         ax: the axes; new ones by default.
         names: of the features.
         level: of the band.
@@ -43,9 +42,7 @@ def latent_normality(
         z: ``(rows, features)``.
 
     Raises:
-        TypeError: not numbers.
-        ValueError: another shape, no rows, numbers that are not finite, another number of names, or a level that is no
-            probability.
+        TypeError, ValueError: as in :func:`pyroflows.diagnostics.normal_quantiles`, or another number of names.
 
     Example:
         >>> latent_normality(np.random.default_rng(0).normal(size=(500, 2))).get_xlabel()
@@ -89,8 +86,7 @@ def pit_ecdf(
 
     Raises:
         TypeError: not numbers.
-        ValueError: another shape, no rows, numbers that are not in [0, 1], another number of names, or a level that is
-            no probability.
+        ValueError: another shape, no rows, numbers outside [0, 1], another number of names, or a level outside (0, 1).
 
     Example:
         >>> pit_ecdf(np.random.default_rng(0).uniform(size=(500, 1)), names=["rain"]).get_xlabel()

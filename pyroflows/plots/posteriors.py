@@ -30,26 +30,19 @@ def posterior_draws(
 ) -> AxesArray:
     """Draw the density of each column of posterior draws, as a line, over that of reference draws, filled.
 
-    Densities are ArviZ's kernel estimates, over the central 99 % of both. Titles show the error of the mean, in the
-    reference's standard deviations (sd), and the ratio of the standard deviations, as in
-    :func:`pyroflows.moment_table`.
+    Densities are ArviZ's kernel estimates over the central 99 % of both. Titles show the error of the mean, in standard
+    deviations (sd) of the reference, and the ratio of the sds, from :func:`pyroflows.moment_table`.
 
     Args:
-        draws: an array, or arrays by name, as ``Posterior.draws`` returns them.
-        reference: the reference draws, in the same columns; if both are given by name, the names are matched.
+        draws, reference, names: as in :func:`pyroflows.moment_table`; draws come from ``Posterior.draws``, for example.
         ax: an axes for each column; new ones by default.
-        names: of the columns; by default those of the dicts with indices, such as ``theta[0]``, or ``x[0]``.
         labels: of the two, for the legend.
-
-    Shapes:
-        draws: ``(n, d)``, or ``(n, *shape)`` by name; reference: ``(m, d)``, or ``(m, *shape)`` by name.
 
     Returns:
         The axes, shape ``(d,)``.
 
     Raises:
-        TypeError: not numbers.
-        ValueError: columns or names that do not match, fewer than two different draws, or another number of axes.
+        TypeError, ValueError: as in :func:`pyroflows.moment_table`, or another number of axes.
 
     Example:
         >>> rng = np.random.default_rng(0)
