@@ -33,6 +33,6 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy", "--no-error-summary")
-    modules = ["pyroflows", "pyroflows.data", "pyroflows.tables.estimator", "pyroflows.plots"]
+    modules = ["pyroflows", *(f"pyroflows.{name}" for name in ("data", "diagnostics", "tables.estimator", "plots"))]
     reference = session.create_tmp()
     session.run("python", "-W", "error::UserWarning", "-m", "pdoc", "--math", "-d", "google", "-o", reference, *modules)
