@@ -96,7 +96,8 @@ class Compose(Bijection):
 
     def _run(self, name: str, inputs: tuple[Tensor, ...], context: Tensor | None) -> tuple[Tensor, ...]:
         """Apply one method of every layer, and sum the log-determinants."""
-        layers = list(self) if name.startswith("forward") else list(self)[::-1]
+        layers: list[Any] = list(self.layers)  # not of self, whose iterator torch 2.6 does not compile
+        layers = layers if name.startswith("forward") else layers[::-1]
         checkpointing = self.activation_checkpointing and torch.is_grad_enabled() and name.endswith("log_det")
         total: Tensor | None = None
         for layer in layers:

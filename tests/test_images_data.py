@@ -530,7 +530,7 @@ def test_arrays_that_torch_does_not_take_as_they_are() -> None:
         make_images(None)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("dtype, suffix, mode", [("u2", "png", "I;16"), ("i4", "tif", "I"), ("f4", "tif", "F")])
+@pytest.mark.parametrize("dtype, suffix, mode", [("u2", "png", "I(;16)?"), ("i4", "tif", "I"), ("f4", "tif", "F")])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_of_more_than_eight_bits_are_refused(tmp_path: Path, dtype, suffix, mode, channels) -> None:
     Image.fromarray(np.arange(24).reshape(4, 6).astype(dtype)).save(tmp_path / f"a.{suffix}")

@@ -67,9 +67,8 @@ def test_other_libraries_read_what_is_written(tmp_path):
     x = table()
     for ending in ENDINGS:
         write_table(tmp_path / f"x.{ending}", ["n", "a", "b"], chunks(x), integers=["n"])
-    frame = pd.read_csv(tmp_path / "x.csv")
-    assert list(frame.columns) == ["n", "a", "b"]
-    assert np.array_equal(frame.to_numpy(), x)
+    assert list(pd.read_csv(tmp_path / "x.csv").columns) == ["n", "a", "b"]
+    assert np.array_equal(np.loadtxt(tmp_path / "x.csv", delimiter=",", skiprows=1), x)
     frame = pd.read_parquet(tmp_path / "x.parquet")
     assert frame["n"].dtype == np.int64
     assert np.array_equal(frame.to_numpy(), x)

@@ -307,6 +307,7 @@ class _Csv:
                 names=range(len(self.columns)),
                 header=None,
                 index_col=False,
+                **_exact_floats(),
                 dtype={self.columns.index(name): str for name in labels},
                 chunksize=rows,
                 low_memory=False,  # one type for all cells of a chunk
@@ -516,9 +517,18 @@ def _columns_of(array: np.ndarray[Any, Any], name: str) -> tuple[list[str], bool
     return [str(place) for place in range(1 if array.ndim == 1 else array.shape[1])], False
 
 
+def _exact_floats() -> dict[str, Any]:
+    """Return the option with which ``pandas.read_csv`` reads each number exactly, the default from pandas 3.1 on."""
+    import pandas as pd
+
+    version = tuple(map(int, pd.__version__.split(".")[:2]))
+    return {} if version >= (3, 1) else {"float_precision": "round_trip"}
+
+
 def _frame(array: np.ndarray[Any, Any], columns: list[str]) -> Any:
     import pandas as pd
 
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)  # pandas 2 takes no other byte order
     if array.dtype.names:
         return pd.DataFrame({name: array[name] for name in columns})
     return pd.DataFrame(array.reshape(len(array), -1), columns=columns, copy=False)
