@@ -8,13 +8,14 @@ from inspect import signature
 from numbers import Integral, Real
 from typing import Any
 
-from torch import Size
+from torch import Size, Tensor
 
 __all__ = [
     "Shape",
     "as_image_shape",
     "as_shape",
     "as_widths",
+    "check_finite",
     "check_names",
     "check_number",
     "check_option",
@@ -101,3 +102,13 @@ def check_varying(constant: Sequence[int], names: Sequence[Any] | None = None) -
         raise ValueError(
             f"expected columns that vary, since a constant one has no density; got column {', '.join(shown)}{more}"
         )
+
+
+def check_finite(name: str, x: Tensor, columns: Sequence[str] | None = None) -> None:
+    """Refuse rows with a number that is not finite, named by row and column."""
+    bad = ~x.isfinite()
+    if bad.any():
+        row, column = bad.nonzero()[0].tolist()
+        number = "NaN" if x[row, column].isnan() else float(x[row, column])
+        where = column if columns is None else repr(columns[column])
+        raise ValueError(f"expected finite numbers in {name}; got {number} in row {row}, column {where}")

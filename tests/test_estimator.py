@@ -417,14 +417,13 @@ ROWS = torch.tensor(X)
     [
         (lambda: table_flow(ROWS.long()), "expected rows as a tensor of floating-point numbers; got torch.int64"),
         (lambda: table_flow(ROWS[0]), r"expected rows of shape \(rows, columns\), .*; got \(2,\)"),
-        (lambda: table_flow(ROWS / 0), "expected finite rows; got inf in row 0, column 0"),
+        (lambda: table_flow(ROWS / 0), "expected finite numbers in rows; got inf in row 0, column 0"),
         (
             lambda: table_flow(ROWS * 0),
             "expected columns that vary, since a constant one has no density; got column 0, 1",
         ),
         (lambda: table_flow(ROWS, 3), "expected the name of a flow or a function that builds one; got int"),
-        (lambda: table_flow(ROWS, lambda *_, **__: 3), "expected the builder to give a flow of 2 features; got int"),
-        (lambda: table_flow(ROWS, standardize=None), "expected standardize as True, False or a layer; got NoneType"),
+        (lambda: table_flow(ROWS, lambda *_, **__: 3), "expected the builder to return a flow of 2 features; got int"),
         (lambda: table_flow(ROWS, integer_columns=[2]), "expected integer_columns from 0 to 1; got 2"),
         (lambda: table_flow(ROWS, integer_columns=[0]), "expected multiples of the step 1 from 0 in column 0"),
         (lambda: table_flow(ROWS, context=[1]), "expected a context of numbers, .*; got list"),

@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyroflows.cli.demo.part import say
+from pyroflows.cli.demo.part import echo
 from pyroflows.flow import Flow
 from pyroflows.training import FitResult, fit
 
-__all__ = ["Model", "as_numbers", "fit_flows", "log_likelihoods", "mean_and_error", "simple_models"]
+__all__ = ["Density", "as_numbers", "fit_flows", "log_likelihoods", "mean_and_error", "simple_models"]
 
 
 @dataclass(frozen=True)
-class Model:
+class Density:
     """A fitted density: what gives log-densities of rows and draws rows, and how it came about.
 
     Args:
@@ -46,21 +46,21 @@ def simple_models(
     components: Sequence[int],
     ridges: Sequence[float],
     covariances: Sequence[str] = ("full",),
-) -> list[Model]:
+) -> list[Density]:
     """Fit a Gaussian, a Gaussian mixture and a kernel density, each with the options that validation rows like best."""
     from sklearn import mixture
     from sklearn.neighbors import KernelDensity
 
     x, held_out = train.double().numpy(), validation.double().numpy()
 
-    def model(name: str, tries: Mapping[str, Any]) -> Model:
+    def model(name: str, tries: Mapping[str, Any]) -> Density:
         began = time.perf_counter()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a mixture that has not converged is a candidate like another
             fitted = {note: estimator.fit(x) for note, estimator in tries.items()}
             note = max(fitted, key=lambda note: float(fitted[note].score_samples(held_out).mean()))
         best = fitted[note]
-        say(f"  {name}: {note}, {time.perf_counter() - began:.1f} s")
+        echo(f"  {name}: {note}, {time.perf_counter() - began:.1f} s")
 
         def sample(n: int) -> Tensor:
             rows = best.sample(n, random_state=0) if isinstance(best, KernelDensity) else best.sample(n)[0]
@@ -69,7 +69,7 @@ def simple_models(
         def log_prob(rows: Tensor) -> Tensor:
             return torch.from_numpy(best.score_samples(rows.double().numpy()))
 
-        return Model(name, log_prob, sample, note, time.perf_counter() - began)
+        return Density(name, log_prob, sample, note, time.perf_counter() - began)
 
     mixtures = {
         f"{number} components, {covariance} covariance, ridge {ridge:g}": mixture.GaussianMixture(
@@ -97,12 +97,12 @@ def fit_flows(
     seed: int,
     until: float,
     options: Mapping[str, Any],
-) -> list[Model]:
+) -> list[Density]:
     """Fit flows one by one, each in its share of the time that is left."""
-    models: list[Model] = []
+    models: list[Density] = []
     for name, flow in flows.items():
         seconds = max(2.0, (until - time.perf_counter()) / (len(flows) - len(models)))
-        say(f"  {name}: fitting, at most {seconds:.0f} s ...")
+        echo(f"  {name}: fitting, at most {seconds:.0f} s ...")
         result = fit(
             flow,
             train,
@@ -113,17 +113,17 @@ def fit_flows(
             device="cpu",
             **options,
         )
-        say(f"  {name}: {result.steps} steps, {result.seconds:.1f} s, {result.stopped}")
+        echo(f"  {name}: {result.steps} steps, {result.seconds:.1f} s, {result.stopped}")
         size = sum(parameter.numel() for parameter in flow.parameters())
         note = f"{size:,} parameters{notes}, {result.steps} steps"
         models.append(
-            Model(name, flow.log_prob, lambda n, flow=flow: flow.sample((n,)), note, result.seconds, result)  # type: ignore[misc]
+            Density(name, flow.log_prob, lambda n, flow=flow: flow.sample((n,)), note, result.seconds, result)  # type: ignore[misc]
         )
     return models
 
 
 @torch.no_grad()
-def log_likelihoods(model: Model, rows: Tensor) -> Tensor:
+def log_likelihoods(model: Density, rows: Tensor) -> Tensor:
     """Give the log-density of each row under a model, without gradients."""
     return model.log_prob(rows).double()
 
@@ -133,7 +133,7 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
     return float(values.double().mean()), float(values.double().std() / len(values) ** 0.5)
 
 
-def as_numbers(model: Model, mean: float, error: float) -> dict[str, Any]:
+def as_numbers(model: Density, mean: float, error: float) -> dict[str, Any]:
     """Give what ``report.json`` holds of a model and its test log-likelihood."""
     numbers: dict[str, Any] = {
         "log_likelihood": mean,

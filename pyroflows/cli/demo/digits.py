@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyroflows import plots
 from pyroflows.cli.demo.densities import fit_flows, mean_and_error
-from pyroflows.cli.demo.part import Part, one_thread, save, say
+from pyroflows.cli.demo.part import Part, echo, one_thread, save
 from pyroflows.data import load_images
 from pyroflows.dequantizers import UniformDequantizer
 from pyroflows.flow import Flow
@@ -125,7 +125,7 @@ def _mixture(images: Tensor, components: int, copies: int) -> tuple[Flow, float]
         weights=torch.from_numpy(fitted.weights_).float(),
     )
     seconds = time.perf_counter() - began
-    say(f"  Gaussian mixture: {components} components, {seconds:.1f} s")
+    echo(f"  Gaussian mixture: {components} components, {seconds:.1f} s")
     return Flow(prior, sigmoid, dequantizer=dequantizer), seconds
 
 

@@ -1,4 +1,4 @@
-"""What each part of the demo gives, and what all of them need: one thread, one seed, figures saved, lines said."""
+"""What each part of the demo gives, and what all of them need: one thread, one seed, figures and printed lines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-__all__ = ["Part", "one_thread", "save", "say"]
+__all__ = ["Part", "echo", "one_thread", "save"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,6 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def say(line: str) -> None:
+def echo(line: str) -> None:
     """Print a line at once."""
     print(line, flush=True)

@@ -18,7 +18,7 @@ from pyro.optim import ClippedAdam
 from torch import Tensor
 
 from pyroflows import plots
-from pyroflows.cli.demo.part import Part, one_thread, save, say
+from pyroflows.cli.demo.part import Part, echo, one_thread, save
 from pyroflows.inference import fit_posterior
 
 __all__ = ["posterior"]
@@ -34,11 +34,11 @@ def posterior(output: Path, seed: int, quick: bool, until: float) -> Part:
     with one_thread(seed):
         # Ten seconds are kept back, for the draws, the other guide and the figure.
         seconds = min(5.0 if quick else 60.0, max(2.0, round(until - 10.0 - time.perf_counter())))
-        say(f"  flow: fit_posterior, training for at most {seconds:.0f} s ...")
+        echo(f"  flow: fit_posterior, training for at most {seconds:.0f} s ...")
         steps = 20 if quick else 1500
         fitted = fit_posterior(_eight_schools, *data, max_steps=steps, max_seconds=seconds, seed=seed, progress=False)
         summary = fitted.summary().to_string()
-        say(_indented(f"{fitted!r}\n\n{summary}"))
+        echo(_indented(f"{fitted!r}\n\n{summary}"))
         n = 4000
         draws = {"flow": fitted.resampled(n) if fitted.verdict == "resample" else fitted.draws(n)}
         draws["mean field"], found_by_svi = _mean_field(data, n, steps=100 if quick else 800)
