@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.distributions import TransformedDistribution
 
 from pyroflows.arguments import check_number, check_option, check_sizes
-from pyroflows.bijection import Bijection, vjp
+from pyroflows.bijection import Bijection
+from pyroflows.gradients import vjp
 
 __all__ = ["ImportanceWeightedELBO", "PathELBO", "TemperedELBO"]
 

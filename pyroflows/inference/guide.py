@@ -176,9 +176,7 @@ class AutoFlow(AutoContinuous):
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TransformedDistribution:
         """Give the distribution of the unconstrained vector, of event shape ``(latents,)``."""
-        # The stack as one transform: it leaves one record where each layer would leave its own.
-        flow = self._built()
-        return _Posterior(flow.prior(), [flow.bijection])
+        return self._built()()
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         if self.prototype_trace is None:
@@ -340,17 +338,6 @@ def _trace_of(sites: Mapping[str, Mapping[str, Any]]) -> poutine.Trace:
 def _without_numbers(fn: Any) -> dist.ImproperUniform:
     """Give the shapes and the support of a prior, which may hold data or parameters, and none of its numbers."""
     return dist.ImproperUniform(fn.support, fn.batch_shape, fn.event_shape)
-
-
-class _Posterior(dist.TransformedDistribution):
-    """The distribution of a flow, which scores its own draw by the one record that the draw left."""
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
-        (bijection,) = self.transforms
-        found = bijection._recall(value)
-        return super().log_prob(value) if found is None else self.base_dist.log_prob(found[0]) - found[1]
 
 
 class _Value(dist.Delta):
