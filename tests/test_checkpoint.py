@@ -194,7 +194,7 @@ def test_a_shuffled_data_loader_goes_on_to_the_same_numbers(tmp_path):
         ({"seed": 1}, "of a fit with seed=1; got 0"),
         ({"validation": 0.3}, "of a fit with steps_per_epoch=4; got 5"),
         ({"augment": abs}, "of a fit with augment='abs'; got None"),
-        ({"max_grad_norm": None}, "of a fit with max_grad_norm=inf; got 5.0"),
+        ({"max_grad_norm": None}, "of a fit with max_grad_norm=None; got 5.0"),
     ],
 )
 def test_a_checkpoint_of_another_fit_is_refused(tmp_path, options, message):
@@ -225,13 +225,15 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     for content in contents:
         path.write_bytes(content)
         with pytest.raises(
-            ValueError, match="expected the checkpoint of a fit; got .*fit.pt, which is none of this version, or is cut"
+            ValueError,
+            match="got .*fit.pt, which is not one of this version, or truncated",
         ):
             fit(resumable(), gaussian(), checkpoint=path, **OPTIONS)
     for other in (resumable().state_dict(), [1, 2], {"format": "another"}, torch.zeros(3)):
         torch.save(other, path)
         with pytest.raises(
-            ValueError, match="expected the checkpoint of a fit; got .*fit.pt, which is none of this version, or is cut"
+            ValueError,
+            match="got .*fit.pt, which is not one of this version, or truncated",
         ):
             fit(resumable(), gaussian(), checkpoint=path, **OPTIONS)
 

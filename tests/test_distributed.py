@@ -26,7 +26,7 @@ from pyroflows.dequantizers import UniformDequantizer
 from pyroflows.inference.fitting import _Training
 from pyroflows.inference.posterior import whole_log_joint
 from pyroflows.training import negative_log_likelihood
-from pyroflows.training.batches import Mapped
+from pyroflows.training.batches import MappedArray
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
@@ -431,7 +431,7 @@ def test_processes_about_different_fits_are_refused(two):
             "expected the same data in every process; got another in process 1 than in 0",
             "expected the same flow in every process; got another in process 1 than in 0",
             "expected the same learning_rate in every process; got another in process 1 than in 0",
-            "expected at least a row a batch for each process; got batch_size=1",
+            "expected at least one row of a batch for each process; got batch_size=1",
         ]
 
 
@@ -473,15 +473,15 @@ def test_mapped_data_are_those_in_memory(folder):
 
 
 def test_mapped_data_are_read_a_few_rows_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("pyroflows.training.batches._CHECKED_NUMBERS", 60)
-    most, read = [0], Mapped.__getitem__
+    monkeypatch.setattr("pyroflows.training.prepare._CHECKED_NUMBERS", 60)
+    most, read = [0], MappedArray.__getitem__
 
     def counted(self, rows):
         found = read(self, rows)
         most[0] = max(most[0], len(found))
         return found
 
-    monkeypatch.setattr(Mapped, "__getitem__", counted)
+    monkeypatch.setattr(MappedArray, "__getitem__", counted)
     array = np.lib.format.open_memmap(tmp_path / "x.npy", mode="w+", dtype=np.float32, shape=(1000, 3))
     array[:] = torch.randn(1000, 3).numpy()
     fit(small(dtype=torch.float32), array, **{**OPTIONS, "epochs": 1, "validation": 0.05})
@@ -491,12 +491,12 @@ def test_mapped_data_are_read_a_few_rows_at_a_time(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (lambda x: x.__setitem__((777, 1), np.nan), "expected finite numbers in data; got nan in row 777, column 1 "),
+        (lambda x: x.__setitem__((777, 1), np.nan), "expected finite numbers in data; got NaN in row 777, column 1 "),
         (lambda x: x.__setitem__((slice(None), 2), 3.0), "since a constant one has no density; got column 2"),
     ],
 )
 def test_what_is_wrong_in_mapped_data_is_named(tmp_path, monkeypatch, spoil, message):
-    monkeypatch.setattr("pyroflows.training.batches._CHECKED_NUMBERS", 60)
+    monkeypatch.setattr("pyroflows.training.prepare._CHECKED_NUMBERS", 60)
     array = np.lib.format.open_memmap(tmp_path / "x.npy", mode="w+", dtype=np.float64, shape=(1000, 3))
     array[:] = torch.randn(1000, 3).numpy()
     spoil(array)
@@ -590,8 +590,8 @@ def test_parquet_batches_of_columns_and_context(folder):
     "options, message",
     [
         ({"strategy": "dp"}, "expected strategy to be one of 'auto', 'ddp', 'fsdp'; got 'dp'"),
-        ({"strategy": "fsdp", "compile": True}, "expected strategy='fsdp' without compile and channels_last"),
-        ({"checkpoint_steps": 3}, "expected checkpoint_steps beside a checkpoint; got 3 alone"),
+        ({"strategy": "fsdp", "compile": True}, "strategy='fsdp' cannot be combined with compile=True"),
+        ({"checkpoint_steps": 3}, "expected checkpoint_steps only with a checkpoint; got 3 without"),
     ],
 )
 def test_messages_of_options(options, message):

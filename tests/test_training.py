@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pandas
@@ -13,6 +16,7 @@ import pytest
 import torch
 import tqdm.auto
 from fits import Stream, affine, failing, fit, gaussian, same, small
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyroflows import (
@@ -30,8 +34,9 @@ from pyroflows import (
     maf,
     realnvp,
 )
+from pyroflows.training import optimizers
 from pyroflows.training.batches import Rows
-from pyroflows.training.modes import laid_out, mixed, recomputing
+from pyroflows.training.modes import activation_checkpointing, bf16_networks, channels_last
 
 # Bookkeeping
 
@@ -127,7 +132,7 @@ def test_max_grad_norm_bounds_the_gradient():
 
     seen = []
     flow = affine()
-    step = torch.optim.Adam.step
+    step = optimizers.Adam.step
 
     def watched(self, *args, **kwargs):
         gradients = [p.grad for group in self.param_groups for p in group["params"]]
@@ -135,7 +140,7 @@ def test_max_grad_norm_bounds_the_gradient():
         return step(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim.Adam, "step", watched)
+        patch.setattr(optimizers.Adam, "step", watched)
         result = fit(flow, gaussian(), epochs=5, max_grad_norm=0.5, objective=objective, validation=None, seed=0)
         fit(affine(), gaussian(), epochs=5, max_grad_norm=None, objective=objective, validation=None, seed=0)
     assert max(seen[:5]) <= 0.5 + 1e-5
@@ -348,10 +353,10 @@ def test_held_out_rows_have_their_own_weights_or_none():
     [
         (torch.ones(199), ValueError, r"expected weights of shape \(200,\), one for each row of data; got \(199,\)"),
         (torch.ones(200, 1), ValueError, r"expected weights of shape \(200,\).*got \(200, 1\)"),
-        (-torch.arange(200.0), ValueError, "expected finite weights of at least 0 for data; got -1.0 in row 1"),
-        (torch.arange(200) / 0.0, ValueError, "expected finite weights of at least 0 for data; got nan in row 0"),
+        (-torch.arange(200.0), ValueError, "expected weights of data that are at least 0; got -1.0 in row 1"),
+        (torch.arange(200) / 0.0, ValueError, "expected finite numbers in weights of data; got NaN in row 0"),
         (torch.zeros(200), ValueError, "expected a weight above 0 among those of the rows held out; got zeros only"),
-        (["a"] * 200, TypeError, "expected weights of data as a tensor or an array; got list"),
+        (["a"] * 200, TypeError, "expected weights of data as a tensor or an array of numbers; got list"),
     ],
 )
 def test_messages_of_weights(weights, error, message):
@@ -367,7 +372,7 @@ def test_more_messages_of_weights():
         fit(small(), x, validation=(x, None, 0 * ones))
     with pytest.raises(ValueError, match="one for each row of validation data; got"):
         fit(small(), x, validation=(x, None, ones[:3]))
-    with pytest.raises(ValueError, match="expected weights beside a tensor or an array alone; got it beside list"):
+    with pytest.raises(ValueError, match="expected weights only with a tensor or an array; got it with list"):
         fit(small(), [x], weights=ones)
 
 
@@ -441,12 +446,12 @@ def spoiled(value, row, column):
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        (lambda: fit(small(), spoiled(math.nan, 7, 1)), ValueError, r"got nan in row 7, column 1 \(1 such"),
+        (lambda: fit(small(), spoiled(math.nan, 7, 1)), ValueError, r"got NaN in row 7, column 1 \(1 such"),
         (lambda: fit(small(), spoiled(-math.inf, 3, 0)), ValueError, "got -inf in row 3, column 0"),
         (
             lambda: fit(small(), gaussian(), validation=spoiled(math.nan, 2, 1)),
             ValueError,
-            "validation data; got nan in row 2",
+            "validation data; got NaN in row 2",
         ),
         (
             lambda: fit(small(context_features=2), gaussian(), context=spoiled(math.inf, 9, 1)),
@@ -456,7 +461,7 @@ def spoiled(value, row, column):
         (
             lambda: fit(small(), [gaussian(20), spoiled(math.nan, 4, 0)]),
             ValueError,
-            "batch 1; got nan in row 4, column 0",
+            "batch 1; got NaN in row 4, column 0",
         ),
         (
             lambda: fit(realnvp(3), torch.cat([gaussian(), torch.ones(200, 1)], 1)),
@@ -608,7 +613,7 @@ def test_progress_bar_does_not_break():
         ),
         (lambda: fit(small(), gaussian(), seed="a"), TypeError, "expected seed to be an integer; got 'a'"),
         (lambda: fit(small(), gaussian(), learning_rate="a"), TypeError, r"learning_rate in \(0, inf\); got 'a'"),
-        (lambda: fit(small(), gaussian(), objective=lambda *_: 1.0), TypeError, "gives a scalar tensor.*; got float"),
+        (lambda: fit(small(), gaussian(), objective=lambda *_: 1.0), TypeError, "returns a scalar tensor.*; got float"),
         (lambda: fit(small(), gaussian(), objective=lambda f, x, c: f.log_prob(x)), TypeError, "got a tensor of shape"),
     ],
 )
@@ -649,9 +654,11 @@ def test_the_rate_of_a_stream_falls_once_its_length_is_known():
 
 
 @pytest.mark.parametrize("precision", ["64-true", "16-mixed", "bf16-true", "half"])
-def test_a_precision_that_is_not_the_flows_is_refused(precision):
-    with pytest.raises(ValueError, match=f"its own or 'bf16-mixed'; got a flow of torch.float32 and '{precision}'"):
+def test_a_precision_that_is_not_offered_is_refused(precision):
+    with pytest.raises(ValueError, match=f"expected precision to be None or 'bf16-mixed'; got '{precision}'"):
         fit(affine(), gaussian(), precision=precision)
+    with pytest.raises(ValueError, match="expected a flow of float32 or float64; got torch.bfloat16"):
+        fit(affine().bfloat16(), gaussian())
 
 
 def test_mixed_precision_trains_and_validates_in_full():
@@ -692,7 +699,8 @@ def test_a_flow_of_two_dtypes_is_refused():
         fit(flow, gaussian())
 
 
-def test_compiled_fit_gives_the_same_result_and_leaves_the_flow_as_it_was(monkeypatch):
+@pytest.mark.parametrize("precision", [None, "bf16-mixed"])
+def test_compiled_fit_gives_the_same_result_and_leaves_the_flow_as_it_was(monkeypatch, precision):
     compiled, compile = [], torch.compile
 
     def with_eager_backend(method, **options):
@@ -704,10 +712,64 @@ def test_compiled_fit_gives_the_same_result_and_leaves_the_flow_as_it_was(monkey
     for option in (False, True):
         torch.manual_seed(0)
         flow = small()
-        losses.append(fit(flow, gaussian(), epochs=2, batch_size=50, compile=option, seed=0).best_loss)
+        losses.append(
+            fit(flow, gaussian(), epochs=2, batch_size=50, compile=option, precision=precision, seed=0).best_loss
+        )
         assert "log_prob" not in vars(flow)
     assert compiled == ["log_prob", "dequantized_log_prob", "rsample_and_log_prob", "rsample_and_score"]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_a_first_fit_imports_no_compiler():
+    script = """
+import sys, torch, pyroflows
+for optimizer in ("adam", "adamax"):
+    options = pyroflows.FitOptions(ema_decay=0.9, accumulate=2, precision="bf16-mixed", optimizer=optimizer)
+    pyroflows.fit(pyroflows.realnvp(2, num_layers=2), torch.randn(100, 2), epochs=2, options=options)
+print([name for name in ("torch._dynamo", "sympy", "lightning_fabric") if name in sys.modules])
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert ended.stdout == "[]\n", ended.stderr
+
+
+@pytest.mark.parametrize("kind", ["Adam", "Adamax"])
+def test_the_optimizers_are_those_of_torch(kind):
+    counted, results = [], []
+    with contextlib.closing(contextlib.ExitStack()) as stack:
+        handle = register_optimizer_step_post_hook(lambda *_: counted.append(1))
+        stack.callback(handle.remove)
+        for module in (torch.optim, optimizers):
+            weights = torch.nn.Parameter(torch.arange(1.0, 5.0))
+            optimizer = getattr(module, kind)([weights], 0.1, weight_decay=0.1)
+            for _ in range(5):
+                optimizer.zero_grad()
+                weights.pow(3).sum().backward()
+                optimizer.step()
+            again = getattr(module, kind)([weights], 1.0)
+            again.load_state_dict(optimizer.state_dict())
+            again.step()
+            results.append(weights.detach())
+    assert torch.equal(*results)
+    assert len(counted) == 12
+    assert isinstance(optimizer, getattr(torch.optim, kind))
+
+
+@pytest.mark.parametrize(
+    "device, message",
+    [
+        ("gpu", "expected device to be 'auto' or one that torch knows, such as 'cpu'; got 'gpu'"),
+        (3.0, "expected device to be 'auto' or one that torch knows, such as 'cpu'; got 3.0"),
+        ("meta", "expected a device that torch sees; got 'meta', of which there is none"),
+        ("cuda:99", "expected a device that torch sees; got 'cuda:99', of which there is none"),
+    ],
+)
+def test_messages_of_devices(device, message):
+    with pytest.raises(ValueError, match=message):
+        fit(small(), gaussian(), device=device)
+
+
+def test_a_device_may_be_an_object():
+    assert fit(small(), gaussian(), device=torch.device("cpu"), epochs=1).steps == 1
 
 
 # An embedding of the context
@@ -753,7 +815,7 @@ def test_an_embedding_of_integers_trains():
     [
         (None, "expected a context for the embedding; got none"),
         (torch.zeros(399, 1, 7), r"a context for each of 400 rows; got \(399, 1, 7\)"),
-        (torch.full((400, 1, 7), math.nan), "finite numbers in context of data; got nan in row 0, column 0, 0"),
+        (torch.full((400, 1, 7), math.nan), "finite numbers in context of data; got NaN in row 0, column 0, 0"),
     ],
 )
 def test_a_context_for_an_embedding_is_checked(context, message):
@@ -915,8 +977,8 @@ def test_discrete_data_in_batches():
 def test_a_step_left_out_leaves_weights_and_optimizer_as_they_were(monkeypatch, optimizer, ema_decay):
     made = []
     for name in ("Adam", "Adamax"):
-        kind = getattr(torch.optim, name)
-        monkeypatch.setattr(torch.optim, name, lambda *a, kind=kind, **k: made.append(kind(*a, **k)) or made[-1])
+        kind = getattr(optimizers, name)
+        monkeypatch.setattr(optimizers, name, lambda *a, kind=kind, **k: made.append(kind(*a, **k)) or made[-1])
 
     torch.manual_seed(0)
     flow, seen, states = affine(), [], []
@@ -1002,7 +1064,7 @@ def test_a_part_that_is_not_finite_leaves_the_whole_step_out():
 
 def test_steps_of_a_running_shuffle_see_all_rows_before_one_again():
     rows = Rows(torch.arange(10.0)[:, None], batch_size=4, steps=3)
-    seen = [x.flatten().tolist() for _ in range(5) for x, *_ in rows.after(0)]
+    seen = [x.flatten().tolist() for _ in range(5) for x, *_ in rows.epoch()]
     assert len(seen) == 15
     assert all(len(batch) == 4 for batch in seen)
     flat = [value for batch in seen for value in batch]
@@ -1081,7 +1143,7 @@ def gradients(flow, x, *, recompute, kept=None):
 
     flow.zero_grad()
     torch.manual_seed(3)
-    with recomputing(flow) if recompute else torch.enable_grad():
+    with activation_checkpointing(flow) if recompute else torch.enable_grad():
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             loss = -flow.log_prob(x).mean() + flow.rsample_and_log_prob((5,))[1].mean()
         loss.backward()
@@ -1131,17 +1193,17 @@ def test_recomputation_leaves_running_averages_as_they_are():
 
 def test_the_stacks_that_recompute():
     flow = nested()
-    with recomputing(flow):
+    with activation_checkpointing(flow):
         outer = flow.bijection
         assert outer.recompute
         assert outer[0].recompute
         assert outer[0][0].recompute
         assert not outer[0][0][0].recompute
     flat = small()
-    with recomputing(flat):
+    with activation_checkpointing(flat):
         assert flat.bijection.recompute
     flat.bijection.recompute = True
-    with recomputing(flat):
+    with activation_checkpointing(flat):
         pass
     assert flat.bijection.recompute  # as its owner had it
 
@@ -1207,7 +1269,7 @@ def picture_flow():
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_channels_last_is_the_same_fit_in_another_layout(recompute, accumulate):
     results, flows = [], []
-    for channels_last in (False, True):
+    for last in (False, True):
         seen = []
 
         def objective(flow, x, context):
@@ -1215,16 +1277,26 @@ def test_channels_last_is_the_same_fit_in_another_layout(recompute, accumulate):
             return -flow.log_prob(x).mean()
 
         flow = picture_flow()
-        options = {"activation_checkpointing": recompute, "accumulate": accumulate, "channels_last": channels_last}
+        options = {"activation_checkpointing": recompute, "accumulate": accumulate, "channels_last": last}
         results.append(fit(flow, pictures(), objective=objective, epochs=2, batch_size=9, seed=0, **options))
-        assert set(seen) == {channels_last}
+        assert set(seen) == {last}
         conv = flow.layers[0][0][0].conditioner
         assert conv.first.weight.is_contiguous()
-        assert {layout for _, _, layout in conv.seen} == {channels_last}
+        assert {layout for _, _, layout in conv.seen} == {last}
         flows.append(flow)
     assert results[0].history["train"] == pytest.approx(results[1].history["train"], rel=1e-4)
     for a, b in zip(*(flow.parameters() for flow in flows), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_an_interrupt_within_a_network_leaves_full_precision():
+    flow = picture_flow()
+    network = flow.layers[0][0][0].conditioner
+    network.last.register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt), bf16_networks(flow.train()):
+        flow.log_prob(pictures())
+    assert not torch.is_autocast_enabled("cpu")
+    assert not network._forward_hooks
 
 
 def test_channels_last_is_of_images_alone():
@@ -1232,7 +1304,7 @@ def test_channels_last_is_of_images_alone():
         fit(small(), gaussian(), channels_last=True)
     flow = picture_flow()
     weight = flow.layers[0][0][0].conditioner.first.weight
-    with laid_out(flow):
+    with channels_last(flow):
         assert weight.is_contiguous(memory_format=torch.channels_last)
     assert weight.is_contiguous()
 
@@ -1245,7 +1317,8 @@ def test_mixed_precision_is_of_networks_in_training(recompute):
         flow, pictures(), precision="bf16-mixed", epochs=1, batch_size=9, activation_checkpointing=recompute, seed=0
     )
     assert {(training, dtype) for training, dtype, _ in conv.seen} == {(True, torch.bfloat16), (False, torch.float32)}
-    assert "forward" not in vars(conv)
+    assert not conv._forward_pre_hooks
+    assert not conv._forward_hooks
     assert flow.dtype == torch.float32
     assert math.isfinite(result.best_loss)
     assert not torch.is_autocast_enabled("cpu")
@@ -1256,11 +1329,9 @@ def test_mixed_precision_takes_the_embedding_and_leaves_the_maps():
     x, context = sets(20)
     fit(flow, x, context=context, epochs=20, learning_rate=1e-2, seed=0)
     flow.train()
-    with mixed(flow):
+    with bf16_networks(flow):
         assert flow.embedding(context).dtype == torch.float32
         rough = flow.log_prob(x, context)
-        again = flow.embedding.forward
-    assert flow.embedding.forward is not again
     exact = flow.log_prob(x, context)
     assert rough.dtype == torch.float32
     assert 0 < (rough - exact).abs().max() < 0.05
@@ -1277,17 +1348,21 @@ def test_mixed_precision_takes_the_embedding_and_leaves_the_maps():
         ({"accumulate": 9, "batch_size": 8}, ValueError, "expected at least accumulate=9 rows a batch; got 8"),
         ({"steps_per_epoch": 0}, ValueError, "expected steps_per_epoch to be a positive integer; got 0"),
         ({"augment": 3}, TypeError, "expected augment to be a function; got int"),
-        ({"augment": lambda x: x[:5]}, TypeError, r"augment to give torch.float32 of \(180, 2\), as .*got .*\(5, 2\)"),
-        ({"augment": lambda x: x.tolist()}, TypeError, "augment to give torch.float32 of .*got list"),
-        ({"augment": lambda x: x.double()}, TypeError, "augment to give torch.float32 of .*got torch.float64"),
+        (
+            {"augment": lambda x: x[:5]},
+            TypeError,
+            r"augment to return torch.float32 of \(180, 2\), .*got .*\(5, 2\)",
+        ),
+        ({"augment": lambda x: x.tolist()}, TypeError, "augment to return torch.float32 of .*got list"),
+        ({"augment": lambda x: x.double()}, TypeError, "augment to return torch.float32 of .*got torch.float64"),
         ({"checkpoint": 3}, TypeError, "expected checkpoint as the path of a file; got int"),
         ({"checkpoint": "/no/such/folder/fit.pt"}, ValueError, "in a folder that exists; got /no/such/folder/fit.pt"),
         ({"checkpoint": "/"}, ValueError, "expected checkpoint as the path of a file in a folder that exists; got /"),
-        ({"checkpoint_seconds": 3}, ValueError, "expected checkpoint_seconds beside a checkpoint; got 3 alone"),
+        ({"checkpoint_seconds": 3}, ValueError, "expected checkpoint_seconds only with a checkpoint; got 3 without"),
         (
             {"compile": True, "activation_checkpointing": True},
             ValueError,
-            "compile cannot be combined with activation_ch",
+            "compile=True cannot be combined with activation_",
         ),
     ],
 )
@@ -1297,9 +1372,7 @@ def test_messages_of_the_options_for_large_flows(options, error, message):
 
 
 def test_messages_of_options_that_need_an_array():
-    with pytest.raises(
-        ValueError, match="expected steps_per_epoch beside a tensor or an array alone; got it beside list"
-    ):
+    with pytest.raises(ValueError, match="expected steps_per_epoch only with a tensor or an array; got it with list"):
         fit(small(), [gaussian()], steps_per_epoch=3)
     with pytest.raises(ValueError, match="expected data for augment; got none"):
         fit(small(), objective=lambda f, x, c: f.rsample_and_log_prob((8,))[1].mean(), augment=abs)
@@ -1319,7 +1392,7 @@ def test_labels_in_a_column_are_refused():
 
 def test_a_copy_made_in_mixed_precision_has_networks_of_its_own():
     flow, x = small(), gaussian(20)
-    with mixed(flow):
+    with bf16_networks(flow):
         copied, stored = copy.deepcopy(flow).eval(), pickle.loads(pickle.dumps(flow)).eval()
         wanted = copied.log_prob(x)
         with torch.no_grad():
@@ -1331,7 +1404,7 @@ def test_a_copy_made_in_mixed_precision_has_networks_of_its_own():
 
 def test_messages_of_labels_where_none_are_taken():
     x, labels = gaussian(20), torch.arange(20)
-    with pytest.raises(ValueError, match="expected no context, or labels, beside batch 0, since .*; got one"):
+    with pytest.raises(ValueError, match="expected no context or labels with batch 0, since .*; got one"):
         fit(small(), DataLoader(TensorDataset(x, labels), batch_size=10), epochs=1)
     with pytest.raises(TypeError, match=r"context of data .*got torch.int64: convert them, or give .* an embedding"):
         fit(small(context_features=1), x, context=labels[:, None], epochs=1)

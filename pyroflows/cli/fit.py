@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from pyroflows.cli.model import check_device, check_target, context_of, number_of_parameters, save_model
+from pyroflows.cli.model import check_target, context_of, number_of_parameters, save_model
 from pyroflows.cli.output import finite, is_first, print_json, say
 from pyroflows.cli.parsers import names
 from pyroflows.cli.progress import TrainingLog
 from pyroflows.data.table_files import CellError, TableFile, open_table
 from pyroflows.dequantizers import ColumnDequantizer
+from pyroflows.distributed import choose_device
 from pyroflows.flow import Flow
 from pyroflows.tables import fit_table
 from pyroflows.training import FitResult
@@ -27,7 +28,7 @@ _ROUNDING = 1e-3
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
-    check_device(options.device)
+    choose_device(options.device)
     check_target(options.output, options.data)
     table, columns = _open(options)
     cells, dtype = _read(table, options), getattr(torch, options.dtype)

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from pyroflows.data.table_files import TableFile, open_table
-from pyroflows.distributed import launch
+from pyroflows.distributed import choose_device, initialize
 from pyroflows.flow import Flow, load
 
 __all__ = [
     "TableModel",
-    "check_device",
     "check_target",
     "context_of",
     "device_of",
@@ -170,15 +169,10 @@ def model_file(path: str) -> Iterator[Path]:
 
 
 def device_of(name: str) -> torch.device:
-    """Return the device of an option; "auto" is a GPU if there is one, and each process of several has its own."""
-    check_device(name)
-    return torch.device(launch(name, torch.device("cpu"), "32-true").device)
-
-
-def check_device(name: str) -> None:
-    """Refuse a device that torch does not see."""
-    if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not torch.mps.is_available()):
-        raise ValueError(f"expected a device that torch sees; got --device {name}, of which there is none")
+    """Return the device of an option, and join the processes of torchrun, each of which has its own."""
+    device = choose_device(name)
+    initialize(device)
+    return device
 
 
 def load_model(path: str | Path, device: str) -> TableModel:

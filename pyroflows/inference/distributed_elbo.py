@@ -87,7 +87,7 @@ class DistributedELBO(ELBO):
         device = device_of(args, kwargs)
         first = self._streams is None
         if first:
-            distributed.launch(device.type, device, "32-true")
+            distributed.initialize(device)
         with distributed.together(device, self._streams) as self._streams, _OwnRows():
             if first and distributed.world_size() > 1:
                 self._start(model, guide, args, kwargs, device)

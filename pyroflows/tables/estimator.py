@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pyroflows.arguments import check_finite, check_number, check_option, check_sizes
 from pyroflows.contexts import seeded
+from pyroflows.distributed import choose_device
 from pyroflows.flow import Flow
 from pyroflows.tables.fitting import fit_table
 from pyroflows.training import FitOptions
@@ -368,16 +369,11 @@ class FlowClassifier(ClassifierMixin, BaseEstimator):
 
 
 def _device(name: str) -> torch.device:
-    if name == "auto":
+    if name == "auto":  # other accelerators lack double precision
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    device = choose_device(name)
+    if device.type not in ("cpu", "cuda"):
         raise ValueError(f"expected device to be 'cpu', 'cuda' or 'auto'; got {name!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"expected a GPU that torch sees, for device={name!r}; got none")
     return device
 
 

@@ -34,7 +34,6 @@ def fit_table(
     batch_size: int = 256,
     min_steps: int = 1,
     seed: int | None = None,
-    device: str | torch.device = "auto",
     on_start: Callable[[Flow], Any] | None = None,
     on_step: Callable[[Tensor], Any] | None = None,
     options: FitOptions | None = None,
@@ -64,7 +63,6 @@ def fit_table(
         batch_size: rows a step, or all rows if there are fewer.
         min_steps: least number of steps in an epoch, unless ``options`` has a number.
         seed: of split, weights and shuffles.
-        device: as in :func:`fit`, or a torch device.
         on_start: called with the flow before training. If training is interrupted, this flow has the best weights.
         on_step: called with the loss of each training step.
         options: of :func:`fit`.
@@ -119,8 +117,6 @@ def fit_table(
             on_step(loss.detach())
         return loss
 
-    if isinstance(device, torch.device):  # which may have an index, such as cuda:1
-        trained, device = trained.to(device), device.type
     batch_size = min(batch_size, len(training))
     options = FitOptions() if options is None else options
     if options.steps_per_epoch is None and len(training) // batch_size < min_steps:
@@ -135,7 +131,6 @@ def fit_table(
         objective=objective,
         batch_size=batch_size,
         seed=seed,
-        device=device,
         options=options,
         **fit_arguments,
     )
