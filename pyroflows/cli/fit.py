@@ -99,8 +99,8 @@ def _open(options: argparse.Namespace) -> tuple[TableFile, list[str]]:
         raise ValueError(f"expected a column to model in {table.name}; got only columns that are given")
     table.select([*columns, *options.given])
     if options.integer_columns not in ("auto", "none"):
-        table.whole = set(names(options.integer_columns))
-        if unknown := sorted(table.whole - set(columns)):
+        table.integers = set(names(options.integer_columns))
+        if unknown := sorted(table.integers - set(columns)):
             raise ValueError(f"expected --integer-columns among the columns {', '.join(columns)}; got {unknown[0]!r}")
     return table, columns
 

@@ -112,7 +112,7 @@ class TableModel:
         steps, offset = (getattr(self.flow.dequantizer, name, None) for name in ("steps", "offset"))
         if not given_alone and isinstance(steps, Tensor) and isinstance(offset, Tensor):
             places = ((steps == 1) & (offset == 0)).nonzero()[:, 0].tolist()
-            table.whole = {table.columns[place] for place in places}
+            table.integers = {table.columns[place] for place in places}
         return table
 
     def split(self, cells: np.ndarray) -> tuple[Tensor, Tensor | None]:
