@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -14,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from datasets import Stream
 from sklearn.datasets import load_diabetes, load_iris
 
 from pyroflows.cli import main
@@ -442,14 +442,6 @@ def test_failures_are_status_1_and_one_line(capsys, folder, tmp_path):
         assert found.startswith("pyroflows: ")
         assert line in found
     assert sorted(os.listdir(tmp_path)) == ["half.csv", "semi.csv", "text.csv"]
-
-
-class Stream(io.StringIO):
-    """Standard input or output with bytes beneath."""
-
-    def __init__(self, data=b""):
-        super().__init__()
-        self.buffer = io.BytesIO(data)
 
 
 def test_models_and_tables_go_through_standard_input_and_output(folder, monkeypatch, capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 import re
@@ -13,6 +12,7 @@ from random import Random
 import numpy as np
 import pandas as pd
 import pytest
+from datasets import Stream
 
 from pyroflows.data import open_table, write_table
 
@@ -33,14 +33,6 @@ def csv(folder, text, name="data.csv"):
     path = folder / name
     path.write_bytes(text.encode())
     return path
-
-
-class Stream(io.StringIO):
-    """Standard input or output with bytes beneath."""
-
-    def __init__(self, data=b""):
-        super().__init__()
-        self.buffer = io.BytesIO(data)
 
 
 # What is written is read

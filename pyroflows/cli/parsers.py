@@ -361,42 +361,29 @@ def names(text: str) -> list[str]:
     return parts
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer; got {text!r}")
-    return int(text)
+def _checked(convert: Callable[[str], Any], is_valid: Callable[[Any], bool], expected: str) -> Callable[[str], Any]:
+    """Return a type of option: a number that fulfils a condition."""
+
+    def parse_number(text: str) -> Any:
+        try:
+            number = convert(text)
+        except ValueError:
+            number = math.nan
+        if not is_valid(number):
+            raise argparse.ArgumentTypeError(f"expected {expected}; got {text!r}")
+        return number
+
+    return parse_number
+
+
+_count = _checked(int, lambda number: number >= 1, "a positive integer")
+_positive = _checked(float, lambda number: 0 < number < math.inf, "a positive number")
+_seed = _checked(int, lambda number: 0 <= number < 2**32, "an integer from 0 to 2**32 - 1")
+_share = _checked(float, lambda number: 0 <= number < 1, "a number from 0 to 1, without 1")
 
 
 def _widths(text: str) -> tuple[int, ...]:
-    return tuple(_count(part.strip()) for part in text.split(","))
-
-
-def _positive(text: str) -> float:
-    number = _number(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a positive number; got {text!r}")
-    return number
-
-
-def _share(text: str) -> float:
-    number = _number(text)
-    if not 0 <= number < 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, without 1; got {text!r}")
-    return number
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
-def _seed(text: str) -> int:
-    seed = int(text) if text.isdecimal() else -1
-    if not 0 <= seed < 2**32:
-        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2**32 - 1; got {text!r}")
-    return seed
+    return tuple(_count(part) for part in text.split(","))
 
 
 def _setting(text: str) -> tuple[str, Any]:

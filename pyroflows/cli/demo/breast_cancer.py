@@ -89,8 +89,8 @@ def _compare_on_table(
     best_name = min(fits, key=lambda name: fits[name].best_loss)
     best = next(model for model in models if model.name == best_name)
     places = [table.columns.index(name) for name in pair]
-    data = table.in_units(torch.cat([table.train, table.validation, table.test]))[:, places]
-    drawn = table.in_units(best.sample(len(data)))[:, places]
+    data = table.unstandardize(torch.cat([table.train, table.validation, table.test]))[:, places]
+    drawn = table.unstandardize(best.sample(len(data)))[:, places]
     plots.samples_2d(data, right, color=plots.COLORS[6], label=f"{len(data)} rows of data")
     low, high = data.amin(0), data.amax(0)
     room = 0.08 * (high - low)
