@@ -146,8 +146,7 @@ def _add_fit(commands: Any) -> None:
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="default: %(default)s")
     parser.add_argument("--checkpoint", metavar="FILE", help="file from which a fit that was killed resumes")
     _add_seed(parser, 0, "seed of weights, split and shuffles (default: 0)")
-    _add_device(parser)
-    _add_json_and_quiet(parser)
+    _add_device_json_and_quiet(parser)
 
 
 def _check_fit(options: argparse.Namespace) -> None:
@@ -181,8 +180,7 @@ def _add_score(commands: Any) -> None:
         "--pass-model", action="store_true", help="write the model to standard output, for the next command in a pipe"
     )
     _add_seed(parser, 0, "seed of the noise (default: 0)")
-    _add_device(parser)
-    _add_json_and_quiet(parser)
+    _add_device_json_and_quiet(parser)
 
 
 def _check_score(options: argparse.Namespace) -> None:
@@ -212,8 +210,7 @@ def _add_sample(commands: Any) -> None:
         '("-" for CSV on standard input); these columns are written after those that are drawn',
     )
     _add_seed(parser, None, "seed of the draws (default: a new one each time)")
-    _add_device(parser)
-    _add_json_and_quiet(parser)
+    _add_device_json_and_quiet(parser)
 
 
 def _check_sample(options: argparse.Namespace) -> None:
@@ -238,8 +235,7 @@ def _add_check(commands: Any) -> None:
     parser.add_argument(
         "--tolerance", type=_positive, metavar="E", help="largest error (default: 1e-3 in float32, 1e-6 in float64)"
     )
-    _add_device(parser)
-    _add_json_and_quiet(parser)
+    _add_device_json_and_quiet(parser)
 
 
 def _add_plot(commands: Any) -> None:
@@ -257,8 +253,7 @@ def _add_plot(commands: Any) -> None:
     parser.add_argument("--rows", type=_count, default=2000, metavar="N", help="rows to draw (default: %(default)s)")
     parser.add_argument("--columns", type=_count, default=8, metavar="N", help="most columns (default: %(default)s)")
     _add_seed(parser, 0, "seed of rows and samples (default: 0)")
-    _add_device(parser)
-    _add_json_and_quiet(parser)
+    _add_device_json_and_quiet(parser)
 
 
 def _check_plot(options: argparse.Namespace) -> None:
@@ -299,8 +294,7 @@ def _add_bench(commands: Any) -> None:
         "--seconds", type=_positive, default=1.0, metavar="S", help="time for each measurement (default: %(default)s)"
     )
     _add_seed(parser, 0, "seed of weights and data (default: 0)")
-    _add_device(parser)
-    _add_json_and_quiet(parser)
+    _add_device_json_and_quiet(parser)
 
 
 # Options that commands share
@@ -336,16 +330,13 @@ def _add_seed(parser: argparse.ArgumentParser, default: int | None, text: str) -
     parser.add_argument("--seed", type=_seed, default=default, metavar="N", help=text)
 
 
-def _add_device(parser: argparse.ArgumentParser) -> None:
-    devices = ("auto", "cpu", "cuda", "mps")
-    parser.add_argument("--device", default="auto", choices=devices, help="where to compute (default: %(default)s)")
-
-
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the results as one line of JSON")
 
 
-def _add_json_and_quiet(parser: argparse.ArgumentParser) -> None:
+def _add_device_json_and_quiet(parser: argparse.ArgumentParser) -> None:
+    devices = ("auto", "cpu", "cuda", "mps")
+    parser.add_argument("--device", default="auto", choices=devices, help="where to compute (default: %(default)s)")
     _add_json(parser)
     parser.add_argument("--quiet", action="store_true", help="show no progress and print no summary")
 

@@ -1,4 +1,4 @@
-"""Densities that the demo compares: flows, and the simpler models beside them."""
+"""Densities that the demo compares: flows and simpler models."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = ["Density", "as_numbers", "fit_flows", "log_likelihoods", "mean_and_er
 
 @dataclass(frozen=True)
 class Density:
-    """A fitted density: what gives log-densities of rows and draws rows, and how it came about.
+    """A fitted density.
 
     Args:
-        name: in tables and figures.
-        log_prob: gives the log-density of rows, in nats.
+        name: its name in tables and figures.
+        log_prob: returns the log-density of rows, in nats.
         sample: draws a number of rows.
-        note: what validation chose, or what the flow is.
-        seconds: of the fit, the choice included.
+        note: options chosen by validation, or a description of the flow.
+        seconds: of the fit, including the choice of options.
         result: of a flow's fit.
     """
 
@@ -47,17 +47,17 @@ def simple_models(
     ridges: Sequence[float],
     covariances: Sequence[str] = ("full",),
 ) -> list[Density]:
-    """Fit a Gaussian, a Gaussian mixture and a kernel density, each with the options that validation rows like best."""
+    """Fit a Gaussian, a Gaussian mixture and a kernel density, each with the options best on validation rows."""
     from sklearn import mixture
     from sklearn.neighbors import KernelDensity
 
     x, held_out = train.double().numpy(), validation.double().numpy()
 
-    def model(name: str, tries: Mapping[str, Any]) -> Density:
+    def choose(name: str, candidates: Mapping[str, Any]) -> Density:
         began = time.perf_counter()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a mixture that has not converged is a candidate like another
-            fitted = {note: estimator.fit(x) for note, estimator in tries.items()}
+            warnings.simplefilter("ignore")  # a mixture that has not converged is a candidate too
+            fitted = {note: estimator.fit(x) for note, estimator in candidates.items()}
             note = max(fitted, key=lambda note: float(fitted[note].score_samples(held_out).mean()))
         best = fitted[note]
         echo(f"  {name}: {note}, {time.perf_counter() - began:.1f} s")
@@ -83,9 +83,9 @@ def simple_models(
     bandwidths = np.geomspace(0.01, 0.08, 7) if x.shape[1] < 5 else np.geomspace(0.1, 2.0, 13)
     kernels = {f"bandwidth {width:.3g}": KernelDensity(bandwidth=width, rtol=1e-3) for width in bandwidths}
     return [
-        model("Gaussian", {"full covariance": mixture.GaussianMixture(1, random_state=0)}),
-        model("Gaussian mixture", mixtures),
-        model("kernel density", kernels),
+        choose("Gaussian", {"full covariance": mixture.GaussianMixture(1, random_state=0)}),
+        choose("Gaussian mixture", mixtures),
+        choose("kernel density", kernels),
     ]
 
 
@@ -98,7 +98,7 @@ def fit_flows(
     until: float,
     options: Mapping[str, Any],
 ) -> list[Density]:
-    """Fit flows one by one, each in its share of the time that is left."""
+    """Fit flows one after another, each within its share of the time left."""
     models: list[Density] = []
     for name, flow in flows.items():
         seconds = max(2.0, (until - time.perf_counter()) / (len(flows) - len(models)))
@@ -124,17 +124,17 @@ def fit_flows(
 
 @torch.no_grad()
 def log_likelihoods(model: Density, rows: Tensor) -> Tensor:
-    """Give the log-density of each row under a model, without gradients."""
+    """Return the log-density of each row under a model, without gradients."""
     return model.log_prob(rows).double()
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Give the mean of values, and its standard error."""
+    """Return the mean of values, and its standard error."""
     return float(values.double().mean()), float(values.double().std() / len(values) ** 0.5)
 
 
 def as_numbers(model: Density, mean: float, error: float) -> dict[str, Any]:
-    """Give what ``report.json`` holds of a model and its test log-likelihood."""
+    """Return what ``report.json`` holds of a model and its test log-likelihood."""
     numbers: dict[str, Any] = {
         "log_likelihood": mean,
         "standard_error": error,

@@ -1,4 +1,4 @@
-"""Images: a small Glow of scikit-learn's digits beside a Gaussian mixture, in bits per dimension and to look at."""
+"""Images: a small Glow of scikit-learn's digits next to a Gaussian mixture, in bits per dimension and as samples."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def digits(output: Path, seed: int, quick: bool, until: float) -> Part:
         "models": {},
     }
     rows = []
-    for name, its in bits.items():
-        (mean, error), (below, below_error) = map(mean_and_error, (its, bits["Gaussian mixture"] - its))
+    for name, values in bits.items():
+        (mean, error), (below, below_error) = map(mean_and_error, (values, bits["Gaussian mixture"] - values))
         difference = "-" if name == "Gaussian mixture" else f"{below:+.3f} ± {below_error:.3f}"
         rows.append((name, f"{mean:.3f} ± {error:.3f}", difference, f"{seconds[name]:.0f}", notes[name]))
         numbers["models"][name] = {
@@ -93,10 +93,10 @@ def digits(output: Path, seed: int, quick: bool, until: float) -> Part:
         "Images: digits",
         f"scikit-learn's digits, 8 x 8 pixels of {_LEVELS} levels: {len(data.train):,} images train, "
         f"{len(data.validation)} others choose when to stop, and {len(data.test)} test images are scored. Uniform "
-        "noise makes numbers of the levels, and a logit takes them to the real line, where the mixture is fitted, to "
-        f"{copies} draws of the noise for each image. Bits per dimension have every constant in, and are the mean over "
-        f"{_DRAWS} draws of noise, the same for both models: fewer are better, and to know nothing costs "
-        f"log2 {_LEVELS} = {math.log2(_LEVELS):.2f}. The column beside them is the difference image by image.",
+        "noise dequantizes the levels, and a logit maps them to the real line, where the mixture is fitted, to "
+        f"{copies} draws of the noise for each image. Bits per dimension include every constant, and are the mean over "
+        f"{_DRAWS} draws of noise, the same for both models: fewer are better, and a uniform model has "
+        f"log2 {_LEVELS} = {math.log2(_LEVELS):.2f}. The next column is the difference image by image.",
         ("model", "bits per dimension", "below the mixture", "seconds", "what it is"),
         rows,
         numbers,
@@ -105,7 +105,7 @@ def digits(output: Path, seed: int, quick: bool, until: float) -> Part:
 
 
 def _mixture(images: Tensor, components: int, copies: int) -> tuple[Flow, float]:
-    """Fit a Gaussian mixture to logits of noisy images; give it as the prior of a flow whose one layer is the logit."""
+    """Fit a Gaussian mixture to logits of noisy images, and return it as the prior of a flow with a logit layer."""
     from sklearn import mixture
 
     began = time.perf_counter()
@@ -113,7 +113,7 @@ def _mixture(images: Tensor, components: int, copies: int) -> tuple[Flow, float]
     noisy = dequantizer(images.flatten(1).repeat(copies, 1))[0]
     logits = sigmoid.inverse_and_log_det(noisy)[0].double().numpy()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # one that has not converged will do
+        warnings.simplefilter("ignore")  # it need not converge
         fitted = mixture.GaussianMixture(components, reg_covar=1e-2, random_state=0).fit(logits)
     prior = GaussianMixture(
         _PIXELS,
@@ -131,7 +131,7 @@ def _mixture(images: Tensor, components: int, copies: int) -> tuple[Flow, float]
 
 @torch.no_grad()
 def _bits(flow: Flow, images: Tensor, seed: int) -> Tensor:
-    """Give the bits per dimension of each image, the mean over draws of noise that are the same for every flow."""
+    """Return the bits per dimension of each image, the mean over draws of noise that are the same for every flow."""
     x = images.reshape(-1, *flow.event_shape)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What each part of the demo gives, and what all of them need: one thread, one seed, figures and printed lines."""
+"""A part of the demo, and what all parts need: one thread, one seed, figures and printed lines."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ __all__ = ["Part", "echo", "one_thread", "save"]
 
 @dataclass(frozen=True)
 class Part:
-    """What one part of the demo found.
+    """The results of one part of the demo.
 
     Args:
         title: its heading in the report.
-        text: what was done, a paragraph.
-        columns: of its table.
-        rows: of its table, words and formatted numbers.
-        numbers: the same and more, for ``report.json``.
-        figures: file names of its figures, with a line about each.
+        text: a paragraph on what was done.
+        columns: headings of its table.
+        rows: rows of its table, words and formatted numbers.
+        numbers: the numbers for ``report.json``.
+        figures: file names of its figures, with a caption each.
     """
 
     title: str
@@ -37,9 +37,9 @@ class Part:
 
 @contextlib.contextmanager
 def one_thread(seed: int) -> Iterator[None]:
-    """Compute on one thread, and seed torch; both are as before afterwards.
+    """Compute on one thread, and seed torch; restore both afterwards.
 
-    Networks this small gain nothing from more threads, which wait for one another wherever a core is busy.
+    Networks this small gain nothing from more threads, which wait for one another if a core is busy.
     """
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
