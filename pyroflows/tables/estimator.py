@@ -222,8 +222,8 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         return state
 
     def _rows(self, X: Any, *, reset: bool) -> np.ndarray:
-        least = 2 if reset else 1
-        rows = validate_data(self, X, reset=reset, dtype=np.float64, ensure_all_finite=False, ensure_min_samples=least)
+        options = {"dtype": np.float64, "ensure_all_finite": False, "ensure_min_samples": 2 if reset else 1}
+        rows = validate_data(self, X, reset=reset, **options)
         check_finite("X", _tensor(rows), getattr(self, "feature_names_in_", None))
         return rows
 
@@ -231,7 +231,7 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         """Learn the classes, or how many numbers ``y`` has, from the rows that are used, and return their context."""
         if self.conditional is None:
             return None
-        self._refuse_missing(y)
+        _refuse_missing(y, self.conditional)
         check_consistent_length(x, y)
         if self.conditional == "class":
             self.classes_, labels = np.unique(_labels(y)[is_used], return_inverse=True)
@@ -249,7 +249,7 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         """Return the context of rows, as the flow takes it."""
         if self.conditional is None:
             return None
-        self._refuse_missing(y)
+        _refuse_missing(y, self.conditional)
         targets = _numbers(y) if self.conditional == "number" else _labels(y)
         if len(targets) != rows:
             raise ValueError(f"expected y for each of {rows} rows; got {len(targets)}")
@@ -263,14 +263,9 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
             raise ValueError(f"expected class labels among {labels}; got {targets[is_unknown][0]}")
         return _tensor(np.searchsorted(self.classes_, targets))
 
-    def _refuse_missing(self, y: Any) -> None:
-        if y is None:
-            # The words that scikit-learn looks for.
-            raise ValueError(f"requires y to be passed, but the target y is None: conditional={self.conditional!r}")
-
     def _broadcast_targets(self, y: Any, rows: int) -> np.ndarray:
         """Return ``y`` for each row, from one for all rows or one for each."""
-        self._refuse_missing(y)
+        _refuse_missing(y, self.conditional)
         targets = np.asarray(y)
         has_many = self.conditional == "number" and self._numbers_of_y > 1
         shape = (rows, self._numbers_of_y) if has_many else (rows,)
@@ -391,6 +386,12 @@ def _sample_weights(sample_weight: Any, rows: np.ndarray) -> np.ndarray:
     if (weights < 0).any():
         raise ValueError(f"expected no negative sample_weight; got {weights.min():g}")
     return weights
+
+
+def _refuse_missing(y: Any, conditional: str | None) -> None:
+    if y is None:
+        # The words that scikit-learn looks for.
+        raise ValueError(f"requires y to be passed, but the target y is None: conditional={conditional!r}")
 
 
 def _labels(y: Any) -> np.ndarray:

@@ -41,32 +41,28 @@ def fit_table(
 ) -> tuple[Flow, FitResult]:
     """Build the flow of a table, see :func:`table_flow`, and train it by maximum likelihood on a share of the rows.
 
-    Rows that are equal are not both trained on and held out. Without weights they are held out together, unless they
-    are more than the share to hold out, such as the zeros of a column that is mostly zero: then one by one. With
-    weights equal rows become one row with the sum of their weights, so that a weight of two is the same as a row that
-    comes twice; a row that weighs more than the share to hold out is on both sides, with its weight divided.
+    Equal rows are not both trained on and held out. Without weights they are held out together, unless they are more
+    than the share to hold out, such as the zeros of a column that is mostly zero: then one by one. With weights they
+    become one row with the sum of their weights; a row that weighs more than the share to hold out is on both sides,
+    with its weight divided.
 
-    Columns and numbers of a context are standardized in double precision before training, also when that is done in
-    single precision.
+    Columns and numbers of a context are standardized in double precision before training, also if that is in single
+    precision.
 
     Args:
         x: the rows, in double precision.
-        flow: the name of a flow, or a function that builds one.
-        context: of each row: numbers, or integer labels.
+        flow, columns, integer_columns, standardize: as for :func:`table_flow`.
+        context: of each row, for a conditional flow: numbers, or labels from 0, which are integers.
         weights: a weight above 0 for each row.
         validation: share of the rows to hold out, to choose the best epoch and when to stop; 0 for none.
-        columns: names of the columns, for error messages.
-        integer_columns: positions of the columns of whole numbers, to be dequantized.
-        standardize: whether the flow standardizes the columns.
         flow_options: options of the flow, such as ``{"num_layers": 4}``.
-        dtype: precision to train in.
+        dtype: precision of training.
         batch_size: rows a step, or all rows if there are fewer.
         min_steps: least number of steps in an epoch, unless ``options`` has a number.
         seed: of split, weights and shuffles.
         on_start: called with the flow before training. If training is interrupted, this flow has the best weights.
         on_step: called with the loss of each training step.
-        options: of :func:`fit`.
-        fit_arguments: other arguments of :func:`fit`, such as ``epochs``.
+        options, fit_arguments: of :func:`fit`, such as ``epochs=10``.
 
     Shapes:
         x: ``(rows, columns)``; context: ``(rows, numbers)``, or labels ``(rows,)``; weights: ``(rows,)``.
@@ -87,12 +83,11 @@ def fit_table(
     """
     if weights is not None:
         x, context, weights = _merge(x, context, weights)
-    rows, labels_or_numbers = _tensor(x), _tensor(context)
     with seeded(seed):
         built = table_flow(
-            rows,
+            _tensor(x),
             flow,
-            context=labels_or_numbers,
+            context=_tensor(context),
             weights=_tensor(weights),
             integer_columns=integer_columns,
             standardize=standardize,
@@ -105,11 +100,11 @@ def fit_table(
     training, held_out, divided = _split(x, context, weights, validation, seed, is_continuous)
     if weights is not None and (weights == weights[0]).all():
         weights = None
-    trained, rows, labels_or_numbers, log_scale = _training_form(built, rows, labels_or_numbers, dtype)
+    trained, data, conditions, log_scale = _training_form(built, _tensor(x), _tensor(context), dtype)
 
-    def part(chosen: np.ndarray, share: float) -> tuple[Tensor, Tensor | None, np.ndarray | None]:
-        its_weights = None if weights is None else np.where(divided, share * weights, weights)[chosen]
-        return rows[chosen], None if labels_or_numbers is None else labels_or_numbers[chosen], its_weights
+    def part(rows: np.ndarray, share: float) -> tuple[Tensor, Tensor | None, np.ndarray | None]:
+        its_weights = None if weights is None else np.where(divided, share * weights, weights)[rows]
+        return data[rows], None if conditions is None else conditions[rows], its_weights
 
     def objective(flow: Any, *batch: Tensor) -> Tensor:
         loss = negative_log_likelihood(flow, *batch) + log_scale
@@ -121,12 +116,12 @@ def fit_table(
     options = FitOptions() if options is None else options
     if options.steps_per_epoch is None and len(training) // batch_size < min_steps:
         options = replace(options, steps_per_epoch=min_steps)
-    x_train, context_train, weights_train = part(training, 1 - validation)
+    train_x, train_context, train_weights = part(training, 1 - validation)
     result = fit(
         trained,
-        x_train,
-        context=context_train,
-        weights=weights_train,
+        train_x,
+        context=train_context,
+        weights=train_weights,
         validation=part(held_out, validation) if len(held_out) else None,
         objective=objective,
         batch_size=batch_size,
@@ -145,8 +140,8 @@ def _training_form(
     """Standardize in double precision, so that a flow without these layers can be trained in single precision.
 
     Returns:
-        The flow to train, which shares its other layers with the one given; its data and context; and what its losses
-        lack to be in the units of the columns.
+        The flow to train, which shares its other layers with ``flow``; its data and context; and the constant to add to
+        its losses, which makes their unit that of the columns.
     """
     layers, embedding, log_scale = flow.layers, flow.embedding, 0.0
     if flow.dequantizer is None and isinstance(layers[-1], Standardize):
