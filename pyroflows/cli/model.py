@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyroflows.cli.progress import Progress
+from pyroflows.contexts import seeded
 from pyroflows.data.table_files import TableFile, open_table
-from pyroflows.distributed import choose_device, initialize
+from pyroflows.distributed import choose_device, in_turn, initialize
 from pyroflows.flow import Flow, load
 
 __all__ = [
@@ -90,6 +92,21 @@ class TableModel:
             chunks.append(x if self.flow.dequantizer is None else self.flow.dequantizer.quantize(x))  # type: ignore[operator]
         samples = torch.cat(chunks).cpu().numpy()
         return np.concatenate([samples, given.astype(samples.dtype)], axis=1)
+
+    def map_chunks(
+        self, function: Callable[[np.ndarray], np.ndarray], chunks: Iterable[np.ndarray], seed: int, progress: Progress
+    ) -> Iterator[np.ndarray]:
+        """Apply a function to chunks of rows, each with a seed of its own; the processes of torchrun take turns."""
+
+        def apply(numbered: tuple[int, np.ndarray]) -> np.ndarray:
+            number, chunk = numbered
+            chunk_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+            with seeded(chunk_seed, self.flow.device):
+                return function(chunk)
+
+        for result in in_turn(apply, enumerate(chunks)):
+            progress.add(len(result))
+            yield result
 
     def _chunks(self, rows: int) -> list[slice]:
         """Return the slices in which rows are evaluated, so that activations fit into a CPU's caches."""

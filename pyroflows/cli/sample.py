@@ -12,9 +12,8 @@ import numpy as np
 from pyroflows.cli.model import TableModel, check_target, load_model, model_file
 from pyroflows.cli.output import is_first, print_json, say
 from pyroflows.cli.progress import Progress
-from pyroflows.contexts import seeded
 from pyroflows.data.table_files import write_table
-from pyroflows.distributed import broadcast, in_turn, together
+from pyroflows.distributed import broadcast, together
 
 __all__ = ["run"]
 
@@ -32,24 +31,13 @@ def run(options: argparse.Namespace) -> None:
     given, total = _given(model, options.given)
     total = None if total is None else total * options.num_samples
     with together(model.flow.device), Progress("drawn", total, options.quiet) as progress:
-        base_seed = broadcast(int.from_bytes(os.urandom(4), "big") if options.seed is None else options.seed)
-
-        def draw(numbered: tuple[int, np.ndarray]) -> np.ndarray:
-            number, cells = numbered
-            seed = int(np.random.SeedSequence([base_seed, number]).generate_state(1)[0])
-            with seeded(seed, model.flow.device):
-                return model.sample(cells)
-
-        def chunks() -> Iterator[np.ndarray]:
-            size = max(1, min(_ROWS, _NUMBERS // len(columns)))
-            for rows in in_turn(draw, enumerate(_repeated(given, options.num_samples, size))):
-                progress.add(len(rows))
-                yield rows
-
+        seed = broadcast(int.from_bytes(os.urandom(4), "big") if options.seed is None else options.seed)
+        size = max(1, min(_ROWS, _NUMBERS // len(columns)))
+        chunks = model.map_chunks(model.sample, _repeated(given, options.num_samples, size), seed, progress)
         if is_first():
-            write_table(options.output, columns, chunks(), integers=model.integers, categories=model.categories)
+            write_table(options.output, columns, chunks, integers=model.integers, categories=model.categories)
         else:
-            for _ in chunks():
+            for _ in chunks:
                 pass
         rows, speed = progress.rows, progress.rows_per_second
     if options.json:

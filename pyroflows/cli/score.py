@@ -6,15 +6,15 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 
 from pyroflows.cli.model import TableModel, check_target, load_model, model_file
 from pyroflows.cli.output import is_first, print_json, say
 from pyroflows.cli.progress import Progress
-from pyroflows.contexts import seeded
 from pyroflows.data.table_files import write_table
-from pyroflows.distributed import in_turn, together
+from pyroflows.distributed import together
 
 __all__ = ["run"]
 
@@ -51,20 +51,12 @@ def run(options: argparse.Namespace) -> None:
 
 def _score(model: TableModel, options: argparse.Namespace) -> tuple[_Moments, float]:
     """Score the rows, write the scores, and return their moments and the rows per second."""
-    table, moments = model.open(options.data), _Moments()
-
-    def score(numbered: tuple[int, np.ndarray]) -> np.ndarray:
-        number, cells = numbered
-        seed = int(np.random.SeedSequence([options.seed, number]).generate_state(1)[0])
-        with seeded(seed, model.flow.device):
-            return model.log_prob(cells, options.draws)
-
+    table, moments, score = model.open(options.data), _Moments(), partial(model.log_prob, draws=options.draws)
     with together(model.flow.device), Progress("scored", table.num_rows, options.quiet) as progress:
 
         def scores() -> Iterator[np.ndarray]:
-            for log_probs in in_turn(score, enumerate(table.chunks(_ROWS))):
+            for log_probs in model.map_chunks(score, table.chunks(_ROWS), options.seed, progress):
                 moments.add(log_probs)
-                progress.add(len(log_probs))
                 yield log_probs[:, None]
 
         if options.output is None or not is_first():

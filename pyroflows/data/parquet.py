@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from pyarrow import ArrowException
+from pyarrow.parquet import ParquetFile
+from pyarrow.types import is_boolean, is_decimal, is_floating, is_integer
 
 from pyroflows import distributed
 from pyroflows.arguments import check_sizes
@@ -55,8 +58,6 @@ class ParquetBatches:
         context: Sequence[str] = (),
         buffer_rows: int = 2**18,
     ):
-        from pyarrow.types import is_boolean, is_decimal, is_floating, is_integer
-
         check_sizes(batch_size=batch_size, buffer_rows=buffer_rows)
         self.path, self.batch_size, self.buffer_rows = os.fspath(path), batch_size, buffer_rows
         self.context = list(context)
@@ -76,9 +77,6 @@ class ParquetBatches:
             raise ValueError(f"expected at least batch_size={batch_size} rows in {path}; got {sum(self.sizes)}")
 
     def _open(self) -> Any:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-
         try:
             return ParquetFile(self.path)
         except (OSError, ArrowException) as error:
@@ -107,8 +105,6 @@ class ParquetBatches:
 
     def _read(self, order: np.ndarray, start: int, stop: int) -> Iterator[np.ndarray]:
         """Yield the rows from start to stop of the row groups in this order."""
-        from pyarrow import ArrowException
-
         names = [*self.columns, *self.context]
         with self._open() as file:
             for group in order:

@@ -19,6 +19,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+from pyarrow import csv as arrow_csv
+from pyarrow import parquet
 
 from pyroflows.arguments import check_sizes
 from pyroflows.files import replacing
@@ -134,8 +138,6 @@ class TableFile:
         return labels.map({label: code for code, label in enumerate(known)}).astype(np.float64)
 
     def _refusal(self, cell: Any, name: str, row: int) -> CellError:
-        import pandas as pd
-
         is_text, missing = False, pd.api.types.is_scalar(cell) and pd.isna(cell)
         if missing:
             got = "a missing value"
@@ -313,8 +315,6 @@ class _Csv(_Source):
             raise ValueError(f"expected a first line of column names in {self.name}; got numbers: {got}")
 
     def frames(self, rows: int, columns: list[str], labels: Iterable[str]) -> Iterator[Any]:
-        import pandas as pd
-
         file = self.standard_input or self._open()
         if self.path is not None:
             next(csv.reader(file))
@@ -393,8 +393,6 @@ class _Parquet(_Source):
             self.num_rows = file.metadata.num_rows
 
     def frames(self, rows: int, columns: list[str], labels: Iterable[str]) -> Iterator[Any]:
-        import pyarrow as pa
-
         with self._open() as file:
             try:
                 for batch in file.iter_batches(rows, columns=columns, use_threads=False):
@@ -403,9 +401,6 @@ class _Parquet(_Source):
                 raise self.unreadable(error) from None
 
     def _open(self) -> Any:
-        import pyarrow as pa
-        from pyarrow import parquet
-
         _check_access(self.path)
         try:
             return parquet.ParquetFile(self.path, buffer_size=2**20, pre_buffer=False)
@@ -499,8 +494,6 @@ def _columns_of(array: np.ndarray, name: str) -> tuple[list[str], bool]:
 
 
 def _frame(array: np.ndarray, columns: list[str]) -> Any:
-    import pandas as pd
-
     if array.dtype.names:
         return pd.DataFrame({name: array[name] for name in columns})
     return pd.DataFrame(array.reshape(len(array), -1), columns=columns, copy=False)
@@ -508,7 +501,6 @@ def _frame(array: np.ndarray, columns: list[str]) -> Any:
 
 def _as_numbers(cells: Any) -> Any:
     """Return cells as float64, with nan for a cell that is not a number, or that a float64 does not hold exactly."""
-    import pandas as pd
 
     if cells.dtype.kind == "f" or cells.dtype.kind == "b":
         return cells.to_numpy(np.float64)
@@ -559,8 +551,6 @@ def _writing(path: str) -> Iterator[Any]:
 
 
 def _arrow(chunk: np.ndarray, columns: list[str], kinds: _Kinds) -> Any:
-    import pyarrow as pa
-
     arrays = []
     for place, name in enumerate(columns):
         array = np.ascontiguousarray(chunk[:, place])
@@ -573,8 +563,6 @@ def _arrow(chunk: np.ndarray, columns: list[str], kinds: _Kinds) -> Any:
 
 
 def _write_csv(file: IO[bytes], columns: list[str], chunks: Iterable[Any], kinds: _Kinds) -> None:
-    from pyarrow import csv as arrow_csv
-
     head = io.StringIO()
     csv.writer(head, lineterminator="\n").writerow(columns)
     file.write(head.getvalue().encode())
@@ -585,8 +573,6 @@ def _write_csv(file: IO[bytes], columns: list[str], chunks: Iterable[Any], kinds
 
 
 def _write_parquet(file: IO[bytes], columns: list[str], chunks: Iterable[Any], kinds: _Kinds) -> None:
-    from pyarrow import parquet
-
     writer = None
     try:
         for chunk in chunks:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn import mixture
+from sklearn.neighbors import KernelDensity
 from torch import Tensor
 
 from pyroflows.cli.demo.part import echo
@@ -48,9 +50,6 @@ def simple_models(
     covariances: Sequence[str] = ("full",),
 ) -> list[Density]:
     """Fit a Gaussian, a Gaussian mixture and a kernel density, each with the options best on validation rows."""
-    from sklearn import mixture
-    from sklearn.neighbors import KernelDensity
-
     x, held_out = train.double().numpy(), validation.double().numpy()
 
     def choose(name: str, candidates: Mapping[str, Any]) -> Density:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from sklearn import mixture
 from torch import Tensor
 
 from pyroflows import plots
@@ -35,7 +36,7 @@ def digits(output: Path, seed: int, quick: bool, until: float) -> Part:
     data = load_images("digits", seed=seed)
     dequantizer = UniformDequantizer(_SHAPE, _LEVELS)
     with one_thread(seed):
-        mixture, mixture_seconds = _mixture(data.train, components, copies)
+        mixture_flow, mixture_seconds = _mixture(data.train, components, copies)
         flow = glow(
             _SHAPE,
             num_levels=2,
@@ -52,7 +53,7 @@ def digits(output: Path, seed: int, quick: bool, until: float) -> Part:
             "options": FitOptions(ema_decay=0.99),
         }
         fitted = fit_flows({"Glow": flow}, "", data.train, data.validation, seed, until, options)[0]
-        flows = {"Gaussian mixture": mixture, "Glow": flow}
+        flows = {"Gaussian mixture": mixture_flow, "Glow": flow}
         bits = {name: _bits(each, data.test, seed) for name, each in flows.items()}
         samples = {name: dequantizer.quantize(each.sample(64).reshape(64, *_SHAPE)) for name, each in flows.items()}
 
@@ -106,8 +107,6 @@ def digits(output: Path, seed: int, quick: bool, until: float) -> Part:
 
 def _mixture(images: Tensor, components: int, copies: int) -> tuple[Flow, float]:
     """Fit a Gaussian mixture to logits of noisy images, and return it as the prior of a flow with a logit layer."""
-    from sklearn import mixture
-
     began = time.perf_counter()
     dequantizer, sigmoid = UniformDequantizer(_PIXELS, _LEVELS), Sigmoid(_PIXELS, _ALPHA)
     noisy = dequantizer(images.flatten(1).repeat(copies, 1))[0]

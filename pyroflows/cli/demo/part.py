@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 __all__ = ["Part", "echo", "one_thread", "save"]
 
@@ -41,8 +42,6 @@ def one_thread(seed: int) -> Iterator[None]:
 
     Networks this small gain nothing from more threads, which wait for one another if a core is busy.
     """
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
-
     threads = torch.get_num_threads()
     with threadpool_limits(1), torch.random.fork_rng([]):
         torch.set_num_threads(1)
