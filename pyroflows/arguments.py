@@ -173,6 +173,10 @@ def check_varying(
         )
 
 
+def _as_array(values: Any) -> np.ndarray[Any, Any]:
+    return np.asarray(values.cpu() if isinstance(values, Tensor) else values)
+
+
 def batched_shape(shape: Sequence[int]) -> str:
     """Return the text of a shape with any batch dimensions, for messages."""
     return f"(*batch, {', '.join(map(str, shape))})"
@@ -228,7 +232,3 @@ def check_score(score: Any, x: Tensor) -> Tensor:
         return score.detach().expand(x.shape)
     except RuntimeError:
         raise ValueError(f"{expected}; got {tuple(score.shape)}") from None
-
-
-def _as_array(values: Any) -> np.ndarray[Any, Any]:
-    return np.asarray(values.cpu() if isinstance(values, Tensor) else values)

@@ -6,6 +6,7 @@ import atexit
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
@@ -36,8 +37,8 @@ __all__ = [
     "world_size",
 ]
 
-# Only within `together` do the functions below reach other processes: elsewhere, such as where one process evaluates a
-# flow alone, the others would never answer.
+# The functions below reach other processes only within `together`: elsewhere, as in evaluation by one process alone,
+# the others would never answer.
 _together = False
 _streams: _Streams | None = None
 
@@ -54,10 +55,8 @@ def choose_device(name: str | torch.device = "auto", near: torch.device | None =
         raise ValueError(f"expected device to be 'auto' or one that torch knows, such as 'cpu'; got {name!r}") from None
     if device.type == "cpu":
         return device
-    index = device.index
-    if _launched():
-        index = int(os.environ["LOCAL_RANK"])
-    elif index is None and near is not None and near.type == device.type:
+    index = int(os.environ["LOCAL_RANK"]) if _launched() else device.index
+    if index is None and near is not None and near.type == device.type:
         index = near.index
     if accelerator is None or accelerator.type != device.type or (index or 0) >= torch.accelerator.device_count():
         got = device.type if index is None else f"{device.type}:{index}"
@@ -165,8 +164,6 @@ def all_gather(value: Any) -> list[Any]:
 
 def on_first_rank(function: Callable[[], Any]) -> Any:
     """Call a function on the first rank, and return its result, or raise its error, on all."""
-    if not _together:
-        return function()
     result = error = None
     if rank() == 0:
         try:
@@ -228,35 +225,37 @@ class _Streams:
     """Two streams of random numbers: one shared by all ranks, which is in use, and this rank's own."""
 
     def __init__(self, device: torch.device):
-        self.device = device
+        self.device, self.own_in_use = device, False
         shared = random_state(device)
         torch.manual_seed(int(torch.randint(2**62, ())) + rank())
         self.other = random_state(device)
-        self.own_in_use = False
         set_random_state(shared, device)
-
-    @contextmanager
-    def swapped(self) -> Iterator[None]:
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
 
     def _swap(self) -> None:
         in_use = random_state(self.device)
         set_random_state(self.other, self.device)
         self.other, self.own_in_use = in_use, not self.own_in_use
 
+    @contextmanager
+    def use(self, *, own: bool) -> Iterator[None]:
+        swap = own != self.own_in_use
+        if swap:
+            self._swap()
+        try:
+            yield
+        finally:
+            if swap:
+                self._swap()
+
 
 def rank_rng() -> Any:
     """Return a context in which each rank draws random numbers of its own."""
-    return nullcontext() if _streams is None or _streams.own_in_use else _streams.swapped()
+    return nullcontext() if _streams is None else _streams.use(own=True)
 
 
 def shared_rng() -> Any:
     """Return a context in which all ranks draw the same random numbers, also within :func:`rank_rng`."""
-    return _streams.swapped() if _streams is not None and _streams.own_in_use else nullcontext()
+    return nullcontext() if _streams is None else _streams.use(own=False)
 
 
 def rank_random_state() -> dict[str, Tensor] | None:
@@ -270,24 +269,13 @@ def set_rank_random_state(state: dict[str, Tensor] | None) -> None:
         _streams.other = state
 
 
-# Streams of work
-
-
 def in_turn(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """Map a function over items, one rank after another; the first rank yields the results, in order.
+    """Map a function over items, which the ranks take in turn; the first rank yields the results, in order.
 
     All ranks iterate over the items, and hold one for each rank at a time.
     """
-    group: list[Any] = []
-    for item in items:
-        group.append(item)
-        if len(group) == world_size():
-            yield from _map_group(function, group)
-            group = []
-    if group:
-        yield from _map_group(function, group)
-
-
-def _map_group(function: Callable[[Any], Any], group: list[Any]) -> list[Any]:
-    results = all_gather(function(group[rank()]) if rank() < len(group) else None)
-    return results[: len(group)] if rank() == 0 else []
+    items = iter(items)
+    while group := list(islice(items, world_size())):
+        results = all_gather(function(group[rank()]) if rank() < len(group) else None)
+        if rank() == 0:
+            yield from results[: len(group)]

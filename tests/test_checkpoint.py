@@ -216,6 +216,28 @@ def test_a_checkpoint_of_another_flow_or_other_data_is_refused(tmp_path):
         fit(resumable(), gaussian(seed=1), checkpoint=path, **OPTIONS)
 
 
+def test_a_fit_with_weights_resumes_and_only_with_the_same(tmp_path):
+    path, weights, (whole, flow) = tmp_path / "fit.pt", torch.rand(200), (resumable(), resumable())
+
+    def objective(at=None):
+        likelihood = Interrupted(at, interrupt)
+
+        def weighted(flow, x, context, weights):
+            return likelihood(flow, x, context) * weights.mean()
+
+        return weighted
+
+    expected = fit(whole, gaussian(), weights=weights, objective=objective(), **OPTIONS)
+    with pytest.raises(KeyboardInterrupt):
+        fit(flow, gaussian(), weights=weights, objective=objective(13), checkpoint=path, **OPTIONS)
+    for other in (None, torch.ones(200)):
+        with pytest.raises(ValueError, match="the checkpoint of a fit of this data; got that of another"):
+            fit(resumable(), gaussian(), weights=other, objective=objective(), checkpoint=path, **OPTIONS)
+    result = fit(flow, gaussian(), weights=weights, objective=objective(), checkpoint=path, **OPTIONS)
+    same_results(expected, result)
+    assert same(whole, flow)
+
+
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     path = tmp_path / "fit.pt"
     fit(resumable(), gaussian(), checkpoint=path, **{**OPTIONS, "epochs": 1})

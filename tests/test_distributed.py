@@ -141,6 +141,11 @@ def parts():
     return result_of(flow, fit(flow, table(), **{**OPTIONS, "epochs": 2, "accumulate": 3, "batch_size": 31}))
 
 
+def weighted():
+    flow, weights = small(), torch.rand(300, generator=torch.Generator().manual_seed(1))
+    return result_of(flow, fit(flow, table(), weights=weights, **{**OPTIONS, "epochs": 2}))
+
+
 def loader():
     flow = small("batchnorm")
     batches = DataLoader(TensorDataset(table()), batch_size=30, shuffle=True, generator=None)
@@ -182,6 +187,7 @@ COMPARED = {
     "channels last float64": lambda _: fifty_steps("glow", torch.float64, channels_last=True),
     "spread float64": lambda _: spread(),
     "parts float64": lambda _: parts(),
+    "weighted float64": lambda _: weighted(),
     "loader float64": lambda _: loader(),
     "mapped float64": mapped,
     "stopped early float64": lambda _: stopped_early(),

@@ -355,7 +355,7 @@ def test_held_out_rows_have_their_own_weights_or_none():
         (torch.ones(200, 1), ValueError, r"expected weights of shape \(200,\).*got \(200, 1\)"),
         (-torch.arange(200.0), ValueError, "expected weights of data that are at least 0; got -1.0 in row 1"),
         (torch.arange(200) / 0.0, ValueError, "expected finite numbers in weights of data; got NaN in row 0"),
-        (torch.zeros(200), ValueError, "expected a weight above 0 among those of the rows held out; got zeros only"),
+        (torch.zeros(200), ValueError, "expected a weight above 0 among those of the held-out rows; got zeros only"),
         (["a"] * 200, TypeError, "expected weights of data as a tensor or an array of numbers; got list"),
     ],
 )
@@ -1164,7 +1164,7 @@ def test_recomputation_gives_the_same_gradients(dropout, started):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
         assert torch.equal(a, b)
-    assert not any(getattr(part, "recompute", False) for part in second.modules())
+    assert not any(getattr(part, "activation_checkpointing", False) for part in second.modules())
 
 
 def test_recomputation_keeps_the_inputs_of_steps_alone():
@@ -1195,17 +1195,17 @@ def test_the_stacks_that_recompute():
     flow = nested()
     with activation_checkpointing(flow):
         outer = flow.bijection
-        assert outer.recompute
-        assert outer[0].recompute
-        assert outer[0][0].recompute
-        assert not outer[0][0][0].recompute
+        assert outer.activation_checkpointing
+        assert outer[0].activation_checkpointing
+        assert outer[0][0].activation_checkpointing
+        assert not outer[0][0][0].activation_checkpointing
     flat = small()
     with activation_checkpointing(flat):
-        assert flat.bijection.recompute
-    flat.bijection.recompute = True
+        assert flat.bijection.activation_checkpointing
+    flat.bijection.activation_checkpointing = True
     with activation_checkpointing(flat):
         pass
-    assert flat.bijection.recompute  # as its owner had it
+    assert flat.bijection.activation_checkpointing  # as its owner had it
 
 
 @pytest.mark.parametrize(

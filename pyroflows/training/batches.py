@@ -197,20 +197,17 @@ class Batches:
             self.position = state
         if self.sampler is not None:
             self.sampler.set_epoch(int(torch.randint(2**31, ())))  # or every epoch would have the same order
-        batches = self._slices() if distributed.world_size() > 1 else self._whole()
+        numbered = enumerate(self.batches)
+        whole = (self._slice(batch, number) for number, batch in numbered)
+        batches = self._slices(numbered) if distributed.world_size() > 1 else whole
         for _ in range(start):
             next(batches, None)
         if start:
             set_random_state(state, self.device)
         yield from batches
 
-    def _whole(self) -> Iterator[Batch]:
-        for number, batch in enumerate(self.batches):
-            yield self._slice(batch, number)
-
-    def _slices(self) -> Iterator[Batch]:
+    def _slices(self, numbered: Iterator[tuple[int, Any]]) -> Iterator[Batch]:
         """Yield this rank's slices; a batch with too few rows for all ranks is left out by all."""
-        numbered = enumerate(self.batches)
         while True:
             number, batch = next(numbered, (0, None))
             own = None if batch is None else self._slice(batch, number)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -20,6 +21,14 @@ from pyroflows.training.options import FitOptions
 __all__ = ["Checkpoint", "must_match"]
 
 _FORMAT = "pyroflows fit 4"
+_MAY_CHANGE = {
+    "max_skipped",
+    "activation_checkpointing",
+    "compile",
+    "strategy",
+    "checkpoint_seconds",
+    "checkpoint_steps",
+}
 
 
 class Checkpoint:
@@ -89,27 +98,18 @@ def must_match(
     flow: Flow,
     train: Rows | Batches | Steps,
     held_out: Rows | None,
-    *,
     learning_rate: float,
-    objective: Callable[..., Any],
     seed: int | None,
+    objective: Callable[..., Any],
 ) -> dict[str, Any]:
-    """Return what must be the same in a fit that resumes, and in every process of one: all that a step depends on."""
+    """Return what must be the same in a fit that resumes, and in all processes: whatever a step depends on."""
+    batch_size = train.batch_size if isinstance(train, Rows) else None
+    fields = {"learning_rate": learning_rate, "seed": seed, "batch_size": batch_size, **vars(options)}
+    fields = {name: value for name, value in fields.items() if name not in _MAY_CHANGE}
     rows = [part for part in (train, held_out) if isinstance(part, Rows)]
     return {
-        "learning_rate": float(learning_rate),
-        "weight_decay": float(options.weight_decay),
-        "schedule": options.schedule,
-        "warmup": float(options.warmup),
-        "max_grad_norm": None if options.max_grad_norm is None else float(options.max_grad_norm),
-        "ema_decay": float(options.ema_decay),
-        "optimizer": options.optimizer,
-        "batch_size": int(train.batch_size) if isinstance(train, Rows) else None,
-        "steps_per_epoch": None if train.steps is None else int(train.steps),
-        "accumulate": int(options.accumulate),
-        "channels_last": bool(options.channels_last),
-        "precision": options.precision,
-        "seed": None if seed is None else int(seed),
+        **{name: value.item() if isinstance(value, np.generic) else value for name, value in fields.items()},
+        "steps_per_epoch": train.steps,
         "objective": _name(objective),
         "augment": None if options.augment is None else _name(options.augment),
         "flow": _fingerprint(flow),

@@ -16,7 +16,6 @@ from pyroflows import distributed
 from pyroflows.arguments import check_number, check_sizes
 from pyroflows.contexts import random_state, seeded, set_random_state
 from pyroflows.flow import Flow
-from pyroflows.training.batches import Rows
 from pyroflows.training.checkpoint import Checkpoint, must_match
 from pyroflows.training.modes import CompiledFlow, training_modes
 from pyroflows.training.options import FitOptions
@@ -141,7 +140,7 @@ def fit(
     options = FitOptions() if options is None else options
     _check_flow(flow, options)
     _check_options(options, x, epochs, learning_rate, patience, max_seconds, objective, checkpoint)
-    home, device = flow.device, distributed.choose_device(device, flow.device)
+    device = distributed.choose_device(device, near=flow.device)
     distributed.initialize(device)
     with seeded(seed, device), distributed.together(device), ExitStack() as stack:
         file = state = None
@@ -151,50 +150,26 @@ def fit(
         if state is not None:
             set_random_state(state["initial_random_state"], device)  # so that the same rows are held out
         metadata: dict[str, Any] = {"initial_random_state": random_state(device), "must_match": {}}
-        train, held_out = prepare(
-            flow,
-            x,
-            context=context,
-            weights=weights,
-            validation=validation,
-            batch_size=batch_size,
-            steps_per_epoch=options.steps_per_epoch,
-            device=device,
-        )
-        if isinstance(train, Rows) and train.batch_size < options.accumulate:
-            raise ValueError(f"expected at least accumulate={options.accumulate} rows a batch; got {train.batch_size}")
+        train, held_out = prepare(flow, (x, context, weights), validation, batch_size, options, device)
         if file is not None or distributed.world_size() > 1:
-            metadata["must_match"] = must_match(
-                options, flow, train, held_out, learning_rate=learning_rate, objective=objective, seed=seed
-            )
+            metadata["must_match"] = must_match(options, flow, train, held_out, learning_rate, seed, objective)
             _check_ranks(distributed.all_gather(metadata["must_match"]))
         if file is not None and state is not None:
             file.check(state["must_match"], metadata["must_match"])
         restart_norms(flow)
-        stack.callback(flow.to, home)
+        stack.callback(flow.to, flow.device)
         flow.to(device)
         distributed.synchronize(flow)
         if state is not None:
             flow.load_state_dict(state["weights"])
-        trained: Any = flow
-        sharded = options.strategy == "fsdp" and distributed.world_size() > 1
-        if sharded:
-            # Norms that start from data write to parameters, which is lost if these are sharded.
-            start_norms(flow, objective, train, options, device)
-            trained = copy.deepcopy(flow)
-        stack.enter_context(training_modes(trained, options))
-        if sharded:
-            trained = shard(trained)
-        elif options.compile:
-            trained = CompiledFlow(flow, options)
         trainer = Trainer(
             flow,
-            trained,
+            _trained(flow, objective, train, options, stack),
             train,
             held_out,
             objective,
             learning_rate=float(learning_rate),
-            epochs=int(epochs),
+            epochs=epochs,
             patience=patience,
             max_seconds=None if max_seconds is None else float(max_seconds),
             options=options,
@@ -206,9 +181,23 @@ def fit(
         return trainer.run(progress)
 
 
+def _trained(flow: Flow, objective: Objective, train: Any, options: FitOptions, stack: ExitStack) -> Any:
+    """Return what the objective gets in training: the flow, a stand-in with compiled methods, or a sharded copy."""
+    if options.strategy != "fsdp" or distributed.world_size() == 1:
+        stack.enter_context(training_modes(flow, options))
+        return CompiledFlow(flow, options) if options.compile else flow
+    # Norms that start from data write to parameters, which is lost if these are sharded.
+    start_norms(flow, objective, train, options)
+    copied = copy.deepcopy(flow)
+    stack.enter_context(training_modes(copied, options))
+    return shard(copied)
+
+
 def _check_flow(flow: Flow, options: FitOptions) -> None:
     if not isinstance(flow, Flow):
         raise TypeError(f"expected a Flow; got {type(flow).__name__}")
+    if not isinstance(options, FitOptions):
+        raise TypeError(f"expected options as FitOptions; got {type(options).__name__}")
     dtypes = {t.dtype for t in (*flow.parameters(), *flow.buffers()) if t.is_floating_point()}
     if len(dtypes) > 1:
         got = " and ".join(sorted(map(str, dtypes)))

@@ -42,11 +42,7 @@ def build_optimizer(
 def schedule_factor(steps: int, total_steps: int | None, elapsed: float, options: FitOptions) -> float:
     """Return the learning rate of the next step as a share of the highest.
 
-    Args:
-        steps: steps taken.
-        total_steps: steps in all, if known.
-        elapsed: share of the time that has passed; 0 without a limit of time.
-        options: with schedule and warmup.
+    It depends on the steps taken out of all, if their number is known, or on the share of the time that has elapsed.
     """
     done = min(max(steps / total_steps if total_steps else 0.0, elapsed), 1.0)
     # Until the number of steps is known, a hundred warm up.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -17,6 +17,7 @@ from pyroflows.arguments import check_finite, check_number, check_sizes, check_v
 from pyroflows.flow import Flow
 from pyroflows.networks.one_hot import OneHot
 from pyroflows.training.batches import Batches, MappedArray, Rows, Steps, as_numbers
+from pyroflows.training.options import FitOptions
 
 __all__ = ["prepare"]
 
@@ -25,54 +26,65 @@ _CHECKED_NUMBERS = 2**22  # of a memory-mapped array at a time
 
 def prepare(
     flow: Flow,
-    x: Any,
-    *,
-    context: Any,
-    weights: Any,
+    data: tuple[Any, Any, Any],
     validation: Any,
     batch_size: int | None,
-    steps_per_epoch: int | None,
+    options: FitOptions,
     device: torch.device,
 ) -> tuple[Rows | Batches | Steps, Rows | None]:
-    """Return what to train on, and the rows held out, if any."""
+    """Return what to train on, of data, context and weights, and the held-out rows, if any."""
+    x, context, weights = data
     share = 0.0
     if isinstance(validation, (Real, bool)):
         check_number("the share of validation rows", validation, "[0, 1)")
         share, validation = float(validation), None
     held_out = None if validation is None else _held_out(flow, validation, device)
     if not isinstance(x, Tensor) and not hasattr(x, "__array__"):
-        options = {"context": context, "weights": weights, "batch_size": batch_size}
+        of_arrays = {"context": context, "weights": weights, "batch_size": batch_size}
         if x is not None:
-            options["steps_per_epoch"] = steps_per_epoch
-        for name, option in options.items():
+            of_arrays["steps_per_epoch"] = options.steps_per_epoch
+        for name, option in of_arrays.items():
             if option is not None:
                 raise ValueError(f"expected {name} only with a tensor or an array; got it with {type(x).__name__}")
         if x is None:
-            return Steps(steps_per_epoch or 100), held_out
+            return Steps(options.steps_per_epoch or 100), held_out
         if not isinstance(x, Iterable) or isinstance(x, str):
             raise TypeError(f"expected data as a tensor, an array or batches; got {type(x).__name__}")
         return Batches(x, partial(_as_rows, flow, device), device), held_out
-    data, context = _as_rows(flow, device, x, context, "data")
-    weights = _as_weights(weights, len(data), device, "data")
-    if len(data) < 2:
-        raise ValueError(f"expected at least 2 rows of data; got {len(data)}")
-    _check_varying(flow, data)
+    x, context = _as_rows(flow, device, x, context, "data")
+    weights = _as_weights(weights, len(x), device, "data")
+    if len(x) < 2:
+        raise ValueError(f"expected at least 2 rows of data; got {len(x)}")
+    _check_varying(flow, x)
+    columns = (x, context, weights)
     if share and held_out is None:
         # Drawn on the CPU, so that a fit that resumes on another device holds out the same rows.
-        order = torch.randperm(len(data)).to(device)
-        number = max(1, int(share * len(data)))
-        columns = (data, context, weights)
-        data, context, weights = (_subset(column, order[number:]) for column in columns)
-        held_x, held_context, held_weights = (_subset(column, order[:number]) for column in columns)
-        held_out = Rows(held_x, held_context, _scale(held_weights, "the rows held out", flow.dtype))
-    batch_size = min(256, len(data)) if batch_size is None else batch_size
+        order = torch.randperm(len(x)).to(device)
+        number = max(1, int(share * len(x)))
+        held_out = _rows(flow, [_subset(column, order[:number]) for column in columns], "the held-out rows")
+        columns = tuple(_subset(column, order[number:]) for column in columns)
+    train = _rows(flow, columns, "the training rows", batch_size, options.steps_per_epoch)
+    if len(train) < train.batch_size:
+        raise ValueError(f"expected at least batch_size={train.batch_size} training rows; got {len(train)}")
+    if train.batch_size < distributed.world_size():
+        raise ValueError(f"expected at least one row of a batch for each process; got batch_size={train.batch_size}")
+    if train.batch_size < options.accumulate:
+        raise ValueError(f"expected at least accumulate={options.accumulate} rows a batch; got {train.batch_size}")
+    return train, held_out
+
+
+def _rows(
+    flow: Flow, columns: Sequence[Any], name: str, batch_size: int | None = None, steps: int | None = None
+) -> Rows:
+    """Make rows of data, context and weights, which are scaled to mean 1."""
+    x, context, weights = columns
+    if weights is not None:
+        if not weights.any():
+            raise ValueError(f"expected a weight above 0 among those of {name}; got zeros only")
+        weights = (weights / weights.mean()).to(flow.dtype)
+    batch_size = max(1, min(256, len(x))) if batch_size is None else batch_size
     check_sizes(batch_size=batch_size)
-    if len(data) < batch_size:
-        raise ValueError(f"expected at least batch_size={batch_size} training rows; got {len(data)}")
-    if batch_size < distributed.world_size():
-        raise ValueError(f"expected at least one row of a batch for each process; got batch_size={batch_size}")
-    weights = _scale(weights, "the training rows", flow.dtype)
-    return Rows(data, context, weights, batch_size=batch_size, steps=steps_per_epoch), held_out
+    return Rows(x, context, weights, batch_size=int(batch_size), steps=steps)
 
 
 def _held_out(flow: Flow, validation: Any, device: torch.device) -> Rows:
@@ -84,7 +96,7 @@ def _held_out(flow: Flow, validation: Any, device: torch.device) -> Rows:
     if len(x) == 0:
         raise ValueError("expected at least one row of validation data; got none")
     weights = _as_weights(weights, len(x), device, "validation data")
-    return Rows(x, context, _scale(weights, "validation data", flow.dtype))
+    return _rows(flow, (x, context, weights), "validation data")
 
 
 def _subset(column: Any, rows: Tensor) -> Any:
@@ -174,15 +186,6 @@ def _as_weights(weights: Any, rows: int, device: torch.device, name: str) -> Ten
         row = int((tensor < 0).nonzero()[0])
         raise ValueError(f"expected weights of {name} that are at least 0; got {float(tensor[row])} in row {row}")
     return tensor
-
-
-def _scale(weights: Tensor | None, name: str, dtype: torch.dtype) -> Tensor | None:
-    """Scale the weights of rows to mean 1."""
-    if weights is None:
-        return None
-    if not weights.any():
-        raise ValueError(f"expected a weight above 0 among those of {name}; got zeros only")
-    return (weights / weights.mean()).to(dtype)
 
 
 def _check_support(flow: Flow, data: Tensor, name: str, first_row: int) -> None:

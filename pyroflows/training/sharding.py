@@ -31,6 +31,7 @@ def shard(flow: Flow) -> Any:
             fully_shard(part)
             for direction in _DIRECTIONS:
                 register_fsdp_forward_method(part, direction)
+                register_fsdp_forward_method(part, f"unchecked_{direction}")  # what an outer stack calls
     fully_shard(flow)
     for method in METHODS:
         register_fsdp_forward_method(flow, method)

@@ -25,19 +25,17 @@ def restart_norms(flow: Flow) -> None:
             part.restart_if_untrained()  # type: ignore[operator]
 
 
-def start_norms(
-    flow: Flow, objective: Any, train: Rows | Batches | Steps, options: FitOptions, device: torch.device
-) -> None:
+def start_norms(flow: Flow, objective: Any, train: Rows | Batches | Steps, options: FitOptions) -> None:
     """Start norms from the first batch, as the first step does, without moving on in data or random numbers."""
     if all(bool(getattr(part, "started", True)) for part in flow.modules()):
         return
-    position, state, rank_state = train.position, random_state(device), distributed.rank_random_state()
+    position, state, rank_state = train.position, random_state(flow.device), distributed.rank_random_state()
     batch = next(iter(train.epoch()))
     flow.train()
     with distributed.rank_rng():
         objective(flow, *next(parts_of(batch, options)).inputs)
     train.seek(position)  # type: ignore[arg-type]
-    set_random_state(state, device)
+    set_random_state(state, flow.device)
     distributed.set_rank_random_state(rank_state)
 
 

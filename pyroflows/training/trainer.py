@@ -127,10 +127,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
         for part in parts_of(batch, self.options):
-            loss = self.objective(self.trained, *part.inputs)
-            if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
-                got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-                raise TypeError(f"expected an objective that returns a scalar tensor with a gradient; got {got}")
+            loss = check_loss(self.objective(self.trained, *part.inputs))
             share = part.share * batch.share
             loss = loss if share == 1 else loss * share
             # FSDP averages gradients over the ranks.
@@ -278,6 +275,14 @@ class Trainer:
             self.checkpoint.written = self.result.seconds, self.result.steps
         if not self.epoch_step:
             self.result.stopped = self._stop_reason()
+
+
+def check_loss(loss: Any) -> Tensor:
+    """Return the loss of an objective, if it is a scalar with a gradient."""
+    if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"expected an objective that returns a scalar tensor with a gradient; got {got}")
+    return loss
 
 
 def mean_loss(flow: Any, objective: Callable[..., Tensor], rows: Rows, options: FitOptions) -> float:
