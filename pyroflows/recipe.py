@@ -32,7 +32,6 @@ _MODULES = (
     "layers",
     "models",
     "priors",
-    "tables",
 )
 
 

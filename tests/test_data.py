@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import re
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import FOLDER, real_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,11 +45,6 @@ GRIDS = {
     "pinwheel": (3, 300),
     "gaussian_mixture": (14, 200),
 }
-FOLDER = os.environ.get("PYROFLOWS_DATA")
-real_files = [
-    pytest.mark.slow,
-    pytest.mark.skipif(FOLDER is None, reason="PYROFLOWS_DATA does not name the folder of the data"),
-]
 
 
 @functools.cache
@@ -224,18 +219,18 @@ def test_score_function_is_that_of_finite_differences(name: str) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TwoMoons(noise=0), "expected noise to be a positive number; got 0"),
-        (lambda: Circles(noise=math.inf), "expected noise to be a positive number; got inf"),
+        (lambda: TwoMoons(noise=0), "expected noise in (0, inf); got 0"),
+        (lambda: Circles(noise=math.inf), "expected noise in (0, inf); got inf"),
         (lambda: Circles(factor=1.0), "expected factor to be between 0 and 1; got 1.0"),
-        (lambda: Spirals(turns=-1), "expected turns to be a positive number; got -1"),
-        (lambda: EightGaussians(radius="4"), "expected radius to be a positive number; got '4'"),
+        (lambda: Spirals(turns=-1), "expected turns in (0, inf); got -1"),
+        (lambda: EightGaussians(radius="4"), "expected radius in (0, inf); got '4'"),
         (lambda: Pinwheel(num_arms=0), "expected num_arms to be a positive integer; got 0"),
-        (lambda: Pinwheel(rate=math.nan), "expected rate to be a positive number; got nan"),
+        (lambda: Pinwheel(rate=math.nan), "expected rate in (0, inf); got nan"),
         (lambda: RandomGaussianMixture(features=2.0), "expected features to be a positive integer; got 2.0"),
         (lambda: RandomGaussianMixture(seed=None), "expected seed to be a non-negative integer; got None"),
         (lambda: TwoMoons().sample(0), "expected n to be a positive integer; got 0"),
         (lambda: TwoMoons().sample(True), "expected n to be a positive integer; got True"),
-        (lambda: TwoMoons().sample(3, seed=-1), "expected seed to be a non-negative integer or None; got -1"),
+        (lambda: TwoMoons().sample(3, seed=-1), "expected seed to be a non-negative integer; got -1"),
         (lambda: TwoMoons().log_prob(torch.zeros(3)), "expected a tensor of shape (*batch, 2); got (3,)"),
         (lambda: TwoMoons().log_prob(torch.tensor(0.0)), "expected a tensor of shape (*batch, 2); got ()"),
         (lambda: TwoMoons().log_prob([[0.0, 0.0]]), "expected a tensor of shape (*batch, 2); got list"),
@@ -292,7 +287,7 @@ def test_bundled_tables(name: str, rows: int, features: int, classes: int | None
     assert (raw.mean == 0).all()
     assert (raw.scale == 1).all()
     for part, x in parts.items():
-        torch.testing.assert_close(table.in_units(x.double()), getattr(raw, part), atol=1e-3, rtol=1e-6)
+        torch.testing.assert_close(table.unstandardize(x.double()), getattr(raw, part), atol=1e-3, rtol=1e-6)
     if classes is None:
         assert table.labels is None
     else:
@@ -350,7 +345,7 @@ def test_a_constant_column_is_kept_with_scale_one() -> None:
     [
         (
             lambda: load_table("boston"),
-            "expected the name of a table, one of breast_cancer, diabetes, digits, iris, linnerud, wine; got 'boston'",
+            f"expected name to be one of {', '.join(map(repr, TABLES))}; got 'boston'",
         ),
         (
             lambda: load_table("iris", test=0.8, validation=0.2),
@@ -368,7 +363,7 @@ def test_a_constant_column_is_kept_with_scale_one() -> None:
         (lambda: make_table(torch.zeros(3, 2), labels=torch.zeros(2)), "expected labels of shape (3,); got (2,)"),
         (
             lambda: make_table(torch.tensor([[0.0, 1.0], [2.0, math.nan]]), columns=["a", "b"], name="t"),
-            "expected finite values; got nan in row 1, column 'b' of 't'",
+            "expected finite numbers in 't'; got NaN in row 1, column 'b' (1 such numbers in all)",
         ),
     ],
 )
@@ -438,7 +433,7 @@ def test_power_says_what_it_expects(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"one length in .*; got shapes \(20,\), \(19,\)"):
         load_power(path)
     np.savez(path, **{name: column for name, column in arrays.items() if name != "voltage_cv"})
-    with pytest.raises(ValueError, match=r"expected arrays named .* in .*; got none named voltage_cv"):
+    with pytest.raises(ValueError, match=r"expected an array named voltage_cv in .*; got global_active"):
         load_power(path)
     np.savez(path, **{name: column[:1] for name, column in arrays.items()})
     with pytest.raises(ValueError, match=r"expected at least two rows in .*; got 1"):
@@ -516,8 +511,12 @@ def test_bsds300_fewer_rows_are_the_first_and_a_seed_gives_the_noise(bsds300: Pa
 def test_bsds300_says_what_it_expects(bsds300: Path) -> None:
     from PIL import Image as image_module
 
-    for train_rows in (0, 6, 2.0):
-        message = f"expected train_rows to be an integer from 1 to 5, or None; got {train_rows}"
+    for train_rows, expected in (
+        (0, "to be a positive integer"),
+        (6, "of at most 5"),
+        (2.0, "to be a positive integer"),
+    ):
+        message = f"expected train_rows {expected}; got {train_rows}"
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             load_bsds300(bsds300, train_rows=train_rows)
     write_patches(bsds300, val_row=np.array([12, 13], np.uint16))

@@ -13,7 +13,8 @@ import pytest
 import torch
 from sklearn.mixture import GaussianMixture
 
-from pyroflows import _version, cli, plots, realnvp
+from pyroflows import _version, cli, models, plots, realnvp
+from pyroflows.cli import parsers
 from pyroflows.cli.demo import digits
 from pyroflows.cli.demo import report as demo_report
 from pyroflows.data import load_images, load_table
@@ -182,9 +183,38 @@ def test_it_runs_as_a_module():
     assert "--seed" in done.stdout
 
 
-def test_the_package_does_not_import_matplotlib():
-    code = "import sys, pyroflows, pyroflows.cli; sys.exit('matplotlib' in sys.modules or 'sklearn' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
+@pytest.mark.parametrize(
+    "code, unused",
+    [
+        ("from pyroflows import *; Flow, fit", "matplotlib sklearn pandas pyarrow PIL arviz"),
+        ("import pyroflows.cli as cli; assert cli.main(['--help']) == 0", "torch pyro pandas numpy"),
+        ("import pyroflows.cli as cli; assert cli.main('score - - -o -'.split()) == 2", "torch pyro pandas numpy"),
+        ("import pyroflows; pyroflows.__version__", "torch pyro"),
+    ],
+)
+def test_heavy_libraries_are_imported_only_where_they_are_used(code, unused):
+    code += f"; import sys; used = sorted(set({unused.split()}) & sys.modules.keys()); sys.exit(', '.join(used) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], timeout=120, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_names_are_found_on_first_use(tmp_path):
+    realnvp(2, num_layers=2).save(tmp_path / "flow")
+    path = str(tmp_path / "flow")
+    for code in (
+        f"import pyroflows; assert pyroflows.load({path!r}).event_shape == (2,)",
+        f"from pyroflows.flow import load; assert load({path!r}).event_shape == (2,)",
+        "import pyroflows; assert pyroflows.layers.Spline is pyroflows.Spline; pyroflows.plots.pair_plot",
+        "import pyroflows; assert {*pyroflows.__all__, 'FlowDensity', 'layers'} <= {*dir(pyroflows)}",
+        "from pyroflows import FlowDensity, distributed, nsf; from pyroflows import *; assert nsf and Flow and fit",
+        "import pyroflows; assert not hasattr(pyroflows, 'Flwo') and not hasattr(pyroflows, '__wrapped__')",
+    ):
+        done = subprocess.run([sys.executable, "-c", code], timeout=120, check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_command_line_offers_every_named_flow():
+    assert sorted(parsers.FLOWS) == sorted(models.__all__)
 
 
 def test_plots_give_back_the_axes_they_draw_on():

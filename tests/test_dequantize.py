@@ -276,7 +276,7 @@ def test_integer_columns_of_a_standardised_table_are_found_in_its_units(dtype: t
         dequantizer.check(part)
         y, log_q = dequantizer(part)
         torch.testing.assert_close(dequantizer.quantize(y), part, atol=1e-6, rtol=0)
-        units = wine.in_units(dequantizer.quantize(y))[:, dequantizer.steps > 0]
+        units = wine.unstandardize(dequantizer.quantize(y))[:, dequantizer.steps > 0]
         torch.testing.assert_close(units, units.round(), atol=1e-3, rtol=0)
         expected = sum(math.log(wine.scale[wine.columns.index(name)]) for name in found)
         assert log_q[0].item() == pytest.approx(expected, rel=1e-5)

@@ -22,8 +22,9 @@ from sklearn.utils.estimator_checks import check_estimator, parametrize_with_che
 
 import pyroflows
 from pyroflows.data import load_table
-from pyroflows.tables import table_flow
+from pyroflows.tables import fit_table, table_flow
 from pyroflows.tables.estimator import FlowClassifier, FlowDensity
+from pyroflows.tables.fitting import _merge, _split
 
 FLOWS = ("maf", "nsf", "realnvp", "glow", "nice", "iaf", "planar", "radial")
 small = partial(FlowDensity, num_layers=2, hidden_features=(16,), epochs=3, random_state=0)
@@ -228,6 +229,42 @@ def test_a_value_that_most_rows_have_is_learned_from():
         assert 0.5 < (abs(drawn) < 1).mean() < 0.95  # where none of it was learned it was below 0.01
 
 
+def test_equal_rows_are_on_one_side_or_divided():
+    x = np.r_[np.zeros(60), np.arange(1, 41).repeat(3)][:, None]
+    training, held_out, divided = _split(x, None, None, 0.2, seed=0, is_continuous=True)
+    assert not divided.any()
+    assert sorted([*training, *held_out]) == list(range(180))
+    assert set(x[training, 0]) & set(x[held_out, 0]) == {0.0}  # more rows than are held out: one by one
+    assert 24 < len(held_out) <= 36
+    merged, _, weights = _merge(x, None, np.ones(180))
+    training, held_out, divided = _split(merged, None, weights, 0.2, seed=0, is_continuous=True)
+    assert merged[divided, 0].tolist() == [0.0]
+    assert set(training) & set(held_out) == set(np.flatnonzero(divided))
+    assert len(held_out) == 1 + int(0.2 * 41)
+    for share in (0.0, 0.02):  # too little for a row
+        training, held_out, divided = _split(merged[:30], None, weights[:30], share, seed=0, is_continuous=True)
+        assert len(training) == 30
+        assert not held_out.size
+        assert not divided.any()
+
+
+def test_an_interrupted_fit_leaves_the_best_weights_in_the_flow():
+    flows, losses = [], []
+
+    def interrupt(loss):
+        losses.append(float(loss))
+        if len(losses) == 200:
+            raise KeyboardInterrupt
+
+    x = correlated(2000) * 1000
+    options = {"flow_options": {"num_layers": 2}, "min_steps": 10, "seed": 0, "epochs": 100}
+    with pytest.raises(KeyboardInterrupt):
+        fit_table(x, "maf", on_start=flows.append, on_step=interrupt, **options)
+    with torch.no_grad():
+        loss = -float(flows[0].double().log_prob(torch.from_numpy(x)).mean())
+    assert loss == pytest.approx(losses[-1], abs=0.3)  # in the units of the columns
+
+
 def test_weights_reach_the_optimum():
     rng = np.random.RandomState(0)
     x = np.r_[rng.randn(400) * 0.3 - 3, rng.randn(400) * 0.3 + 3][:, None]
@@ -340,7 +377,13 @@ X = correlated(40)
         (fast(conditional="number"), X, np.full(40, np.nan), None, "finite numbers in y; got NaN in row 0, column 0"),
         (fast(conditional="number"), X, X[:39, 0], None, "inconsistent numbers of samples"),
         (fast().set_params(flow="mfa"), X, None, None, "expected flow to be one of .*; got 'mfa'"),
-        (fast().set_params(device="gpu"), X, None, None, "expected device to be 'cpu', 'cuda' or 'auto'; got 'gpu'"),
+        (
+            fast().set_params(device="gpu"),
+            X,
+            None,
+            None,
+            "expected device to be 'auto' or one that torch knows, .*; got 'gpu'",
+        ),
         (fast(validation=1.0), X, None, None, r"validation in \[0, 1\); got 1.0"),
         (fast(batch_size=0), X, None, None, "expected batch_size to be a positive integer; got 0"),
         (fast(learning_rate=-1.0), X, None, None, "expected learning_rate in"),
@@ -417,14 +460,13 @@ ROWS = torch.tensor(X)
     [
         (lambda: table_flow(ROWS.long()), "expected rows as a tensor of floating-point numbers; got torch.int64"),
         (lambda: table_flow(ROWS[0]), r"expected rows of shape \(rows, columns\), .*; got \(2,\)"),
-        (lambda: table_flow(ROWS / 0), "expected finite rows; got inf in row 0, column 0"),
+        (lambda: table_flow(ROWS / 0), "expected finite numbers in rows; got inf in row 0, column 0"),
         (
             lambda: table_flow(ROWS * 0),
             "expected columns that vary, since a constant one has no density; got column 0, 1",
         ),
         (lambda: table_flow(ROWS, 3), "expected the name of a flow or a function that builds one; got int"),
-        (lambda: table_flow(ROWS, lambda *_, **__: 3), "expected the builder to give a flow of 2 features; got int"),
-        (lambda: table_flow(ROWS, standardize=None), "expected standardize as True, False or a layer; got NoneType"),
+        (lambda: table_flow(ROWS, lambda *_, **__: 3), "expected the builder to return a flow of 2 features; got int"),
         (lambda: table_flow(ROWS, integer_columns=[2]), "expected integer_columns from 0 to 1; got 2"),
         (lambda: table_flow(ROWS, integer_columns=[0]), "expected multiples of the step 1 from 0 in column 0"),
         (lambda: table_flow(ROWS, context=[1]), "expected a context of numbers, .*; got list"),

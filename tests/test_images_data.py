@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+from datasets import FOLDER, real_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -26,12 +26,6 @@ from pyroflows.data import (
     random_flips,
     random_shifts,
 )
-
-FOLDER = os.environ.get("PYROFLOWS_DATA")
-real_files = [
-    pytest.mark.slow,
-    pytest.mark.skipif(FOLDER is None, reason="PYROFLOWS_DATA does not name the folder of the data"),
-]
 
 
 @pytest.fixture(autouse=True)
@@ -317,14 +311,12 @@ def test_bad_idx_files_are_refused(tmp_path: Path) -> None:
     good = file.read_bytes()
     for bad in (good[:-100], b"no gzip"):
         file.write_bytes(bad)
-        with pytest.raises(
-            ValueError, match=r"^expected a gzipped file in .*t10k-images-idx3-ubyte.gz; got one that do"
-        ):
+        with pytest.raises(ValueError, match=r"^expected a gzip file in .*t10k-images-idx3-ubyte.gz; got one that do"):
             load_images("mnist", tmp_path)
     for bad in (gzip.decompress(good)[:-1], b"", b"\0\0\x08\x01" + bytes(100)):
         file.write_bytes(gzip.compress(bad))
         with pytest.raises(
-            ValueError, match=r"^expected an idx file of bytes with 3 dimensions in .*; got another kind"
+            ValueError, match=r"^expected an IDX file of bytes with 3 dimensions in .*; got another, or a part"
         ):
             load_images("mnist", tmp_path)
     file.unlink()
@@ -336,11 +328,11 @@ def test_bad_options_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^expected name to be one of 'digits', 'mnist', .*; got 'imagenet'$"):
         load_images("imagenet")
     for bits in (1, 9, 2.0, True):
-        with pytest.raises(ValueError, match=r"^expected bits to be an integer from 2 to 8; got "):
+        with pytest.raises(ValueError, match=r"^expected bits (from 2 to 8|to be a positive integer); got "):
             load_images("mnist", bits=bits)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"^expected bits=8, all of them, for the 17 levels of digits; got 5$"):
+    with pytest.raises(ValueError, match=r"^expected bits=8 for the 17 levels of digits; got 5$"):
         load_images("digits", bits=5)
-    with pytest.raises(ValueError, match=r"^expected validation to be a number of images, 0 or more; got 0.1$"):
+    with pytest.raises(ValueError, match=r"^expected validation to be a non-negative integer; got 0.1$"):
         load_images("mnist", validation=0.1)  # type: ignore[arg-type]
 
 
@@ -477,7 +469,7 @@ def test_what_is_no_image_is_refused() -> None:
             ValueError, match=r"^expected images as a tensor of shape \(\*batch, C, H, W\); got \(4, 4\)$"
         ):
             function(torch.zeros(4, 4))
-    with pytest.raises(ValueError, match=r"^expected pixels to be an integer of at least 0; got -1$"):
+    with pytest.raises(ValueError, match=r"^expected pixels to be a non-negative integer; got -1$"):
         random_shifts(torch.zeros(1, 4, 4), -1)
     with pytest.raises(ValueError, match=r"^expected multiple to be a positive integer; got 0$"):
         pad_images(torch.zeros(1, 4, 4), 0)

@@ -11,11 +11,11 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from datasets import FOLDER, real_files
 from pyro import poutine
 from pyro.poutine.util import prune_subsample_sites
 from scipy import stats
 from scipy.integrate import solve_ivp
-from test_data import FOLDER, real_files
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from common.posteriordb_models import MODELS, SCHOOLS, Posterior, filtered, load_posterior

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 import re
@@ -13,6 +12,7 @@ from random import Random
 import numpy as np
 import pandas as pd
 import pytest
+from datasets import Stream
 
 from pyroflows.data import open_table, write_table
 
@@ -33,14 +33,6 @@ def csv(folder, text, name="data.csv"):
     path = folder / name
     path.write_bytes(text.encode())
     return path
-
-
-class Stream(io.StringIO):
-    """Standard input or output with bytes beneath."""
-
-    def __init__(self, data=b""):
-        super().__init__()
-        self.buffer = io.BytesIO(data)
 
 
 # What is written is read
@@ -187,7 +179,7 @@ NUMBERS = "a,b\n" + "1,2\n" * 3
             "expected 2 cells in each row of data.csv, as in its first line; got 3 in row 4 (line 5)",
         ),
         ("a\n1\n\n2\n", "expected numbers in column 'a' of data.csv; got a missing value in row 2 (line 3)"),
-        ('a,b\n1,"2\n', "expected data.csv as CSV in UTF-8; got something else"),
+        ('a,b\n1,"2\n', "expected a CSV file in UTF-8; got data.csv, which is not a valid one"),
     ],
 )
 @pytest.mark.parametrize("rows", [2, 65536])
@@ -201,7 +193,7 @@ def test_csv_is_refused_by_row_and_column(tmp_path, text, said, rows):
 def test_bytes_that_are_no_text_are_refused(tmp_path):
     path = tmp_path / "data.csv"
     path.write_bytes(b"a,b\n1,\xff\xfe\n")
-    with pytest.raises(ValueError, match="expected data.csv as CSV in UTF-8; got something else"):
+    with pytest.raises(ValueError, match="expected a CSV file in UTF-8; got data.csv, which is not a valid one"):
         open_table(path).read()
 
 
@@ -260,9 +252,9 @@ def test_numbers_are_the_same_labels_in_every_format(tmp_path):
     "name, said",
     [
         ("x.txt", "expected a table that ends in .csv, .parquet, .npy, .npz, or '-' for CSV; got"),
-        ("x.parquet", "expected a Parquet file; got x.parquet, which is none"),
-        ("x.npy", "expected an array of numbers in an NPY file; got x.npy, which is none"),
-        ("x.npz", "expected an array of numbers in an NPZ file; got x.npz, which is none"),
+        ("x.parquet", "expected a Parquet file; got x.parquet, which is not a valid one"),
+        ("x.npy", "expected an array of numbers in an NPY file; got x.npy, which is not a valid one"),
+        ("x.npz", "expected an array of numbers in an NPZ file; got x.npz, which is not a valid one"),
     ],
 )
 @pytest.mark.parametrize("content", [b"", b"hello, world"])

@@ -1,49 +1,34 @@
-"""``pyroflows info``: what a model file holds."""
+"""``pyroflows info``: describe what a model file holds."""
 
 from __future__ import annotations
 
 import argparse
 from collections import Counter
-from typing import Any
 
-from pyroflows.cli.options import add_json, add_model, print_json
+from pyroflows.cli.model import load_model, model_file, number_of_parameters
+from pyroflows.cli.output import print_json
+from pyroflows.files import read
 
-__all__ = ["add_info"]
-
-
-def add_info(commands: Any) -> None:
-    """Add the command to a parser's."""
-    parser = commands.add_parser(
-        "info",
-        help="say what a model file holds",
-        description="Say what a model file holds: columns, layers, number of parameters, fit, and versions of the "
-        "libraries that wrote it; as JSON also the recipe by which it is built, and all notes.",
-    )
-    add_model(parser)
-    add_json(parser)
-    parser.set_defaults(command=_info, parser=parser)
+__all__ = ["run"]
 
 
-def _info(options: argparse.Namespace) -> None:
-    from pyroflows.cli.model import load_model, model_file
-    from pyroflows.files import read
-
+def run(options: argparse.Namespace) -> None:
+    """Run the command."""
     with model_file(options.model) as file:
         model = load_model(file, "cpu")
         header, _ = read(file, "flow")
-    flow, notes = model.flow, model.flow.notes
-    parameters = sum(parameter.numel() for parameter in flow.parameters())
+    notes, parameters = model.flow.notes, number_of_parameters(model.flow)
     if options.json:
         print_json({"model": options.model, "parameters": parameters, **header})
         return
-    kinds = Counter(type(layer).__name__ for layer in flow.layers)
     lines = {"columns": ", ".join(model.names)}
     if model.integers:
         lines["whole numbers"] = ", ".join(model.integers)
     if model.given:
         lines["given"] = ", ".join(name + _labels(model.categories.get(name)) for name in model.given)
-    lines["flow"] = notes.get("flow", type(flow).__name__)
-    lines["layers"] = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
+    lines["flow"] = notes.get("flow", type(model.flow).__name__)
+    layers = Counter(type(layer).__name__ for layer in model.flow.layers)
+    lines["layers"] = ", ".join(f"{number} {name}" for name, number in layers.items())
     lines["parameters"] = f"{parameters:,}, {header['dtype']}"
     if "rows" in notes:
         lines["fitted to"] = f"{notes['rows']:,} rows of {notes['data']}"

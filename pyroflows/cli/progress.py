@@ -1,4 +1,4 @@
-"""How far a command is: a bar on a terminal, a line now and then in a log."""
+"""Progress on standard error: a bar on a terminal, a line now and then in a log."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pyroflows.cli.options import is_first
+from tqdm import tqdm
 
-__all__ = ["Log", "Progress"]
+from pyroflows.cli.output import is_first
+
+__all__ = ["Progress", "TrainingLog"]
 
 _SECONDS = 10.0
 
 
 class Progress:
-    """Counts rows, and shows the count on standard error.
+    """Count rows, and show the count on standard error.
 
     Args:
-        what: what is done to them, such as "scored".
-        total: how many there are, where that is known.
+        verb: what was done to the rows, such as "scored".
+        total: their number, if it is known.
         quiet: whether to show nothing.
     """
 
-    def __init__(self, what: str, total: int | None, quiet: bool):
-        from tqdm import tqdm
-
-        self.what, self.total, self.rows = what, total, 0
+    def __init__(self, verb: str, total: int | None, quiet: bool):
+        self.verb, self.total, self.rows = verb, total, 0
         terminal, quiet = sys.stderr.isatty(), quiet or not is_first()
         self.lines = not quiet and not terminal
-        self.bar = tqdm(total=total, desc=what, unit="row", unit_scale=True, leave=False, disable=quiet or not terminal)
+        self.bar = tqdm(total=total, desc=verb, unit="row", unit_scale=True, leave=False, disable=quiet or not terminal)
         self.began = self.said = time.perf_counter()
 
     def __enter__(self) -> Progress:
@@ -49,7 +49,7 @@ class Progress:
         if self.lines and now - self.said >= _SECONDS:
             self.said = now
             of = "" if self.total is None else f" of {self.total:,}"
-            print(f"{self.what} {self.rows:,}{of} rows, {self.rows_per_second:,.0f} a second", file=sys.stderr)
+            print(f"{self.verb} {self.rows:,}{of} rows, {self.rows_per_second:,.0f} a second", file=sys.stderr)
 
     @property
     def rows_per_second(self) -> float:
@@ -57,11 +57,11 @@ class Progress:
         return self.rows / max(time.perf_counter() - self.began, 1e-9)
 
 
-class Log:
-    """The objective of a fit, the negative log-likelihood, that says now and then in a log how large it is.
+class TrainingLog:
+    """Take the loss of each training step, and print it now and then; on a terminal the fit itself shows a bar.
 
     Args:
-        quiet: whether to say nothing, as on a terminal, where the fit itself shows a bar.
+        quiet: whether to print nothing.
     """
 
     def __init__(self, quiet: bool):
@@ -71,14 +71,14 @@ class Log:
         self.began = self.said = time.perf_counter()
 
     @contextmanager
-    def ended_by_interrupts(self) -> Iterator[None]:
-        """Have Ctrl-C end a fit at its next step: raised wherever it comes, it is lost where Python frees an object."""
+    def interruptible(self) -> Iterator[None]:
+        """Let Ctrl-C end training at the next step: raised anywhere, it is lost while Python frees an object."""
         if threading.current_thread() is not threading.main_thread():
-            yield  # where no signal can be taken
+            yield  # only the main thread receives signals
             return
 
         def note(*_: Any) -> None:
-            if self.interrupted:  # a second time: at once
+            if self.interrupted:  # the second time: at once
                 raise KeyboardInterrupt
             self.interrupted = True
 
@@ -88,18 +88,11 @@ class Log:
         finally:
             signal.signal(signal.SIGINT, before)
 
-    def __call__(self, flow: Any, x: Any, context: Any) -> Any:
-        from pyroflows.training import negative_log_likelihood
-
+    def __call__(self, loss: Any) -> None:
         if self.interrupted:
             raise KeyboardInterrupt
-        loss = negative_log_likelihood(flow, x, context)
+        self.steps += 1
         now = time.perf_counter()
-        self.steps += flow.training
-        if self.lines and flow.training and now - self.said >= _SECONDS:
+        if self.lines and now - self.said >= _SECONDS:
             self.said = now
-            print(
-                f"fit: step {self.steps:,}, {now - self.began:.0f} s, loss {float(loss.detach()):.4f} nats",
-                file=sys.stderr,
-            )
-        return loss
+            print(f"fit: step {self.steps:,}, {now - self.began:.0f} s, loss {float(loss):.4f} nats", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""``pyroflows score``: the log-density of each row of a table."""
+"""``pyroflows score``: compute the log-density of each row of a table."""
 
 from __future__ import annotations
 
@@ -6,98 +6,34 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
 
-from pyroflows.cli.options import (
-    add_data,
-    add_device,
-    add_json,
-    add_model,
-    add_output,
-    add_quiet,
-    add_seed,
-    count,
-    is_first,
-    print_json,
-    say,
-)
+import numpy as np
 
-__all__ = ["add_score"]
+from pyroflows.cli.model import TableModel, check_target, load_model, model_file
+from pyroflows.cli.output import is_first, print_json, say
+from pyroflows.cli.progress import Progress
+from pyroflows.data.table_files import write_table
+from pyroflows.distributed import together
+
+__all__ = ["run"]
 
 _ROWS = 65536
 
 
-def add_score(commands: Any) -> None:
-    """Add the command to a parser's."""
-    parser = commands.add_parser(
-        "score",
-        help="give the log-density of each row of a table",
-        description="Give the log-density of each row of a table, in nats, in the units of the columns, and the mean. "
-        "Of whole numbers, which a model dequantises, it is a lower bound on the log-probability: the logarithm of the "
-        "mean over draws of noise. Rows are read, scored and written in chunks, so that a file of any size will do; "
-        "the processes of torchrun take turns.",
-    )
-    add_model(parser)
-    add_data(parser)
-    add_output(parser, 'a table of one column, log_prob, or "-" for CSV on standard output', required=False)
-    parser.add_argument("--draws", type=count, default=8, metavar="N", help="draws of noise (default: %(default)s)")
-    parser.add_argument(
-        "--pass-model", action="store_true", help="write the model to standard output, for the next command in a pipe"
-    )
-    add_seed(parser, 0, "seed of the noise (default: 0)")
-    add_device(parser)
-    add_json(parser)
-    add_quiet(parser)
-    parser.set_defaults(command=_score, parser=parser)
-
-
-def _score(options: argparse.Namespace) -> None:
-    if options.model == options.data == "-":
-        options.parser.error("expected the model or the data on standard input; got both")
-    taken = [options.json, options.output == "-", options.pass_model]
-    if sum(taken) > 1:
-        options.parser.error("expected one of --json, --output - and --pass-model, which all write to standard output")
-    import numpy as np
-
-    from pyroflows.cli.model import check_target, load_model, model_file
-    from pyroflows.cli.progress import Progress
-    from pyroflows.contexts import seeded
-    from pyroflows.data.table_files import write_table
-    from pyroflows.distributed import in_turn, together
-
+def run(options: argparse.Namespace) -> None:
+    """Run the command."""
     if options.output is not None:
         check_target(options.output, options.model, options.data)
     with model_file(options.model) as file:
         model = load_model(file, options.device)
         content = file.read_bytes() if options.pass_model else b""
-    table, moments = model.open(options.data), _Moments()
-
-    def score(part: tuple[int, Any]) -> Any:
-        number, chunk = part
-        seed = int(np.random.SeedSequence([options.seed, number]).generate_state(1)[0])
-        with seeded(seed, model.flow.device):
-            return model.log_prob(chunk, options.draws)
-
-    with together(model.flow.device), Progress("scored", table.num_rows, options.quiet) as progress:
-
-        def scores() -> Iterator[Any]:
-            for found in in_turn(score, enumerate(table.chunks(_ROWS))):
-                moments.add(found)
-                progress.add(len(found))
-                yield found[:, None]
-
-        if options.output is None or not is_first():
-            for _ in scores():
-                pass
-        else:
-            write_table(options.output, ["log_prob"], scores())
-        speed = progress.rows_per_second
+    moments, speed = _score(model, options)
     if content and is_first():
         sys.stdout.buffer.write(content)
         sys.stdout.buffer.flush()
-    bound = (
-        f"log-mean-exp over {options.draws} draws of noise on {', '.join(model.integers)}" if model.integers else None
-    )
+    integers = ", ".join(model.integers)
+    bound = f"log-mean-exp over {options.draws} draws of noise on {integers}" if integers else None
     if options.json:
         print_json(
             {
@@ -110,24 +46,46 @@ def _score(options: argparse.Namespace) -> None:
                 "rows_per_second": speed,
             }
         )
-    what = "mean log-density" if bound is None else "mean log-probability, a lower bound by " + bound + ":"
+    say(options, _describe(moments, bound, speed))
+
+
+def _score(model: TableModel, options: argparse.Namespace) -> tuple[_Moments, float]:
+    """Score the rows, write the scores, and return their moments and the rows per second."""
+    table, moments, score = model.open(options.data), _Moments(), partial(model.log_prob, draws=options.draws)
+    with together(model.flow.device), Progress("scored", table.num_rows, options.quiet) as progress:
+
+        def scores() -> Iterator[np.ndarray]:
+            for log_probs in model.map_chunks(score, table.chunks(_ROWS), options.seed, progress):
+                moments.add(log_probs)
+                yield log_probs[:, None]
+
+        if options.output is None or not is_first():
+            for _ in scores():
+                pass
+        else:
+            write_table(options.output, ["log_prob"], scores())
+        return moments, progress.rows_per_second
+
+
+def _describe(moments: _Moments, bound: str | None, speed: float) -> str:
+    what = "mean log-density" if bound is None else f"mean log-probability, a lower bound by {bound}:"
     error = "" if moments.rows == 1 else f" +- {moments.standard_error:.4f}"
-    number = "1 row" if moments.rows == 1 else f"{moments.rows:,} rows"
+    rows = "1 row" if moments.rows == 1 else f"{moments.rows:,} rows"
     lost = f", {moments.not_finite:,} of them without a finite value" if moments.not_finite else ""
-    say(options, f"{what} {moments.mean:.4f}{error} nats a row; {number}{lost}, {speed:,.0f} a second")
+    return f"{what} {moments.mean:.4f}{error} nats a row; {rows}{lost}, {speed:,.0f} a second"
 
 
 class _Moments:
-    """Mean and standard error of numbers that come in parts; none where a number is not finite."""
+    """Mean and standard error of numbers that come in chunks; nan if a number is not finite."""
 
     def __init__(self) -> None:
         self.rows, self.not_finite, self._mean, self._squares = 0, 0, 0.0, 0.0
 
-    def add(self, found: Any) -> None:
-        """Take in a part, by the difference of its mean, so that no digits cancel."""
-        finite = found[abs(found) < math.inf]
+    def add(self, numbers: np.ndarray) -> None:
+        """Take in a chunk, by the difference of its mean, so that no digits cancel."""
+        finite = numbers[np.isfinite(numbers)]
         before, rows = self.rows - self.not_finite, len(finite)
-        self.rows, self.not_finite = self.rows + len(found), self.not_finite + len(found) - rows
+        self.rows, self.not_finite = self.rows + len(numbers), self.not_finite + len(numbers) - rows
         if rows:
             difference = float(finite.mean(dtype=float)) - self._mean
             self._mean += difference * rows / (before + rows)

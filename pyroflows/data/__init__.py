@@ -1,4 +1,4 @@
-"""Data to fit flows to: toy densities whose true log density is known, tables, their files, images."""
+"""Data to fit flows to: toy densities with an exact log-density, tables, their files, images."""
 
 from pyroflows.data.bsds300 import load_bsds300
 from pyroflows.data.images import (

@@ -1,4 +1,4 @@
-"""BSDS300: small patches of natural grey images, prepared as the density estimation benchmark has it."""
+"""BSDS300: small patches of natural grey images, prepared as in the density estimation benchmark."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyroflows.arguments import check_sizes
+from pyroflows.data.npz import read_npz
 from pyroflows.data.tables import Table
 
 __all__ = ["load_bsds300"]
 
 SIDE = 8
 FEATURES = SIDE * SIDE - 1
-# The folder of each split's images, and the place of the split in the seeds of its noise.
+# The folder of each split's images, and the position of the split in the seeds of its noise.
 SPLITS = {"train": ("train", 0), "val": ("train", 1), "test": ("test", 2)}
-# Patches taken at once: one step's float64 numbers stay small beside the result.
+# Patches processed at a time, so that the float64 numbers of a step stay small compared with the result.
 CHUNK = 2**14
 
 
 def _read_image(path: Path) -> np.ndarray:
-    from PIL import Image  # here, because only these images need Pillow
+    from PIL import Image  # here, since only images need Pillow
 
     if not path.is_file():
         raise FileNotFoundError(f"expected an image of BSDS300 in the file {path}; got no such file")
@@ -34,7 +36,7 @@ def _read_image(path: Path) -> np.ndarray:
 
 
 def _patches(images: list[np.ndarray], places: tuple[np.ndarray, ...]) -> Iterator[np.ndarray]:
-    """Give patches as rows of 64 pixels, (chunk, 64) uint8, from image, row and column of the first pixel of each."""
+    """Yield patches as rows of 64 pixels, (chunk, 64) uint8, from image, row and column of the first pixel of each."""
     image, row, column = (place.astype(np.int64) for place in places)
     heights, widths = np.array([image.shape for image in images]).T
     outside = np.flatnonzero((row + SIDE > heights[image]) | (column + SIDE > widths[image]))
@@ -44,7 +46,7 @@ def _patches(images: list[np.ndarray], places: tuple[np.ndarray, ...]) -> Iterat
             f"expected patches inside images of {heights[image[at]]}x{widths[image[at]]}; "
             f"got row {row[at]}, column {column[at]}"
         )
-    # All images in one line of pixels: a patch is then 64 places, counted from its first by the width of its image.
+    # With all images in one line of pixels a patch is 64 positions, relative to its first by the width of its image.
     pixels = np.concatenate([image.ravel() for image in images])
     starts = np.concatenate(([0], np.cumsum(heights * widths)[:-1]))
     first, width = starts[image] + row * widths[image] + column, widths[image]
@@ -55,7 +57,7 @@ def _patches(images: list[np.ndarray], places: tuple[np.ndarray, ...]) -> Iterat
 
 
 def _rows(images: list[np.ndarray], places: tuple[np.ndarray, ...], random: np.random.Generator) -> Tensor:
-    """Dequantise patches, subtract the mean of each and drop its last pixel: (rows, 63)."""
+    """Dequantize patches, subtract the mean of each and drop its last pixel: (rows, 63)."""
     rows = torch.empty(len(places[0]), FEATURES)
     for part, patches in zip(rows.split(CHUNK), _patches(images, places), strict=True):
         x = (patches + random.random(patches.shape)) / 256
@@ -65,25 +67,25 @@ def _rows(images: list[np.ndarray], places: tuple[np.ndarray, ...], random: np.r
 
 
 def load_bsds300(path: str | Path, *, train_rows: int | None = None, seed: int = 0) -> Table:
-    """Load BSDS300: 8x8 patches with uniform noise and without their mean and last pixel, which the others give.
+    """Load BSDS300: 8x8 patches with uniform noise, without their mean and last pixel, which follows from the others.
 
-    As published the rows are not standardised: the mean of the table is 0 and its scale 1. All train rows take
+    As published the rows are not standardized: the mean of the table is 0 and its scale 1. All training rows take
     252 MB.
 
     Args:
         path: a folder with the grey PNG files ``train/*.png`` and ``test/*.png`` and with ``patches.npz``, which holds
             for each split of train, val and test the arrays ``{split}_image``, ``{split}_row`` and ``{split}_col``, and
-            the names that the first counts: ``train_folder_names`` and ``test_folder_names``.
-        train_rows: how many train rows to load, from the first, which are in random order; None loads all.
-        seed: what draws the noise; fewer train rows are the same rows.
+            the names of the images: ``train_folder_names`` and ``test_folder_names``.
+        train_rows: number of training rows to load, which are in random order; None loads all.
+        seed: of the noise; fewer training rows are the same rows.
 
     Shapes:
         train: ``(1000000, 63)``; validation: ``(50000, 63)``; test: ``(250000, 63)``.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: an array is missing, an image is not grey, a patch is outside its image, or ``train_rows`` is not a
-            number of rows that are there.
+        ValueError: an array is missing, an image is not grey, a patch is outside its image, or ``train_rows`` is not
+            positive, or more rows than there are.
 
     References:
         Masked Autoregressive Flow for Density Estimation, Papamakarios, Pavlakou, Murray, 2017, arXiv:1705.07057
@@ -94,20 +96,13 @@ def load_bsds300(path: str | Path, *, train_rows: int | None = None, seed: int =
         FileNotFoundError: expected the patches of BSDS300 in the file nowhere/patches.npz; got no such file
     """
     folder = Path(path)
-    file = folder / "patches.npz"
-    if not file.is_file():
-        raise FileNotFoundError(f"expected the patches of BSDS300 in the file {file}; got no such file")
     places = [f"{split}_{part}" for split in SPLITS for part in ("image", "row", "col")]
-    with np.load(file) as arrays:
-        missing = [name for name in (*places, "train_folder_names", "test_folder_names") if name not in arrays]
-        if missing:
-            raise ValueError(f"expected an array named {missing[0]} in {file}; got {', '.join(arrays)}")
-        patches = dict(arrays)
-    count = len(patches["train_image"])
-    if train_rows is not None and (
-        not isinstance(train_rows, int) or isinstance(train_rows, bool) or not 0 < train_rows <= count
-    ):
-        raise ValueError(f"expected train_rows to be an integer from 1 to {count}, or None; got {train_rows!r}")
+    names = [*places, "train_folder_names", "test_folder_names"]
+    patches = read_npz(folder / "patches.npz", names, "the patches of BSDS300")
+    if train_rows is not None:
+        check_sizes(train_rows=train_rows)
+        if train_rows > len(patches["train_image"]):
+            raise ValueError(f"expected train_rows of at most {len(patches['train_image'])}; got {train_rows}")
 
     images = {
         part: [_read_image(folder / part / f"{name.decode()}.png") for name in patches[f"{part}_folder_names"]]

@@ -1,4 +1,4 @@
-"""Images as integer levels, split in three: digits, MNIST, Fashion-MNIST, CIFAR-10, folders, arrays of your own."""
+"""Images as integer levels, in three parts: digits, MNIST, Fashion-MNIST, CIFAR-10, folders, your own arrays."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import gzip
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ import torch
 from torch import Size, Tensor
 from torch.nn import functional as F
 
-from pyroflows.arguments import check_option, check_sizes
+from pyroflows.arguments import check_counts, check_option, check_sizes
+from pyroflows.data.npz import read_npz
 from pyroflows.data.split import PARTS, split_rows
 
 __all__ = [
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 IMAGES: tuple[str, ...] = ("digits", "mnist", "fashion_mnist", "cifar10")
-"""The names that ``load_images`` knows."""
+"""The names that :func:`load_images` knows."""
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 STRIP = 500  # images in each of the strips of CIFAR-10
@@ -41,7 +41,7 @@ CLASSES = {
         *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
     ),
 }
-# Folders in which each set's files may lie, below the one that is given; then where Debian's package puts them.
+# Folders of each set's files, below the root; then the folder of Debian's package.
 PLACES = {
     "mnist": ("MNIST/raw", "mnist", "images/mnist", "."),
     "fashion_mnist": ("FashionMNIST/raw", "fashion_mnist", "fashion-mnist", "images/fashion_mnist", "."),
@@ -58,13 +58,13 @@ class ImageData:
     """Images in three parts, as integer levels.
 
     Args:
-        name: what the set is called.
-        train: the images to fit to, uint8, shape ``(rows, C, H, W)``.
-        validation: the images to stop by.
-        test: the images to report on.
-        labels: the class of every image by name of the part, int64, or None where there are no classes.
-        num_levels: the number of levels; every value is below it.
-        class_names: one name a class, or None.
+        name: name of the set.
+        train: images to train on, uint8, of shape ``(rows, C, H, W)``.
+        validation: images for validation.
+        test: images to test on.
+        labels: class of every image for each part, int64; None if there are no classes.
+        num_levels: number of levels; every value is below it.
+        class_names: a name for each class.
 
     Example:
         >>> load_images("digits")
@@ -86,7 +86,7 @@ class ImageData:
 
     @property
     def num_classes(self) -> int:
-        """The number of classes; 0 where there are none."""
+        """The number of classes; 0 if there are none."""
         if self.labels is None:
             return 0
         largest = [int(part.max()) + 1 for part in self.labels.values() if len(part)]
@@ -113,23 +113,23 @@ def make_images(
     """Split images at random.
 
     Args:
-        images: integer levels, shape ``(rows, H, W)``, ``(rows, C, H, W)`` or ``(rows, H, W, C)``.
-        name: what to call the set.
-        labels: the class of every image, integers from 0, shape ``(rows,)``, or None.
-        class_names: one name a class, or None.
-        num_levels: the number of levels, at most 256.
-        channels_last: whether of four dimensions the last is that of the channels; by default it is the one among the
-            second and the last that is 1 or 3, if only one is.
-        test: the fraction of images to test on.
-        validation: the fraction of images, of all of them, to stop by.
-        seed: what draws the split.
+        images: integer levels.
+        name: name of the set.
+        labels: class of every image, integers from 0.
+        class_names: a name for each class.
+        num_levels: number of levels, at most 256.
+        channels_last: whether the last of four dimensions is that of the channels; by default the channels are the
+            second or the last dimension, whichever is 1 or 3, if only one is.
+        test: fraction of all images to test on.
+        validation: fraction of all images for validation.
+        seed: of the split.
 
     Shapes:
-        train, validation, test: ``(rows, C, H, W)``.
+        images: ``(rows, H, W)``, ``(rows, C, H, W)`` or ``(rows, H, W, C)``; labels: ``(rows,)``.
 
     Raises:
-        TypeError: the images are not integers, or the labels no numbers.
-        ValueError: a shape, a level, labels or fractions do not fit.
+        TypeError: the images are not integers, or the labels are not numbers.
+        ValueError: a wrong shape or level, or labels or fractions that do not fit.
 
     Example:
         >>> make_images(np.zeros((20, 32, 32, 3), dtype=np.uint8), labels=np.arange(20) % 2)
@@ -156,7 +156,7 @@ def _tensor(name: str, values: Any) -> Tensor:
     array = np.asarray(values)
     if array.dtype.kind not in "biufc":
         raise TypeError(f"expected {name} as a tensor or an array of numbers; got an array of {array.dtype}")
-    # Torch takes neither a negative stride nor another machine's byte order, and warns of memory it may not write to.
+    # torch takes neither a negative stride nor another byte order, and warns of memory that it may not write to.
     return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ("C", "W")))
 
 
@@ -171,7 +171,7 @@ def _levels(images: Any, num_levels: int, channels_last: bool | None) -> Tensor:
             first, last = x.shape[1] in (1, 3), x.shape[3] in (1, 3)
             if first == last:
                 raise ValueError(
-                    "expected channels_last=True or False, where not just one of the second and the last dimension "
+                    "expected channels_last=True or False, unless one of the second and the last dimension "
                     f"is 1 or 3; got None with shape {tuple(x.shape)}"
                 )
             channels_last = last
@@ -211,33 +211,32 @@ def load_images(
 ) -> ImageData:
     """Load a set of images that papers report on.
 
-    "digits" are scikit-learn's, of 17 levels, and need no file: 1,437 train, 180 validation and 180 test images, drawn
-    by ``seed``. The others come with a split into train and test, whose last 5,000 train images (by default) are the
-    validation part; they are read from the first that ``root`` holds of
+    "digits" is scikit-learn's, with 17 levels, and needs no file: 1,437 training, 180 validation and 180 test images,
+    split by ``seed``. The other sets have a training and a test part; the last 5,000 training images (by default) are
+    for validation. They are read from the first of these that ``root`` holds:
 
-    - ``mnist.npz`` or ``fashion_mnist.npz``, of arrays ``x_train``, ``y_train``, ``x_test``, ``y_test``;
+    - ``mnist.npz`` or ``fashion_mnist.npz``, with arrays ``x_train``, ``y_train``, ``x_test``, ``y_test``;
     - the original files ``train-images-idx3-ubyte`` and so on, gzipped or not;
-    - for CIFAR-10 ``train_000.webp``, ``test_000.webp`` and so on, each a strip of 500 images, beside ``labels.npz``;
-    - the files that torchvision puts there, which it also downloads if asked.
+    - for CIFAR-10 ``train_000.webp``, ``test_000.webp`` and so on, each a strip of 500 images, and ``labels.npz``;
+    - torchvision's files, which it can also download.
 
-    They may lie in ``root``, in its folder ``images``, or in one below them with the name of the set. Debian's package
-    ``dataset-fashion-mnist`` is found where it installs.
+    They may be in ``root``, in its folder ``images``, or in a folder below these with the name of the set. Debian's
+    package ``dataset-fashion-mnist`` is found where it installs.
 
     Args:
         name: one of ``IMAGES``.
-        root: a folder; by default the one that the environment variable ``PYROFLOWS_DATA`` names.
-        bits: how many of the eight bits of a level to keep, the highest, from 2 to 8.
-        validation: how many of the train images become the validation part.
+        root: a folder; by default that of the environment variable ``PYROFLOWS_DATA``.
+        bits: number of the highest bits of a level to keep, from 2 to 8.
+        validation: number of training images for validation.
         download: whether torchvision may download the files into ``root``.
-        seed: what draws the split of the digits; the order of the others is that of their files.
+        seed: of the split of the digits; the others are in the order of their files.
 
     Shapes:
-        train, validation, test: ``(rows, 1, 28, 28)``, for digits ``(rows, 1, 8, 8)``, for CIFAR-10
-        ``(rows, 3, 32, 32)``.
+        images: ``(rows, 1, 28, 28)``; digits: ``(rows, 1, 8, 8)``; CIFAR-10: ``(rows, 3, 32, 32)``.
 
     Raises:
-        FileNotFoundError: the files are not there.
-        ValueError: there is no such set, files hold something else, or an option is not one of those above.
+        FileNotFoundError: there are no such files.
+        ValueError: an unknown set, an option out of range, or files that hold something else.
         OSError: the download failed.
 
     References:
@@ -251,32 +250,31 @@ def load_images(
         (torch.Size([1437, 1, 8, 8]), torch.uint8, torch.Size([180]))
     """
     check_option("name", name, IMAGES)
-    if not isinstance(bits, Integral) or isinstance(bits, bool) or not 2 <= bits <= 8:
-        raise ValueError(f"expected bits to be an integer from 2 to 8; got {bits!r}")
-    if validation is not None and (
-        not isinstance(validation, Integral) or isinstance(validation, bool) or validation < 0
-    ):
-        raise ValueError(f"expected validation to be a number of images, 0 or more; got {validation!r}")
+    check_sizes(bits=bits)
+    if not 2 <= bits <= 8:
+        raise ValueError(f"expected bits from 2 to 8; got {bits}")
+    if validation is not None:
+        check_counts(validation=validation)
     if name == "digits":
         return _digits(bits, validation, seed)
 
     folder = Path(root or os.environ.get("PYROFLOWS_DATA") or ".")
-    found, class_names = _find(name, folder)
-    if found is None and download:
+    arrays, class_names = _find(name, folder)
+    if arrays is None and download:
         if root is None:
             raise ValueError(f"expected root, the folder to download {name} to; got None")
-        found, class_names = _download(name, folder)
-    if found is None:
+        arrays, class_names = _download(name, folder)
+    if arrays is None:
         raise FileNotFoundError(
-            f"expected {_wanted(name)} in {folder} or its usual folders ({', '.join(PLACES[name][:-1])}); got none of "
-            f"them: give root, the folder that has them, or download=True for torchvision to put them there"
+            f"expected {_files_of(name)} in {folder} or its usual folders ({', '.join(PLACES[name][:-1])}); got none: "
+            f"give root, the folder that has them, or download=True for torchvision to put them there"
         )
-    x_train, y_train, x_test, y_test = found
+    x_train, y_train, x_test, y_test = arrays
     held = 5000 if validation is None else int(validation)
     train_rows = len(x_train) - held
     if train_rows < 1:
         raise ValueError(f"expected validation to leave a train image; got {held} of {len(x_train)}")
-    # Each part in memory of its own, so that one kept or saved does not take the others with it.
+    # Each part has memory of its own, so that one that is kept or saved does not hold the others.
     train, test = (_levels(x, 256, x.ndim == 4) >> (8 - int(bits)) for x in (x_train, x_test))
     train_labels, test_labels = (_labels(y, len(x), class_names) for y, x in ((y_train, x_train), (y_test, x_test)))
     return ImageData(
@@ -295,10 +293,10 @@ def load_images(
 
 
 def _digits(bits: int, validation: int | None, seed: int) -> ImageData:
-    from sklearn.datasets import load_digits  # here, because the import is slow and few uses of the package need it
+    from sklearn.datasets import load_digits  # here, since the import is slow
 
     if bits != 8:
-        raise ValueError(f"expected bits=8, all of them, for the 17 levels of digits; got {bits}")
+        raise ValueError(f"expected bits=8 for the 17 levels of digits; got {bits}")
     bunch = load_digits()
     rows = len(bunch.images)
     held = 0.1 if validation is None else validation / rows
@@ -324,45 +322,30 @@ def _find(name: str, folder: Path) -> tuple[_Parts | None, tuple[str, ...]]:
         return (None, ()) if base is None else _from_torchvision(name, base, download=False)
     for path in (folder / "images" / f"{name}.npz", folder / f"{name}.npz"):
         if path.is_file():
-            return _read_npz(path), CLASSES[name]
+            arrays = read_npz(path, ("x_train", "y_train", "x_test", "y_test"), name)
+            return tuple(arrays.values()), CLASSES[name]  # type: ignore[return-value]
     for place in (*places, *([DEBIAN[name]] if name in DEBIAN else [])):
         if _idx_file(place, "train-images-idx3-ubyte") is not None:
             return _read_idx_folder(place), CLASSES[name]
     return None, ()
 
 
-def _wanted(name: str) -> str:
+def _files_of(name: str) -> str:
     if name == "cifar10":
         return "the files of cifar10, train_000.webp and so on with labels.npz, or torchvision's cifar-10-batches-py,"
     return f"the files of {name}, {name}.npz or train-images-idx3-ubyte(.gz) and so on,"
 
 
-def _read_npz(path: Path) -> _Parts:
-    names = ("x_train", "y_train", "x_test", "y_test")
-    with np.load(path) as arrays:
-        missing = [name for name in names if name not in arrays]
-        if missing:
-            raise ValueError(f"expected an array named {missing[0]} in {path}; got {', '.join(arrays)}")
-        x_train, y_train, x_test, y_test = (arrays[name] for name in names)
-    return x_train, y_train, x_test, y_test
-
-
 def _read_strips(folder: Path) -> tuple[_Parts, tuple[str, ...]]:
-    from PIL import Image  # here, because only images need Pillow
+    from PIL import Image  # here, since only images need Pillow
 
-    labels = folder / "labels.npz"
-    if not labels.is_file():
-        raise FileNotFoundError(f"expected the labels of CIFAR-10 in the file {labels}; got no such file")
-    with np.load(labels) as arrays:
-        wanted = ("y_train", "y_test", "class_names")
-        if missing := [name for name in wanted if name not in arrays]:
-            raise ValueError(f"expected the arrays {', '.join(wanted)} in {labels}; got none of {', '.join(missing)}")
-        classes = {part: arrays[f"y_{part}"] for part in ("train", "test")}
-        class_names = tuple(name.decode() for name in arrays["class_names"])
+    arrays = read_npz(folder / "labels.npz", ("y_train", "y_test", "class_names"), "the labels of CIFAR-10")
+    classes = {part: arrays[f"y_{part}"] for part in ("train", "test")}
+    class_names = tuple(name.decode() for name in arrays["class_names"])
     images = {}
-    for part, its in classes.items():
-        images[part] = np.empty((len(its), 32, 32, 3), np.uint8)
-        for number, start in enumerate(range(0, len(its), STRIP)):
+    for part, labels in classes.items():
+        images[part] = np.empty((len(labels), 32, 32, 3), np.uint8)
+        for number, start in enumerate(range(0, len(labels), STRIP)):
             file = folder / f"{part}_{number:03}.webp"
             if not file.is_file():
                 raise FileNotFoundError(f"expected {STRIP} images of CIFAR-10 in the file {file}; got no such file")
@@ -398,15 +381,15 @@ def _read_idx_folder(folder: Path) -> _Parts:
 
 
 def _read_idx(path: Path, dims: int) -> np.ndarray:
-    """Read bytes in the idx format: two zeros, the type (8 for bytes), the dimensions, their sizes, the values."""
+    """Read bytes in the IDX format: two zeros, the type (8 for bytes), the dimensions, their sizes, the values."""
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (EOFError, OSError) as error:
-        raise ValueError(f"expected a gzipped file in {path}; got one that does not open ({error})") from error
+        raise ValueError(f"expected a gzip file in {path}; got one that does not open ({error})") from error
     head = 4 + 4 * dims
     sizes = np.frombuffer(content[4:head], ">u4").astype(int).tolist()
     if content[:4] != bytes([0, 0, 8, dims]) or len(content) != head + int(np.prod(sizes)):
-        raise ValueError(f"expected an idx file of bytes with {dims} dimensions in {path}; got another kind, or a part")
+        raise ValueError(f"expected an IDX file of bytes with {dims} dimensions in {path}; got another, or a part")
     return np.frombuffer(content, np.uint8, offset=head).reshape(sizes).copy()
 
 
@@ -414,12 +397,12 @@ def _download(name: str, folder: Path) -> tuple[_Parts, tuple[str, ...]]:
     try:
         return _from_torchvision(name, folder, download=True)
     except (OSError, RuntimeError) as error:
-        got = " ".join(str(error).split())  # torchvision tells of each address in a line of its own
+        got = " ".join(str(error).split())  # torchvision writes a line for each address
         raise OSError(f"expected to download {name} to {folder}; got {type(error).__name__}: {got}") from error
 
 
 def _from_torchvision(name: str, folder: Path, *, download: bool) -> tuple[_Parts, tuple[str, ...]]:
-    from torchvision import datasets  # here, because the import is slow and few uses of the package need it
+    from torchvision import datasets  # here, since the import is slow
 
     kind: Callable[..., Any] = {
         "mnist": datasets.MNIST,
@@ -443,25 +426,21 @@ def load_image_folder(
 ) -> ImageData:
     """Load every image file in a folder and the folders below it, and split them at random.
 
-    Where every file is in a folder of its own class, ``path/class/file``, these folders are the classes.
+    If every file is in a folder of its class, ``path/class/file``, these folders are the classes.
 
     Args:
         path: the folder.
-        size: height and width, or one number for both: images are resized until they cover it, then cropped around the
-            centre; None takes them as they are, all of one size.
-        channels: 3 for colours, 1 for grey.
-        name: what to call the set; by default as the folder.
-        test: the fraction of images to test on.
-        validation: the fraction of images, of all of them, to stop by.
-        seed: what draws the split.
-
-    Shapes:
-        train, validation, test: ``(rows, channels, H, W)``.
+        size: height and width, or one number for both: images are resized to cover it, then cropped around the centre;
+            None takes them as they are, all of one size.
+        channels: 3 for colour, 1 for grey.
+        name: name of the set; by default that of the folder.
+        test: fraction of all images to test on.
+        validation: fraction of all images for validation.
+        seed: of the split.
 
     Raises:
         FileNotFoundError: there is no such folder, or no image in it.
-        ValueError: a file cannot be read or has more than 8 bits a channel, the sizes differ, or an option is not one
-            of those above.
+        ValueError: a file cannot be read or has more than 8 bits a channel, or the sizes differ.
 
     Example:
         >>> load_image_folder("nowhere")
@@ -520,7 +499,7 @@ def _same_sized(files: Sequence[Path], channels: int, sides: tuple[int, int] | N
 
 
 def _read_image(file: Path, channels: int, sides: tuple[int, int] | None) -> np.ndarray:
-    from PIL import Image, ImageOps  # here, because only images need Pillow
+    from PIL import Image, ImageOps  # here, since only images need Pillow
 
     try:
         with Image.open(file) as opened:
@@ -530,7 +509,7 @@ def _read_image(file: Path, channels: int, sides: tuple[int, int] | None) -> np.
         raise ValueError(
             f"expected an image that can be read in {file}; got {type(error).__name__}: {error}"
         ) from error
-    if mode.startswith(("I", "F")):  # whose values Pillow would cut at 255: a picture of white alone
+    if mode.startswith(("I", "F")):  # Pillow would clip these at 255: a white picture
         raise ValueError(f"expected an image of 8 bits a channel in {file}; got one of more, Pillow's mode {mode!r}")
     if sides is not None:
         height, width = sides
@@ -540,9 +519,9 @@ def _read_image(file: Path, channels: int, sides: tuple[int, int] | None) -> np.
 
 
 def pad_images(x: Tensor, multiple: int) -> Tensor:
-    """Add zeros around images, until a number divides height and width.
+    """Pad images with zeros until height and width are multiples of a number.
 
-    They are added evenly; an odd one at the bottom or on the right.
+    The padding is even on both sides; an odd row or column is at the bottom or on the right.
 
     Args:
         x: images of any dtype.
@@ -552,7 +531,7 @@ def pad_images(x: Tensor, multiple: int) -> Tensor:
         x: ``(*batch, C, H, W)``.
 
     Raises:
-        ValueError: the images have less than three dimensions, or the number is not positive.
+        ValueError: images with less than three dimensions, or a number that is not positive.
 
     Example:
         >>> pad_images(torch.zeros(5, 1, 28, 28), 8).shape
@@ -574,7 +553,7 @@ def random_flips(x: Tensor) -> Tensor:
         x: ``(*batch, C, H, W)``.
 
     Raises:
-        ValueError: the images have less than three dimensions.
+        ValueError: images with less than three dimensions.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -590,7 +569,7 @@ def random_flips(x: Tensor) -> Tensor:
 
 
 def random_shifts(x: Tensor, pixels: int) -> Tensor:
-    """Move each image by up to so many pixels in both directions, and repeat the pixels of its edge where it left.
+    """Shift each image by at most a number of pixels in both directions, and repeat the pixels of its edges.
 
     Args:
         x: images of any dtype.
@@ -600,7 +579,7 @@ def random_shifts(x: Tensor, pixels: int) -> Tensor:
         x: ``(*batch, C, H, W)``.
 
     Raises:
-        ValueError: the images have less than three dimensions, or ``pixels`` is negative.
+        ValueError: images with less than three dimensions, or a negative ``pixels``.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -610,8 +589,7 @@ def random_shifts(x: Tensor, pixels: int) -> Tensor:
                 [1, 2, 3, 3]])
     """
     _check_images(x)
-    if not isinstance(pixels, Integral) or isinstance(pixels, bool) or pixels < 0:
-        raise ValueError(f"expected pixels to be an integer of at least 0; got {pixels!r}")
+    check_counts(pixels=pixels)
     batch = x.shape[:-3]
     for dim in (-2, -1):
         side = x.shape[dim]

@@ -8,34 +8,35 @@ from typing import Any
 
 import numpy as np
 import torch
+from pyarrow import ArrowException
+from pyarrow.parquet import ParquetFile
+from pyarrow.types import is_boolean, is_decimal, is_floating, is_integer
 
 from pyroflows import distributed
 from pyroflows.arguments import check_sizes
 
 __all__ = ["ParquetBatches"]
 
-Array = np.ndarray[Any, Any]
-
 
 class ParquetBatches:
-    """Shuffled batches of the rows of a Parquet file, for ``fit``, of which a few row groups are in memory at a time.
+    """Shuffled batches of the rows of a Parquet file, for ``fit``, with a few row groups in memory at a time.
 
-    Each pass goes through the row groups in another order, shuffles rows among those read together, and leaves out the
-    last rows, which give no whole batch. Of several processes each reads its own part of the rows, and no other's.
+    Each pass reads the row groups in a new order, shuffles rows among those read together, and drops the last rows,
+    which are too few for a batch. Each of several processes reads only its own rows.
 
     Args:
         path: the file.
         batch_size: rows of a batch, over all processes.
         columns: names of the columns of the data; None for all but those of the context.
         context: names of the columns of the context.
-        buffer_rows: rows among which is shuffled, in memory at a time; a row group is read whole.
+        buffer_rows: rows in memory at a time, among which they are shuffled; row groups are read as a whole.
 
     Shapes:
         batches: ``(rows, columns)``, or pairs of that and ``(rows, context)``.
 
     Raises:
-        ValueError: there is no such file or column, a column holds no numbers, the file is damaged, or it has fewer
-            rows than a batch.
+        ValueError: there is no such file or column, a column does not hold numbers, the file is damaged, or it has
+            fewer rows than a batch.
 
     Example:
         >>> import tempfile, pyarrow as pa, pyarrow.parquet as pq
@@ -57,8 +58,6 @@ class ParquetBatches:
         context: Sequence[str] = (),
         buffer_rows: int = 2**18,
     ):
-        from pyarrow.types import is_boolean, is_decimal, is_floating, is_integer
-
         check_sizes(batch_size=batch_size, buffer_rows=buffer_rows)
         self.path, self.batch_size, self.buffer_rows = os.fspath(path), batch_size, buffer_rows
         self.context = list(context)
@@ -78,9 +77,6 @@ class ParquetBatches:
             raise ValueError(f"expected at least batch_size={batch_size} rows in {path}; got {sum(self.sizes)}")
 
     def _open(self) -> Any:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-
         try:
             return ParquetFile(self.path)
         except (OSError, ArrowException) as error:
@@ -95,10 +91,10 @@ class ParquetBatches:
     def __iter__(self) -> Iterator[Any]:
         seed, steps = int(torch.randint(2**62, ())), len(self)  # the same in all processes
         order = np.random.default_rng(seed).permutation(len(self.sizes))
-        # In the order of this pass each process has the rows of its part of every batch, in one piece.
+        # In the order of this pass the rows of a process are contiguous.
         mine = distributed.rank_slice(self.batch_size)
         size = mine.stop - mine.start
-        waiting: list[Array] = []
+        waiting: list[np.ndarray] = []
         generator = np.random.default_rng((seed, distributed.rank()))
         for rows in self._read(order, steps * mine.start, steps * mine.stop):
             waiting.append(rows)
@@ -107,10 +103,8 @@ class ParquetBatches:
         if waiting:
             yield from self._batches(waiting, size, generator)
 
-    def _read(self, order: Array, start: int, stop: int) -> Iterator[Array]:
-        """Give the rows from start to stop of the row groups in this order."""
-        from pyarrow import ArrowException
-
+    def _read(self, order: np.ndarray, start: int, stop: int) -> Iterator[np.ndarray]:
+        """Yield the rows from start to stop of the row groups in this order."""
         names = [*self.columns, *self.context]
         with self._open() as file:
             for group in order:
@@ -124,10 +118,10 @@ class ParquetBatches:
                     yield np.stack([table.column(name).cast("float64", safe=False).to_numpy() for name in names], 1)
                 start, stop = start - size, stop - size
 
-    def _batches(self, waiting: list[Array], size: int, generator: Any) -> Generator[Any, None, list[Array]]:
+    def _batches(self, waiting: list[np.ndarray], size: int, generator: Any) -> Generator[Any, None, list[np.ndarray]]:
         rows = generator.permutation(np.concatenate(waiting))
-        whole = len(rows) - len(rows) % size
-        for first in range(0, whole, size):
-            batch, number = rows[first : first + size], len(self.columns)
+        stop = len(rows) - len(rows) % size
+        for start in range(0, stop, size):
+            batch, number = rows[start : start + size], len(self.columns)
             yield (batch[:, :number], batch[:, number:]) if self.context else batch
-        return [rows[whole:]] if whole < len(rows) else []
+        return [rows[stop:]] if stop < len(rows) else []

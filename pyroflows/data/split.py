@@ -1,4 +1,4 @@
-"""Rows in three parts, at random."""
+"""Random splits of rows into three parts."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ PARTS = ("train", "validation", "test")
 
 
 def split_rows(rows: int, test: float, validation: float, seed: int, what: str = "row") -> dict[str, Tensor]:
-    """Give the rows of each part, int64; the fractions are of all rows.
+    """Return the positions of the rows of each part, int64.
 
     Args:
-        rows: the number of rows.
-        test: the fraction to test on.
-        validation: the fraction to stop by.
-        seed: what draws the split.
-        what: what a row is called in an error.
+        rows: number of rows.
+        test: fraction of all rows to test on.
+        validation: fraction of all rows for validation.
+        seed: of the split.
+        what: name of a row in error messages.
 
     Raises:
         ValueError: the fractions are negative, or leave no train row.

@@ -1,9 +1,10 @@
-"""Tables in files: CSV, Parquet, NPY and NPZ, read and written in chunks, so that a file of any size will do."""
+"""Tables in files: CSV, Parquet, NPY and NPZ, read and written in chunks, so that they may be of any size."""
 
 from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import re
 import shutil
@@ -18,6 +19,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+from pyarrow import csv as arrow_csv
+from pyarrow import parquet
 
 from pyroflows.arguments import check_sizes
 from pyroflows.files import replacing
@@ -25,17 +30,16 @@ from pyroflows.files import replacing
 __all__ = ["CellError", "TableFile", "open_table", "write_table"]
 
 _ENDINGS = (".csv", ".parquet", ".npy", ".npz")
-# Which columns are written as integers (None), or as the labels whose places in a list their numbers are.
+# Columns that are written as integers (None), or as the labels of which their numbers are the positions.
 _Kinds = Mapping[str, Sequence[str] | None]
 
-_NUMBERS = 2**22  # that a chunk has at most
+_NUMBERS = 2**22  # most in a chunk
 _MAX_CATEGORIES = 1000
-# From here on a float64 may be the rounding of another integer.
-_EXACT = 2**53
+_EXACT = 2**53  # from here on a float64 may be the rounding of another integer
 
 
 class CellError(ValueError):
-    """A cell that is no number or label; says in which column it is, and whether that holds text from the start."""
+    """A cell that is not a number or a label, with its column, and whether the first row has text there too."""
 
     def __init__(self, message: str, column: str, is_text: bool):
         super().__init__(message)
@@ -43,18 +47,18 @@ class CellError(ValueError):
 
 
 class TableFile:
-    """The numbers of a table in a file, of which :func:`open_table` makes one.
+    """The numbers of a table in a file, opened by :func:`open_table`.
 
     Args:
-        source: what reads the format.
-        columns: the names of the columns wanted, in the order wanted; None for all.
-        categories: the labels of each column of labels; None where they are to be found.
-        dtype: in whose range the numbers have to be.
+        source: reader of the format.
+        columns: names of the columns to read, in this order; None for all.
+        categories: labels of each column of labels; None to find them.
+        dtype: dtype whose range the numbers must be in.
     """
 
     def __init__(
         self,
-        source: _Csv | _Parquet | _Npy | _Npz,
+        source: _Source,
         columns: Sequence[str] | None,
         categories: Mapping[str, Sequence[str] | None],
         dtype: str,
@@ -65,8 +69,8 @@ class TableFile:
         for column, number in Counter(source.columns).items():
             if column and number > 1:
                 raise ValueError(f"expected columns of different names in {self.name}; got {column!r} {number} times")
-        self.whole: set[str] = set()
-        """The columns in which other numbers than whole ones are refused."""
+        self.integers: set[str] = set()
+        """The columns in which numbers that are not integers are refused."""
         self.categories = {name: list(labels or ()) for name, labels in categories.items()}
         self._found = {name for name in categories if categories[name] is None}
         self.select(source.columns if columns is None else columns)
@@ -75,7 +79,7 @@ class TableFile:
             raise self._no_rows()
 
     def select(self, columns: Sequence[str]) -> TableFile:
-        """Take these columns alone, in this order."""
+        """Read these columns only, in this order."""
         self._check_names(columns)
         self.columns = list(columns)
         return self
@@ -87,11 +91,10 @@ class TableFile:
                 got = ", ".join(map(repr, known[:20])) + (", ..." if len(known) > 20 else "")
                 raise ValueError(f"expected a column {column!r} in {self.name}; got {got}")
 
-    def chunks(self, rows: int = 65536) -> Iterator[np.ndarray[Any, Any]]:
-        """Give the rows in parts of at most so many, fewer of a wide table, as float64 of shape ``(rows, columns)``.
+    def chunks(self, rows: int = 65536) -> Iterator[np.ndarray]:
+        """Yield at most ``rows`` rows at a time, fewer of a wide table, as float64 of shape ``(rows, columns)``.
 
-        The cells of a column of labels are the labels' places in ``categories``, to which those that are to be found
-        are added on the way.
+        Labels become their positions in ``categories``, to which new ones are added if they are to be found.
         """
         check_sizes(rows=rows)
         if "" in self.columns:
@@ -108,17 +111,17 @@ class TableFile:
         if not start:
             raise self._no_rows()
 
-    def read(self) -> np.ndarray[Any, Any]:
-        """Give all rows at once."""
+    def read(self) -> np.ndarray:
+        """Return all rows."""
         return np.concatenate(list(self.chunks()))
 
-    def _numbers(self, frame: Any, start: int) -> np.ndarray[Any, Any]:
+    def _numbers(self, frame: Any, start: int) -> np.ndarray:
         numbers = np.empty((len(frame), len(self.columns)))
         for place, name in enumerate(self.columns):
             cells = frame.iloc[:, place]
             numbers[:, place] = self._codes(cells, name) if name in self.categories else _as_numbers(cells)
-        whole = np.array([name in self.whole for name in self.columns], bool)
-        bad = np.argwhere(~(np.abs(numbers) <= self._largest) | (whole & (numbers != numbers.round())))
+        is_integer = np.array([name in self.integers for name in self.columns], bool)
+        bad = np.argwhere(~(np.abs(numbers) <= self._largest) | (is_integer & (numbers != numbers.round())))
         if len(bad):
             row, place = bad[0]
             raise self._refusal(frame.iloc[row, place], self.columns[place], start + int(row))
@@ -135,8 +138,6 @@ class TableFile:
         return labels.map({label: code for code, label in enumerate(known)}).astype(np.float64)
 
     def _refusal(self, cell: Any, name: str, row: int) -> CellError:
-        import pandas as pd
-
         is_text, missing = False, pd.api.types.is_scalar(cell) and pd.isna(cell)
         if missing:
             got = "a missing value"
@@ -146,14 +147,14 @@ class TableFile:
             got = f"{cell}{why if np.isfinite(cell) else ''}"
         else:
             is_text, got = row == 0, repr(str(cell)[:60])
-        wanted = "whole numbers" if name in self.whole else "numbers"
+        expected = "whole numbers" if name in self.integers else "numbers"
         if name in self.categories:
             known = self.categories[name]
-            wanted = "labels" if missing else "one of the categories " + ", ".join(map(repr, known[:10]))
-            wanted += ", ..." if len(known) > 10 and not missing else ""
+            expected = "labels" if missing else "one of the categories " + ", ".join(map(repr, known[:10]))
+            expected += ", ..." if len(known) > 10 and not missing else ""
         line = self._source.line(row)
         place = f"row {row + 1}" if line is None else f"row {row + 1} (line {line})"
-        return CellError(f"expected {wanted} in column {name!r} of {self.name}; got {got} in {place}", name, is_text)
+        return CellError(f"expected {expected} in column {name!r} of {self.name}; got {got} in {place}", name, is_text)
 
     def _no_rows(self) -> ValueError:
         return ValueError(f"expected at least one row in {self.name}; got none")
@@ -166,28 +167,28 @@ def open_table(
     *,
     dtype: str = "float64",
 ) -> TableFile:
-    """Open a table, of which only names and sizes are read until its rows are asked for.
+    """Open a table; only names and sizes are read until its rows are asked for.
 
-    A CSV file begins with a line of names. The columns of an array are called "0", "1" and so on, but for those of a
-    structured one, which have names. Nothing is ever unpickled.
+    A CSV file begins with a line of names. The columns of an array are named "0", "1" and so on, unless it is a
+    structured array, which has names. Nothing is ever unpickled.
 
     Args:
-        path: a file that ends in ``.csv``, ``.parquet``, ``.npy`` or ``.npz`` (of several arrays ``file.npz:name``), or
-            ``-`` for CSV on standard input, which can be read once.
-        columns: the names of the columns wanted; by default all.
+        path: a file that ends in ``.csv``, ``.parquet``, ``.npy`` or ``.npz`` (``file.npz:name`` if it holds several
+            arrays), or ``-`` for CSV on standard input, which can be read once.
+        columns: names of the columns to read; by default all.
         categories: for columns that hold labels, such as names of species, these in the order of their codes, or None
             to find them.
-        dtype: to which the numbers will be cast, "float32" or "float64": none may be beyond its range.
+        dtype: dtype that the numbers will be cast to, "float32" or "float64"; none may be beyond its range.
 
     Returns:
-        The table: ``columns``, ``num_rows`` (None where that takes reading all), ``named`` (whether the file names its
+        The table: ``columns``, ``num_rows`` (None if that takes reading all), ``named`` (whether the file names its
         columns), ``categories``, ``chunks(rows)`` and ``read()``.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
-        ValueError: another ending, a file that is not what its ending says, no row, a column that is not there or has
-            no name or that of another; and on reading a missing value, text, an infinity, a number out of range, an
-            unknown label or a row of other length, by row and column.
+        ValueError: another ending, a file of another format, no row, or a column that is not there or has no name or
+            that of another; and on reading a missing value, text, an infinity, a number out of range, an unknown label
+            or a row of another length, by row and column.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -201,36 +202,34 @@ def open_table(
     array: str | None = None
     if ".npz:" in text and not os.path.exists(text):
         text, _, array = text.rpartition(":")
-    source: _Csv | _Parquet | _Npy | _Npz
+    source: _Source
     if text == "-":
         source = _Csv(None)
     elif _ending(text) == ".csv":
         source = _Csv(Path(text))
     elif _ending(text) == ".parquet":
         source = _Parquet(Path(text))
-    elif _ending(text) == ".npy":
-        source = _Npy(Path(text))
     else:
-        source = _Npz(Path(text), array)
+        source = _Array(Path(text), array)
     return TableFile(source, columns, categories or {}, dtype)
 
 
 def write_table(
     path: str | os.PathLike[str],
     columns: Sequence[str],
-    chunks: Iterable[np.ndarray[Any, Any]],
+    chunks: Iterable[np.ndarray],
     integers: Iterable[str] = (),
     categories: Mapping[str, Sequence[str]] | None = None,
 ) -> int:
-    """Write a table from chunks as they come, and put it in the file's place when it is whole.
+    """Write a table chunk by chunk, and replace the file when it is complete.
 
     Args:
         path: a file that ends in ``.csv``, ``.parquet``, ``.npy`` or ``.npz``, or ``-`` for CSV on standard output. An
-            array has no names; that of an NPZ file is called ``data``.
+            array has no names; the one in an NPZ file is called ``data``.
         columns: a name for each column.
         chunks: arrays of float32 or of float64.
-        integers: the names of columns that are written as integers, where the format tells.
-        categories: for columns whose numbers are places in a list of labels, the labels; an array keeps the numbers.
+        integers: names of columns to write as integers, if the format has them.
+        categories: labels of columns whose numbers are positions in a list of labels; an array keeps the numbers.
 
     Shapes:
         chunks: ``(rows, columns)``.
@@ -254,7 +253,7 @@ def write_table(
     write = _write_csv if text == "-" else _WRITERS[_ending(text)]
     rows = 0
 
-    def checked() -> Iterator[np.ndarray[Any, Any]]:
+    def checked() -> Iterator[np.ndarray]:
         nonlocal rows
         for chunk in chunks:
             if chunk.ndim != 2 or chunk.shape[1] != len(columns):
@@ -267,11 +266,32 @@ def write_table(
     return rows
 
 
-class _Csv:
-    """Rows of text under a line of names, from a file, or from standard input where there is none."""
+class _Source:
+    """A reader of one format: the columns of a file, and its rows as data frames."""
 
-    num_rows = None
+    name: str
+    columns: list[str]
+    num_rows: int | None = None
     named = True
+    format: str
+
+    def frames(self, rows: int, columns: list[str], labels: Iterable[str]) -> Iterator[Any]:
+        """Yield the columns of at most ``rows`` rows at a time; ``labels`` are columns of text."""
+        raise NotImplementedError
+
+    def line(self, row: int) -> int | None:
+        """Return the line of a row in a file of text, to say where something is."""
+        return None
+
+    def unreadable(self, reason: object) -> ValueError:
+        text = " ".join(str(reason).split()).rstrip(".") or type(reason).__name__
+        return ValueError(f"expected {self.format}; got {self.name}, which is not a valid one ({text})")
+
+
+class _Csv(_Source):
+    """Rows of text below a line of names, from a file, or from standard input if there is none."""
+
+    format = "a CSV file in UTF-8"
 
     def __init__(self, path: Path | None):
         self.path = path
@@ -280,7 +300,7 @@ class _Csv:
         try:
             self.columns = next(csv.reader(file), [])
         except (UnicodeDecodeError, csv.Error) as error:
-            raise self._unreadable(error) from None
+            raise self.unreadable(error) from None
         finally:
             if path is not None:
                 file.close()
@@ -295,8 +315,6 @@ class _Csv:
             raise ValueError(f"expected a first line of column names in {self.name}; got numbers: {got}")
 
     def frames(self, rows: int, columns: list[str], labels: Iterable[str]) -> Iterator[Any]:
-        import pandas as pd
-
         file = self.standard_input or self._open()
         if self.path is not None:
             next(csv.reader(file))
@@ -311,7 +329,7 @@ class _Csv:
                 dtype={self.columns.index(name): str for name in labels},
                 chunksize=rows,
                 low_memory=False,  # one type for all cells of a chunk
-                skip_blank_lines=len(self.columns) > 1,  # which of a single column are missing values
+                skip_blank_lines=len(self.columns) > 1,  # in a single column they are missing values
             )
             places = [self.columns.index(name) for name in columns]
             while True:
@@ -324,7 +342,7 @@ class _Csv:
         except (pd.errors.ParserError, warned) as error:
             raise self._ragged(error) from None
         except UnicodeDecodeError as error:
-            raise self._unreadable(error) from None
+            raise self.unreadable(error) from None
         finally:
             if self.path is not None:
                 file.close()
@@ -336,7 +354,7 @@ class _Csv:
         return None
 
     def _records(self) -> Iterator[tuple[int, int, list[str]]]:
-        """Give number, last line and cells of each row, slowly: to say where something is."""
+        """Yield number, last line and cells of each row; slow, used to say where something is."""
         if self.path is None:
             return
         with self._open() as file:
@@ -349,19 +367,14 @@ class _Csv:
                     number += 1
 
     def _ragged(self, error: Exception) -> ValueError:
-        wanted = f"expected {len(self.columns)} cells in each row of {self.name}, as in its first line"
+        expected = f"expected {len(self.columns)} cells in each row of {self.name}, as in its first line"
         for row, line, cells in self._records():
             if len(cells) > len(self.columns):
-                return ValueError(f"{wanted}; got {len(cells)} in row {row + 1} (line {line})")
-        found = re.search(r"in line (\d+), saw (\d+)", str(error))
-        if found:
-            return ValueError(f"{wanted}; got {found[2]} in row {found[1]}")
-        if isinstance(error, Warning):
-            return ValueError(f"{wanted}; got more")
-        return self._unreadable(error)
-
-    def _unreadable(self, error: Exception) -> ValueError:
-        return ValueError(f"expected {self.name} as CSV in UTF-8; got something else ({_one_line(error)})")
+                return ValueError(f"{expected}; got {len(cells)} in row {row + 1} (line {line})")
+        place = re.search(r"in line (\d+), saw (\d+)", str(error))
+        if place:
+            return ValueError(f"{expected}; got {place[2]} in row {place[1]}")
+        return ValueError(f"{expected}; got more") if isinstance(error, Warning) else self.unreadable(error)
 
     def _open(self) -> Any:
         if self.path is None:
@@ -369,145 +382,109 @@ class _Csv:
         return self.path.open(encoding="utf-8-sig", newline="")
 
 
-class _Parquet:
+class _Parquet(_Source):
     """The columns of a Parquet file, row group by row group."""
 
-    named = True
+    format = "a Parquet file"
 
     def __init__(self, path: Path):
         self.path, self.name = path, path.name
         with self._open() as file:
             self.columns = list(file.schema_arrow.names)
-            self.num_rows: int | None = file.metadata.num_rows
+            self.num_rows = file.metadata.num_rows
 
     def frames(self, rows: int, columns: list[str], labels: Iterable[str]) -> Iterator[Any]:
-        import pyarrow as pa
-
         with self._open() as file:
             try:
                 for batch in file.iter_batches(rows, columns=columns, use_threads=False):
                     yield batch.select(columns).to_pandas()
             except (pa.ArrowException, OSError, ValueError) as error:
-                raise self._unreadable(error) from None
-
-    def line(self, row: int) -> int | None:
-        return None
+                raise self.unreadable(error) from None
 
     def _open(self) -> Any:
-        import pyarrow as pa
-        from pyarrow import parquet
-
         _check_access(self.path)
         try:
             return parquet.ParquetFile(self.path, buffer_size=2**20, pre_buffer=False)
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise self._unreadable(error) from None
-
-    def _unreadable(self, error: Exception) -> ValueError:
-        return ValueError(
-            f"expected a Parquet file; got {self.name}, which is none, or is damaged ({_one_line(error)})"
-        )
+            raise self.unreadable(error) from None
 
 
-class _Npy:
-    """The rows of an array, which is mapped anew for each chunk, so that those read leave the memory."""
-
-    def __init__(self, path: Path):
-        self.path, self.name = path, path.name
-        array = self._open()
-        self.columns, self.named = _columns_of(array, self.name)
-        self.num_rows: int | None = len(array)
-
-    def frames(self, rows: int, columns: list[str], labels: Iterable[str]) -> Iterator[Any]:
-        for start in range(0, self.num_rows or 0, rows):
-            yield _frame(self._open()[start : start + rows], self.columns)[columns]
-
-    def line(self, row: int) -> int | None:
-        return None
-
-    def _open(self) -> np.ndarray[Any, Any]:
-        _check_access(self.path)
-        try:
-            return np.lib.format.open_memmap(self.path, mode="r")  # which refuses Python objects
-        except Exception as error:  # what is raised depends on which byte is wrong
-            raise self._unreadable(error) from None
-
-    def _unreadable(self, why: object) -> ValueError:
-        return ValueError(
-            f"expected an array of numbers in an NPY file; got {self.name}, which is none ({_one_line(why)})"
-        )
-
-
-class _Npz:
-    """The rows of one array of an archive, unpacked as they are read."""
+class _Array(_Source):
+    """The rows of an array in an NPY file, or in an NPZ archive, where they are unpacked as they are read."""
 
     def __init__(self, path: Path, array: str | None):
-        self.path, self.name = path, path.name
+        self.path, self.name, self.array = path, path.name, None
+        self.format = f"an array of numbers in an {path.suffix[1:].upper()} file"
         _check_access(path)
-        try:
-            with zipfile.ZipFile(path) as archive:
-                arrays = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
-        except Exception as error:
-            raise self._unreadable(error) from None
-        if array is None and len(arrays) == 1:
-            array = arrays[0]
-        if array not in arrays:
-            got = ", ".join(arrays) or "none"
-            raise ValueError(f"expected one array in {self.name}, or its name, as in {self.name}:name; got {got}")
-        self.array = array
-        self.name = f"{path.name}:{array}"
+        if _ending(path.name) == ".npz":
+            self.array = self._choose(array)
+            self.name = f"{path.name}:{self.array}"
         with self._open() as (_, shape, _, dtype):
             sketch = np.empty((0, *shape[1:]), dtype) if shape else np.empty((), dtype)
         self.columns, self.named = _columns_of(sketch, self.name)
-        self.num_rows: int | None = shape[0]
+        self.num_rows = shape[0]
+
+    def _choose(self, array: str | None) -> str:
+        """Return the name of the array to read from an archive."""
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                arrays = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+        except Exception as error:  # what is raised depends on which byte is wrong
+            raise self.unreadable(error) from None
+        if array is None and len(arrays) == 1:
+            return arrays[0]
+        if array not in arrays:
+            got = ", ".join(arrays) or "none"
+            raise ValueError(f"expected one array in {self.name}, or its name, as in {self.name}:name; got {got}")
+        return array
 
     def frames(self, rows: int, columns: list[str], labels: Iterable[str]) -> Iterator[Any]:
         with self._open() as (file, shape, by_column, dtype):
-            whole = self._read(file, shape, dtype).reshape(shape[::-1]).T if by_column else None
+            array: np.ndarray | None = None
+            if by_column and self.array is None:
+                array = np.memmap(self.path, dtype, "r", file.tell(), shape, "F")
+            elif by_column:
+                array = self._read(file, shape, dtype).reshape(shape[::-1]).T
             for start in range(0, shape[0], rows):
                 number = min(rows, shape[0] - start)
-                if whole is not None:
-                    part = whole[start : start + number]
+                if array is None:
+                    chunk = self._read(file, (number, *shape[1:]), dtype)
                 else:
-                    part = self._read(file, (number, *shape[1:]), dtype)
-                yield _frame(part, self.columns)[columns]
-
-    def line(self, row: int) -> int | None:
-        return None
+                    chunk = array[start : start + number]
+                yield _frame(chunk, self.columns)[columns]
 
     @contextmanager
-    def _open(self) -> Iterator[tuple[IO[bytes], tuple[int, ...], bool, np.dtype[Any]]]:
-        """Give the array's file, behind the header, with shape, whether it lies column by column, and dtype."""
+    def _open(self) -> Iterator[tuple[IO[bytes], tuple[int, ...], bool, np.dtype]]:
+        """Yield the array's file, behind the header, with its shape, whether it is stored by column, and its dtype."""
         with ExitStack() as stack:
             try:
-                archive = stack.enter_context(zipfile.ZipFile(self.path))
-                file = stack.enter_context(archive.open(f"{self.array}.npy"))
-                if np.lib.format.read_magic(file) == (1, 0):
-                    shape, by_column, dtype = np.lib.format.read_array_header_1_0(file)
+                if self.array is None:
+                    file: IO[bytes] = stack.enter_context(self.path.open("rb"))
+                    size = self.path.stat().st_size
                 else:
-                    shape, by_column, dtype = np.lib.format.read_array_header_2_0(file)
+                    archive = stack.enter_context(zipfile.ZipFile(self.path))
+                    file = stack.enter_context(archive.open(f"{self.array}.npy"))
+                    size = archive.getinfo(f"{self.array}.npy").file_size
+                version = np.lib.format.read_magic(file)
+                header = (
+                    np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                )
+                shape, by_column, dtype = header(file)
+                if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > size - file.tell():
+                    raise ValueError("it is truncated")
             except Exception as error:  # what is raised depends on which byte is wrong
-                raise self._unreadable(error) from None
+                raise self.unreadable(error) from None
             yield file, shape, by_column, dtype
 
-    def _read(self, file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
-        wanted = int(np.prod(shape)) * dtype.itemsize
+    def _read(self, file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         try:
-            read = file.read(wanted)
+            return np.frombuffer(file.read(math.prod(shape) * dtype.itemsize), dtype).reshape(shape)
         except Exception as error:
-            raise self._unreadable(error) from None
-        if len(read) != wanted:
-            raise self._unreadable("it is cut short")
-        return np.frombuffer(read, dtype).reshape(shape)
-
-    def _unreadable(self, why: object) -> ValueError:
-        return ValueError(
-            f"expected an array of numbers in an NPZ file; got {self.name}, which is none ({_one_line(why)})"
-        )
+            raise self.unreadable(error) from None
 
 
-def _columns_of(array: np.ndarray[Any, Any], name: str) -> tuple[list[str], bool]:
-    """Give the names of an array's columns, and whether they are the file's."""
+def _columns_of(array: np.ndarray, name: str) -> tuple[list[str], bool]:
+    """Return the names of an array's columns, and whether the file names them."""
     if array.dtype.hasobject:
         raise ValueError(f"expected an array of numbers in {name}; got one of Python objects, which are not unpickled")
     if array.dtype.names and array.ndim == 1:
@@ -519,15 +496,11 @@ def _columns_of(array: np.ndarray[Any, Any], name: str) -> tuple[list[str], bool
 
 def _exact_floats() -> dict[str, Any]:
     """Return the option with which ``pandas.read_csv`` reads each number exactly, the default from pandas 3.1 on."""
-    import pandas as pd
-
     version = tuple(map(int, pd.__version__.split(".")[:2]))
     return {} if version >= (3, 1) else {"float_precision": "round_trip"}
 
 
 def _frame(array: np.ndarray[Any, Any], columns: list[str]) -> Any:
-    import pandas as pd
-
     array = array.astype(array.dtype.newbyteorder("="), copy=False)  # pandas 2 takes no other byte order
     if array.dtype.names:
         return pd.DataFrame({name: array[name] for name in columns})
@@ -535,8 +508,7 @@ def _frame(array: np.ndarray[Any, Any], columns: list[str]) -> Any:
 
 
 def _as_numbers(cells: Any) -> Any:
-    """Give cells as float64, with what is no number, or not exactly, as nan."""
-    import pandas as pd
+    """Return cells as float64, with nan for a cell that is not a number, or that a float64 does not hold exactly."""
 
     if cells.dtype.kind == "f" or cells.dtype.kind == "b":
         return cells.to_numpy(np.float64)
@@ -562,12 +534,8 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
-
-
 def _check_access(path: Path) -> None:
-    """Leave it to the system to say that a file is not there, or not to be read."""
+    """Raise the system's error if a file is not there or cannot be read."""
     path.open("rb").close()
 
 
@@ -580,7 +548,7 @@ def _ending(path: str) -> str:
 
 @contextmanager
 def _writing(path: str) -> Iterator[Any]:
-    """Give a binary file that takes the place of another when it is whole, or standard output."""
+    """Yield a binary file that replaces the one of the path when it is complete, or standard output."""
     if path != "-":
         with replacing(path) as file:
             yield file
@@ -590,9 +558,7 @@ def _writing(path: str) -> Iterator[Any]:
     sys.stdout.buffer.flush()
 
 
-def _arrow(chunk: np.ndarray[Any, Any], columns: list[str], kinds: _Kinds) -> Any:
-    import pyarrow as pa
-
+def _arrow(chunk: np.ndarray, columns: list[str], kinds: _Kinds) -> Any:
     arrays = []
     for place, name in enumerate(columns):
         array = np.ascontiguousarray(chunk[:, place])
@@ -605,8 +571,6 @@ def _arrow(chunk: np.ndarray[Any, Any], columns: list[str], kinds: _Kinds) -> An
 
 
 def _write_csv(file: IO[bytes], columns: list[str], chunks: Iterable[Any], kinds: _Kinds) -> None:
-    from pyarrow import csv as arrow_csv
-
     head = io.StringIO()
     csv.writer(head, lineterminator="\n").writerow(columns)
     file.write(head.getvalue().encode())
@@ -617,8 +581,6 @@ def _write_csv(file: IO[bytes], columns: list[str], chunks: Iterable[Any], kinds
 
 
 def _write_parquet(file: IO[bytes], columns: list[str], chunks: Iterable[Any], kinds: _Kinds) -> None:
-    from pyarrow import parquet
-
     writer = None
     try:
         for chunk in chunks:
@@ -632,24 +594,24 @@ def _write_parquet(file: IO[bytes], columns: list[str], chunks: Iterable[Any], k
 
 
 def _write_npy(file: IO[bytes], columns: list[str], chunks: Iterable[Any], kinds: _Kinds) -> None:
-    def head(rows: int, dtype: np.dtype[Any]) -> None:
-        # The header leaves room for a longer number of rows, so that it keeps its length.
-        described = {"descr": dtype.str, "fortran_order": False, "shape": (rows, len(columns))}
-        np.lib.format.write_array_header_1_0(file, described)
+    def write_header(rows: int, dtype: np.dtype) -> None:
+        # It leaves room for a longer number of rows, so that its length stays the same.
+        header = {"descr": dtype.str, "fortran_order": False, "shape": (rows, len(columns))}
+        np.lib.format.write_array_header_1_0(file, header)
 
     rows, dtype = 0, None
     for chunk in chunks:
         if dtype is None:
             dtype = chunk.dtype
-            head(0, dtype)
+            write_header(0, dtype)
         file.write(np.ascontiguousarray(chunk, dtype).data)
         rows += len(chunk)
     file.seek(0)
-    head(rows, dtype or np.dtype(np.float64))
+    write_header(rows, dtype or np.dtype(np.float64))
 
 
 def _write_npz(file: IO[bytes], columns: list[str], chunks: Iterable[Any], kinds: _Kinds) -> None:
-    # The array comes first into a file of its own, since its header, which leads, says how many rows there are.
+    # The array is first written to a file of its own, since its header says how many rows there are.
     folder = os.path.dirname(os.path.abspath(file.name))
     with tempfile.TemporaryFile(dir=folder) as array:
         _write_npy(array, columns, chunks, kinds)

@@ -1,4 +1,4 @@
-"""Tables of numbers, split and standardised: scikit-learn's bundled data sets, or rows of your own."""
+"""Tables of numbers, split and standardized: scikit-learn's bundled data sets, or rows of your own."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyroflows.data.split import split_rows
+from pyroflows.arguments import check_finite, check_option
+from pyroflows.data.split import PARTS, split_rows
 
-__all__ = ["TABLES", "Table", "load_table", "make_table"]
+__all__ = ["TABLES", "Table", "load_table", "make_table", "mean_and_scale"]
 
 TABLES: tuple[str, ...] = ("breast_cancer", "diabetes", "digits", "iris", "linnerud", "wine")
 """The names that ``load_table`` knows."""
@@ -19,17 +20,17 @@ TABLES: tuple[str, ...] = ("breast_cancer", "diabetes", "digits", "iris", "linne
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Table:
-    """A data set in three parts, with what undoes its standardisation.
+    """A data set in three parts, with its mean and scale.
 
     Args:
-        name: what the table is called.
-        columns: one name a column.
-        train: the rows to fit to, shape ``(rows, features)``.
-        validation: the rows to stop by.
-        test: the rows to report on.
-        mean: what was subtracted from every row, shape ``(features,)``, float64.
-        scale: what the difference was divided by, shape ``(features,)``, float64.
-        labels: the class of every row by name of the part, int64, or None where there are no classes.
+        name: name of the table.
+        columns: a name for each column.
+        train: rows to train on, of shape ``(rows, features)``.
+        validation: rows for validation.
+        test: rows to test on.
+        mean: subtracted from every row, of shape ``(features,)``, float64.
+        scale: divisor of the difference, of shape ``(features,)``, float64.
+        labels: class of every row for each part, int64; None if there are no classes.
 
     Example:
         >>> load_table("iris")
@@ -50,8 +51,8 @@ class Table:
         """The number of columns."""
         return len(self.columns)
 
-    def in_units(self, x: Tensor) -> Tensor:
-        """Undo the standardisation of rows ``x``, shape ``(*batch, features)``, such as samples of a fitted flow."""
+    def unstandardize(self, x: Tensor) -> Tensor:
+        """Return rows in the original units, such as samples of a fitted flow; ``x: (*batch, features)``."""
         return (x * self.scale.to(x.device) + self.mean.to(x.device)).to(x.dtype)
 
     def __repr__(self) -> str:
@@ -60,9 +61,9 @@ class Table:
         return f"Table({self.name!r}, features={self.features}, {parts}{labels})"
 
 
-def _mean_and_scale(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and population standard deviation of the columns, with scale 1 for a constant one."""
-    constant = x.max(0) == x.min(0)  # asked of the values: rounding can leave a constant a deviation that is not 0
+def mean_and_scale(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and population standard deviation of the columns, with scale 1 for a constant one."""
+    constant = x.max(0) == x.min(0)  # rounding can give a constant a standard deviation that is not 0
     return x.mean(0), np.where(constant, 1.0, x.std(0))
 
 
@@ -78,26 +79,26 @@ def make_table(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Table:
-    """Split rows at random and standardise them by the mean and standard deviation of the train rows.
+    """Split rows at random, and standardize them by the mean and standard deviation of the training rows.
 
-    A column that is constant in the train rows is kept, with mean subtracted and scale 1.
+    A column that is constant in the training rows is kept, with its mean subtracted and scale 1.
 
     Args:
-        x: the rows, shape ``(rows, features)``.
-        name: what to call the table.
-        columns: one name a column; None numbers them.
-        labels: the class of every row, shape ``(rows,)``, or None.
-        test: the fraction of rows to test on.
-        validation: the fraction of rows, of all of them, to stop by.
-        standardize: whether to standardise; without it the mean is 0 and the scale 1.
-        seed: what draws the split.
-        dtype: the dtype of the rows.
+        x: the rows.
+        name: name of the table.
+        columns: a name for each column; None numbers them.
+        labels: class of every row.
+        test: fraction of all rows to test on.
+        validation: fraction of all rows for validation.
+        standardize: whether to standardize; otherwise the mean is 0 and the scale 1.
+        seed: of the split.
+        dtype: dtype of the rows.
 
     Shapes:
-        train, validation, test: ``(rows, features)``; mean, scale: ``(features,)``.
+        x: ``(rows, features)``; labels: ``(rows,)``.
 
     Raises:
-        ValueError: the rows are no finite matrix, or names, labels or fractions do not fit them.
+        ValueError: the rows are not a finite matrix, or names, labels or fractions do not fit them.
 
     Example:
         >>> table = make_table(torch.arange(20.0).reshape(10, 2))
@@ -112,26 +113,19 @@ def make_table(
     columns = tuple(f"column_{number}" for number in range(rows.shape[1])) if columns is None else tuple(columns)
     if len(columns) != rows.shape[1]:
         raise ValueError(f"expected {rows.shape[1]} column names; got {len(columns)}")
-    bad = np.argwhere(~np.isfinite(rows))
-    if len(bad):
-        row, column = bad[0]
-        raise ValueError(
-            f"expected finite values; got {rows[row, column]} in row {row}, column {columns[column]!r} of {name!r}"
-        )
+    check_finite(repr(name), rows, columns)
     classes = None if labels is None else torch.as_tensor(labels).long()
     if classes is not None and classes.shape != rows.shape[:1]:
         raise ValueError(f"expected labels of shape ({len(rows)},); got {tuple(classes.shape)}")
     indices = split_rows(len(rows), test, validation, seed)
     mean, scale = np.zeros(len(columns)), np.ones(len(columns))
     if standardize:
-        mean, scale = _mean_and_scale(rows[indices["train"].numpy()])
+        mean, scale = mean_and_scale(rows[indices["train"].numpy()])
     standard = torch.from_numpy((rows - mean) / scale).to(dtype)
     return Table(
         name=name,
         columns=columns,
-        train=standard[indices["train"]],
-        validation=standard[indices["validation"]],
-        test=standard[indices["test"]],
+        **{part: standard[indices[part]] for part in PARTS},
         mean=torch.from_numpy(mean),
         scale=torch.from_numpy(scale),
         labels=None if classes is None else {part: classes[index] for part, index in indices.items()},
@@ -147,34 +141,30 @@ def load_table(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Table:
-    """Load one of scikit-learn's bundled tables, split and standardised by its train rows.
+    """Load one of scikit-learn's bundled tables, see :func:`make_table` for the other options.
 
     The classification tables (breast_cancer, digits, iris, wine) have their classes as labels; the regression tables
     (diabetes, in its original units, and linnerud) have their targets as last columns. No column is dropped: one that
-    is constant in the train rows, as some pixels of digits are, has its mean subtracted and scale 1.
+    is constant in the training rows, as some pixels of digits are, has its mean subtracted and scale 1.
 
     Args:
         name: one of ``TABLES``.
-        test: the fraction of rows to test on.
-        validation: the fraction of rows, of all of them, to stop by.
-        standardize: whether to standardise; without it the mean is 0 and the scale 1.
-        seed: what draws the split.
-        dtype: the dtype of the rows.
-
-    Shapes:
-        train, validation, test: ``(rows, features)``; mean, scale: ``(features,)``.
+        test: fraction of all rows to test on.
+        validation: fraction of all rows for validation.
+        standardize: whether to standardize.
+        seed: of the split.
+        dtype: dtype of the rows.
 
     Raises:
-        ValueError: there is no such table, or the fractions leave no train row.
+        ValueError: there is no such table, or the fractions leave no training row.
 
     Example:
         >>> wine = load_table("wine", test=0.3, seed=1)
         >>> wine.train.shape, wine.labels["train"].shape
         (torch.Size([107, 13]), torch.Size([107]))
     """
-    if name not in TABLES:
-        raise ValueError(f"expected the name of a table, one of {', '.join(TABLES)}; got {name!r}")
-    from sklearn import datasets  # here, because the import is slow and few uses of the package need it
+    check_option("name", name, TABLES)
+    from sklearn import datasets  # here, since the import is slow
 
     bunch = datasets.load_diabetes(scaled=False) if name == "diabetes" else getattr(datasets, f"load_{name}")()
     rows, columns, labels = bunch.data, [str(column) for column in bunch.feature_names], bunch.target

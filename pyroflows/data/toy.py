@@ -1,4 +1,4 @@
-"""Toy densities in the plane: seeded samples, and the exact log density they were drawn from."""
+"""Toy densities in the plane: seeded samples, and their exact log-density."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Size, Tensor
+
+from pyroflows.arguments import check_counts, check_event, check_number, check_sizes
 
 __all__ = [
     "TOY_DENSITIES",
@@ -27,21 +29,13 @@ LOG_2PI = math.log(2 * math.pi)
 
 def _check_positive(**values: float) -> None:
     for name, value in values.items():
-        if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
-            raise ValueError(f"expected {name} to be a positive number; got {value!r}")
-
-
-def _check_count(**values: int) -> None:
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"expected {name} to be a positive integer; got {value!r}")
+        check_number(name, value, "(0, inf)")
 
 
 def _generator(seed: int | None) -> Generator | None:
     if seed is None:
         return None
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise ValueError(f"expected seed to be a non-negative integer or None; got {seed!r}")
+    check_counts(seed=seed)
     return Generator().manual_seed(seed)
 
 
@@ -62,7 +56,7 @@ def _polar(radius: Tensor, angle: Tensor) -> Tensor:
 
 
 def _quadrature(end: float, width: float) -> tuple[Tensor, Tensor]:
-    """Gauss-Legendre nodes and weights on [0, ``end``], 12 to a panel; the panels are at most ``width`` long."""
+    """Return Gauss-Legendre nodes and weights on [0, ``end``], 12 to a panel; panels are at most ``width`` long."""
     nodes, weights = (torch.from_numpy(values) for values in np.polynomial.legendre.leggauss(12))
     panels = math.ceil(end / width)
     starts = torch.arange(panels, dtype=torch.float64)
@@ -71,10 +65,10 @@ def _quadrature(end: float, width: float) -> tuple[Tensor, Tensor]:
 
 
 def _log_prob_around(x: Tensor, points: Tensor, log_weights: Tensor, noise: float) -> Tensor:
-    """The log density of ``points`` (m, 2), weighted, each blurred by a normal of standard deviation ``noise``."""
+    """Return the log-density of weighted points, (m, 2), each blurred by a normal of standard deviation ``noise``."""
     points, log_weights = points.to(x.device) / noise, log_weights.to(x.device)
     x = x / noise
-    # With the square multiplied out the (n, points) numbers come from one matrix product.
+    # With the square expanded, the (n, points) numbers come from one matrix product.
     constants = log_weights - points.square().sum(-1) / 2
     parts = x.split(max(1, 2**18 // len(points)))  # small enough for the processor's cache
     log_sums = torch.cat([torch.logsumexp(torch.addmm(constants, part, points.T), -1) for part in parts])
@@ -82,7 +76,7 @@ def _log_prob_around(x: Tensor, points: Tensor, log_weights: Tensor, noise: floa
 
 
 class ToyDensity:
-    """A density with seeded samples and an exact log density; a new one defines ``_draw`` and ``_log_density``.
+    """A density with seeded samples and an exact log-density; a subclass defines ``_draw`` and ``_log_density``.
 
     Example:
         >>> class Square(ToyDensity):
@@ -104,8 +98,8 @@ class ToyDensity:
         """Draw ``n`` independent points.
 
         Args:
-            n: how many points.
-            seed: the same seed gives the same points; None draws from torch's global generator.
+            n: number of points.
+            seed: of the points; None draws from torch's global generator.
 
         Shapes:
             result: ``(n, features)``, float32.
@@ -113,11 +107,11 @@ class ToyDensity:
         Raises:
             ValueError: ``n`` is not a positive integer, or ``seed`` not a non-negative one.
         """
-        _check_count(n=n)
+        check_sizes(n=n)
         return self._draw(n, _generator(seed)).float()
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Give the log density in nats, computed in float64 and returned in the dtype of ``x``; autograd goes through.
+        """Return the log-density in nats, computed in float64 and returned in the dtype of ``x``; it has gradients.
 
         Args:
             x: points, shape ``(*batch, features)``.
@@ -129,12 +123,7 @@ class ToyDensity:
             TypeError: ``x`` is not a floating-point tensor.
             ValueError: ``x`` has another shape.
         """
-        if not isinstance(x, Tensor):
-            raise TypeError(f"expected a tensor of shape (*batch, {self.features}); got {type(x).__name__}")
-        if not x.is_floating_point():
-            raise TypeError(f"expected a floating-point tensor; got {x.dtype}")
-        if x.dim() == 0 or x.shape[-1] != self.features:
-            raise ValueError(f"expected a tensor of shape (*batch, {self.features}); got {tuple(x.shape)}")
+        check_event(x, Size((self.features,)))
         log_prob = self._log_density(x.double().reshape(-1, self.features))
         return log_prob.reshape(x.shape[:-1]).to(x.dtype)
 
@@ -147,10 +136,10 @@ class ToyDensity:
 
 @dataclass(frozen=True)
 class TwoMoons(ToyDensity):
-    r"""Two interleaved half circles of radius 1, blurred by normal noise; the entropy is 0.289 nats at noise 0.05.
+    r"""Two interleaved half circles of radius 1, blurred by normal noise; at noise 0.05 the entropy is 0.289 nats.
 
-    The arcs are scikit-learn's ``make_moons``, with the angle uniform at random instead of on a grid,
-    so that the points are independent and their density is an integral along the arcs, done by quadrature:
+    The arcs are those of scikit-learn's ``make_moons``, with random angles instead of a grid, so that points are
+    independent and their density is an integral along the arcs, computed by quadrature:
 
     .. math:: p(x) = \frac{1}{2\pi} \sum_{c} \int_0^\pi \mathcal{N}(x;\, c(t), \sigma^2 I)\, dt
 
@@ -240,15 +229,15 @@ class Circles(ToyDensity):
 class Spirals(ToyDensity):
     r"""Two spiral arms from the origin, each the other turned by half a turn, blurred by normal noise.
 
-    The arms are those of FFJORD's ``2spirals``, without its second, uniform noise, so that the density
-    is an integral along the arms, done by quadrature. With the angle :math:`t = t_1 \sqrt{u}` and ``u`` uniform:
+    The arms are those of FFJORD's ``2spirals``, without its second, uniform noise, so that the density is an integral
+    along the arms, computed by quadrature. With the angle :math:`t = t_1 \sqrt{u}` and ``u`` uniform:
 
     .. math:: p(x) = \sum_{\pm} \int_0^{t_1} \frac{t}{t_1^2}\, \mathcal{N}(x;\, \pm c(t), \sigma^2 I)\, dt,
         \quad c(t) = \tfrac{t}{3} (-\cos t, \sin t), \quad t_1 = 2\pi\,\mathrm{turns}
 
     Args:
         noise: the standard deviation of the noise.
-        turns: how often an arm goes round the origin.
+        turns: number of turns of an arm around the origin.
 
     Shapes:
         samples: ``(n, 2)``.
@@ -294,7 +283,7 @@ class Spirals(ToyDensity):
 
 @dataclass(frozen=True)
 class Checkerboard(ToyDensity):
-    """The uniform density on every other cell of a 4x4 board with cells of side 2: its entropy is ln 32 nats.
+    """The uniform density on every other cell of a 4x4 board with cells of side 2; its entropy is ln 32 nats.
 
     Shapes:
         samples: ``(n, 2)``, between -4 and 4.
@@ -307,7 +296,7 @@ class Checkerboard(ToyDensity):
     def _draw(self, n: int, generator: Generator | None) -> Tensor:
         column = _choice(n, 4, generator)
         row = 2 * _choice(n, 2, generator) + column % 2
-        # The bound is a number that float32 still tells from the next cell, so that rounding leaves no point there.
+        # The bound differs from the next cell in float32 too, so that rounding moves no point there.
         within = torch.rand(n, 2, generator=generator, dtype=torch.float64).clamp(max=1 - 2**-20)
         return 2 * (torch.stack((column, row), -1) + within) - 4
 
@@ -358,15 +347,15 @@ class EightGaussians(ToyDensity):
 class Pinwheel(ToyDensity):
     r"""Normal arms about the origin, twisted into a pinwheel.
 
-    A point of an arm is drawn about (1, 0), then turned by the arm's angle and by
-    :math:`\mathrm{rate} \cdot e^r`, with r its distance from the origin. In the original r is the first coordinate;
-    with the distance the twist keeps areas, and the density is that of the normals, in closed form.
+    A point of an arm is drawn around (1, 0), then rotated by the arm's angle and by :math:`\mathrm{rate} \cdot e^r`,
+    with r its distance from the origin. In the original r is the first coordinate; with the distance the twist
+    preserves areas, and the density is that of the normals, in closed form.
 
     Args:
-        num_arms: how many arms.
-        radial_scale: an arm's standard deviation away from the origin.
+        num_arms: number of arms.
+        radial_scale: an arm's standard deviation in the direction of the origin.
         tangential_scale: its standard deviation across.
-        rate: how strong the twist is.
+        rate: strength of the twist.
 
     Shapes:
         samples: ``(n, 2)``.
@@ -389,11 +378,11 @@ class Pinwheel(ToyDensity):
     rate: float = 0.25
 
     def __post_init__(self) -> None:
-        _check_count(num_arms=self.num_arms)
+        check_sizes(num_arms=self.num_arms)
         _check_positive(radial_scale=self.radial_scale, tangential_scale=self.tangential_scale, rate=self.rate)
 
     def _twist(self, distance: Tensor) -> Tensor:
-        # Bounded, because the angle of an infinite twist is nan; no sample is ever that far out.
+        # Bounded, since the angle of an infinite twist is nan; no sample is that far from the origin.
         return self.rate * distance.clamp(max=20).exp()
 
     def _draw(self, n: int, generator: Generator | None) -> Tensor:
@@ -418,13 +407,13 @@ class Pinwheel(ToyDensity):
 class RandomGaussianMixture(ToyDensity):
     """A mixture of normals of equal weight, with random means and random full covariances.
 
-    The means are normal with standard deviation 3; a covariance has random axes, with standard deviations
-    uniform between 0.3 and 1.
+    Means are normal with standard deviation 3; covariances have random axes, with standard deviations uniform between
+    0.3 and 1.
 
     Args:
         features: the dimension.
-        num_components: how many normals.
-        seed: what draws the means and covariances; the samples have a seed of their own.
+        num_components: number of normals.
+        seed: of the means and covariances; samples have another.
 
     Shapes:
         samples: ``(n, features)``.
@@ -442,9 +431,8 @@ class RandomGaussianMixture(ToyDensity):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_count(features=self.features, num_components=self.num_components)
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
-            raise ValueError(f"expected seed to be a non-negative integer; got {self.seed!r}")
+        check_sizes(features=self.features, num_components=self.num_components)
+        check_counts(seed=self.seed)
 
     @functools.cached_property
     def _parameters(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -474,7 +462,7 @@ class RandomGaussianMixture(ToyDensity):
 
     def _log_density(self, x: Tensor) -> Tensor:
         means, axes, scales = (values.to(x.device) for values in self._parameters)
-        # Turned into the axes of each component its normal is a product: (n, k, d) from (n, k, 1, d) @ (k, d, d).
+        # In the axes of each component its normal is a product: (n, k, d) from (n, k, 1, d) @ (k, d, d).
         whitened = ((x[:, None] - means)[..., None, :] @ axes).squeeze(-2) / scales
         log_normals = -whitened.square().sum(-1) / 2 - scales.log().sum(-1)
         return torch.logsumexp(log_normals, -1) - math.log(self.num_components) - self.features * LOG_2PI / 2

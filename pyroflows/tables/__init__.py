@@ -1,5 +1,6 @@
-"""Flows of tables: a density for columns of a table, and the estimators of scikit-learn over it."""
+"""Flows of tables: built and trained on the rows, with densities in the units of the columns."""
 
+from pyroflows.tables.fitting import fit_table
 from pyroflows.tables.flow import table_flow
 
-__all__ = ["table_flow"]
+__all__ = ["fit_table", "table_flow"]

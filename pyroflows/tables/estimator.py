@@ -18,27 +18,19 @@ from sklearn.base import (
 )
 from sklearn.utils import check_random_state, column_or_1d
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import (
-    _check_sample_weight,
-    check_array,
-    check_consistent_length,
-    check_is_fitted,
-    validate_data,
-)
-from torch import Tensor, nn
+from sklearn.utils.validation import check_array, check_consistent_length, check_is_fitted, validate_data
+from torch import Tensor
 
-from pyroflows.arguments import check_number, check_option, check_sizes, check_varying
-from pyroflows.bijection import Bijection
+from pyroflows.arguments import check_finite, check_number, check_option, check_sizes
 from pyroflows.contexts import seeded
+from pyroflows.distributed import choose_device
 from pyroflows.flow import Flow
-from pyroflows.layers.pointwise import Standardize
-from pyroflows.tables import table_flow
-from pyroflows.training import FitOptions, fit
+from pyroflows.tables.fitting import fit_table
+from pyroflows.training import FitOptions
 
 __all__ = ["FlowClassifier", "FlowDensity"]
 
-_ROWS_AT_ONCE = 8192
-_STEPS_OF_AN_EPOCH = 10
+_CHUNK_ROWS = 8192
 
 
 class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseEstimator):
@@ -46,45 +38,45 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
 
     .. math:: \log p(x \mid y) = \log p_Z(f^{-1}(x; y)) + \log|\det df^{-1}/dx|
 
-    It is trained by maximum likelihood, in single precision, and scores in double, so that the score of a row does not
-    depend on the rows beside it. Equal rows are taken together and their weights added: a weight of two is the same as
-    a row given twice, and no row is both learned from and held out.
+    It is trained by maximum likelihood in single precision, and scores in double precision, so that the score of a row
+    does not depend on the other rows. Equal rows become one row with the sum of their weights: a weight of two is the
+    same as a row that comes twice, and no row is both trained on and held out.
 
     Args:
         flow: "nsf", "maf", "realnvp", "glow", "nice", "iaf", "planar", "radial", or a function that builds a flow, see
-            :func:`table_flow`. Splines ("nsf") bend within bounds; the affine ones can give a row between clusters a
-            density so low that it ruins a mean, and of a single column learn no more than a normal distribution.
-        num_layers: number of its layers; None for the flow's own.
-        hidden_features: widths of the hidden layers of its networks; None for the flow's own.
-        flow_options: its other options, such as ``{"num_bins": 16}``.
-        conditional: None for the density of the rows, beside which any ``y`` is left alone; "class" for their density
-            given a class label ``y``; "number" for that given one number or several.
-        standardize: whether the flow starts with the standardisation of the columns.
-        epochs: passes through the rows, at most; one of fewer than ten steps counts once it has ten.
-        batch_size: rows a step, or all rows where there are fewer.
-        learning_rate: of Adam, at its highest.
-        validation: the share of rows to hold out, which say which epoch was the best; 0 for none.
-        patience: epochs without a better likelihood of these before training ends; None to go on.
-        max_seconds: a limit of wall time.
-        fit_options: other options of :func:`fit`, such as ``{"weight_decay": 1e-5}``.
-        device: "cpu", "cuda" (also "cuda:1"), or "auto" for a GPU where there is one.
-        random_state: an integer, a RandomState or None, of weights, rows held out and shuffles.
-        verbose: whether to show a bar of progress on a terminal.
+            :func:`table_flow`. Splines ("nsf") bend within bounds; the affine flows can give a row between clusters a
+            density so low that it ruins a mean, and for a single column learn no more than a normal distribution.
+        num_layers: number of layers; None for the flow's default.
+        hidden_features: widths of the hidden layers of its networks; None for the flow's default.
+        flow_options: other options of the flow, such as ``{"num_bins": 16}``.
+        conditional: None for the density of the rows, whatever ``y`` is; "class" for their density given a class label
+            ``y``; "number" for that given one number or several.
+        standardize: whether the flow standardizes the columns.
+        epochs: most passes through the rows; an epoch has at least ten steps.
+        batch_size: rows a step, or all rows if there are fewer.
+        learning_rate: largest learning rate of Adam.
+        validation: share of rows to hold out, to choose the best epoch and when to stop; 0 for none.
+        patience: epochs without a better validation loss before training ends; None for no limit.
+        max_seconds: limit of wall time.
+        fit_options: fields of :class:`FitOptions`, such as ``{"weight_decay": 1e-5}``.
+        device: "cpu", "cuda" (also "cuda:1"), or "auto" for a GPU if there is one.
+        random_state: an integer, a RandomState or None, for weights, rows held out and shuffles.
+        verbose: whether to show a progress bar on a terminal.
 
     Attributes:
-        flow_: the :class:`Flow`, in the units of the columns, of float64.
-        result_: the :class:`FitResult`, its losses in nats in these units.
-        n_iter_: epochs done.
-        classes_: the class labels, where it is conditional on them.
+        flow_: the :class:`Flow`, in the units of the columns, in double precision.
+        result_: the :class:`FitResult`, with losses in nats in these units.
+        n_iter_: number of epochs.
+        classes_: the class labels, if it is conditional on them.
         n_features_in_: number of columns.
-        feature_names_in_: their names, of a data frame.
+        feature_names_in_: names of the columns of a data frame.
 
     Shapes:
         X: ``(rows, columns)``; y: ``(rows,)`` or ``(rows, numbers)``; sample_weight: ``(rows,)``.
 
     Raises:
         ValueError: numbers that are not finite, named by row and column, a constant column, fewer than two different
-            rows, an option out of range, or ``y`` missing where it is conditional.
+            rows, an option out of range, or a missing ``y`` if it is conditional.
 
     References:
         Masked Autoregressive Flow for Density Estimation, Papamakarios et al., 2017 (arXiv:1705.07057).
@@ -135,119 +127,87 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         self.verbose = verbose
 
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> FlowDensity:
-        """Train the flow on rows, each of weight one by default, and on their ``y`` where it is conditional."""
+        """Train the flow on rows, each of weight one by default, and on their ``y`` if it is conditional."""
         if self.conditional is not None:
             check_option("conditional", self.conditional, ("class", "number"))
         check_number("validation", self.validation, "[0, 1)")
         check_sizes(batch_size=self.batch_size)
-        device = self._device()
+        device = _device(self.device)
         x = self._rows(X, reset=True)
-        weight = _check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True)
-        x, y, weight = x[weight > 0], self._targets(x, y, weight > 0), weight[weight > 0]
-        x, y, weight = _merged(x, y, weight)
-        if len(x) < 2:
-            raise ValueError(f"expected at least 2 different rows of a weight above zero; got {len(x)}")
-        check_varying(x, getattr(self, "feature_names_in_", None))
-
-        rng = check_random_state(self.random_state)
-        seed = int(rng.randint(np.iinfo(np.int32).max))
-        order = torch.from_numpy(np.random.RandomState(seed).permutation(len(x)))
-        # A row of more weight than is held out, such as the zero of most rows, is on either side with a part of it.
-        heavy = torch.from_numpy(weight > (1 + 1e-9) * self.validation * weight.sum())[order]
-        held = order[~heavy][: int(self.validation * len(x))]
-        kept = order[~torch.isin(order, held)]
-        if len(held):
-            held = torch.cat((held, order[heavy]))
-        data, given = _tensor(x), None if y is None else _tensor(y)
-        scale = None
-        if self.standardize:
-            mean = np.average(x, axis=0, weights=weight)
-            std = np.sqrt(np.average((x - mean) ** 2, axis=0, weights=weight))
-            scale = Standardize(_tensor(mean), _tensor(std))
-        own = {"num_layers": self.num_layers, "hidden_features": self.hidden_features}
-        sizes: dict[str, Any] = {name: size for name, size in own.items() if size is not None}
-        sizes.update(self.flow_options or {})
-        with seeded(seed):
-            flow = table_flow(data, self.flow, context=given, standardize=scale or False, **sizes)
-        weights = None if (weight == weight[0]).all() else _tensor(weight)
-        training = _Training(flow, scale, weights is not None)
-        options: dict[str, Any] = {
-            "epochs": self.epochs,
-            "batch_size": min(self.batch_size, len(kept)),
-            "learning_rate": self.learning_rate,
-            "patience": self.patience,
-            "max_seconds": self.max_seconds,
-            "device": device.type,
-            "progress": None if self.verbose else False,
-        }
-        more: dict[str, Any] = {}
-        if len(kept) // options["batch_size"] < _STEPS_OF_AN_EPOCH:
-            more["steps_per_epoch"] = _STEPS_OF_AN_EPOCH
-        held_out: Any = None
-        if len(held):
-            held_out = training.rows(data, given, _scaled(weights, order[heavy], self.validation), held)
-            weights = _scaled(weights, order[heavy], 1 - self.validation)
-        rows, context = training.rows(data, given, weights, kept)
-        self.result_ = fit(
-            training.flow.to(device),
-            rows,
+        weights = _sample_weights(sample_weight, x)
+        is_used = weights > 0
+        context = self._learn_targets(x, y, is_used)
+        flow_options = {"num_layers": self.num_layers, "hidden_features": self.hidden_features}
+        flow_options = {name: value for name, value in flow_options.items() if value is not None}
+        self.flow_, self.result_ = fit_table(
+            x[is_used],
+            self.flow,
             context=context,
-            validation=held_out,
-            objective=training.loss,
-            seed=seed,
-            options=FitOptions(**more | dict(self.fit_options or {})),
-            **options,
+            weights=weights[is_used],
+            validation=self.validation,
+            columns=getattr(self, "feature_names_in_", None),
+            standardize=self.standardize,
+            flow_options=flow_options | dict(self.flow_options or {}),
+            batch_size=self.batch_size,
+            min_steps=10,
+            seed=_seed(self.random_state),
+            device=device,
+            epochs=self.epochs,
+            learning_rate=self.learning_rate,
+            patience=self.patience,
+            max_seconds=self.max_seconds,
+            progress=None if self.verbose else False,
+            options=FitOptions(**self.fit_options or {}),
         )
-        if self.result_.best_epoch is None:
-            raise ValueError(f"expected a finite likelihood after an epoch at least; got none: {self.result_.stopped}")
-        self.flow_ = flow.to(device, torch.float64)
         self.n_iter_ = len(self.result_.history["train"])
         self._n_features_out = x.shape[1]
         return self
 
     def score_samples(self, X: Any, y: Any = None) -> np.ndarray:
-        """Give the log-density of each row, in nats, in the units of the columns."""
+        """Return the log-density of each row, in nats, in the units of the columns."""
         return self._map("log_prob", *self._read(X, y))
 
     def score(self, X: Any, y: Any = None) -> float:
-        """Give the mean log-density of the rows, in nats, in the units of the columns."""
+        """Return the mean log-density of the rows, in nats, in the units of the columns."""
         return float(self.score_samples(X, y).mean())
 
     def sample(
         self, n_samples: int = 1, random_state: int | np.random.RandomState | None = None, *, y: Any = None
     ) -> np.ndarray:
-        """Draw rows; of a conditional density given ``y``, one value for all of them or one for each."""
+        """Draw rows; from a conditional density given ``y``, one value for all rows or one for each."""
         check_is_fitted(self)
         check_sizes(n_samples=n_samples)
         context = None
         if self.conditional is not None:
-            context = self._context(self._spread(y, n_samples), n_samples)
-        seed = int(check_random_state(random_state).randint(np.iinfo(np.int32).max))
-        flow = self._placed_flow()
-        parts = []
-        with seeded(seed, flow.device):
-            for i in range(0, n_samples, _ROWS_AT_ONCE):
-                rows = min(_ROWS_AT_ONCE, n_samples - i)
-                given = None if context is None else context[i : i + rows].to(flow.device)
-                parts.append(flow.sample(() if given is not None else (rows,), given).cpu().numpy())
-        return np.concatenate(parts)
+            context = self._context(self._broadcast_targets(y, n_samples), n_samples)
+        flow = self.flow_.to(_device(self.device))
+        chunks = []
+        with seeded(_seed(random_state), flow.device):
+            for start in range(0, n_samples, _CHUNK_ROWS):
+                rows = slice(start, min(start + _CHUNK_ROWS, n_samples))
+                if context is None:
+                    chunk = flow.sample((rows.stop - rows.start,))
+                else:
+                    chunk = flow.sample((), context[rows].to(flow.device))
+                chunks.append(chunk.cpu().numpy())
+        return np.concatenate(chunks)
 
     def transform(self, X: Any, y: Any = None) -> np.ndarray:
-        """Give the latents of rows."""
+        """Return the latents of rows."""
         return self._map("encode", *self._read(X, y))
 
     def fit_transform(self, X: Any, y: Any = None, sample_weight: Any = None) -> np.ndarray:
-        """Train the flow on rows, and give their latents."""
+        """Train the flow on rows, and return their latents."""
         return self.fit(X, y, sample_weight).transform(X, y)
 
     def inverse_transform(self, X: Any, y: Any = None) -> np.ndarray:
-        """Give the rows of latents."""
+        """Return the rows of latents."""
         check_is_fitted(self)
-        z = check_array(X, dtype=np.float64, ensure_all_finite=False)
+        z = _tensor(check_array(X, dtype=np.float64, ensure_all_finite=False))
         if z.shape[1] != self.n_features_in_:
             raise ValueError(f"expected latents of {self.n_features_in_} columns; got {z.shape[1]}")
-        _refuse_nonfinite("X", z)
-        return self._map("decode", _tensor(z), self._context(y, len(z)))
+        check_finite("X", z)
+        return self._map("decode", z, self._context(y, len(z)))
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -255,45 +215,28 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         return tags
 
     def __getstate__(self) -> dict[str, Any]:
-        # A pickle is to be read where there is no GPU as well.
+        # A pickle can be read where there is no GPU.
         state = super().__getstate__()
         if "flow_" in state and state["flow_"].device.type != "cpu":
             state["flow_"] = copy.deepcopy(state["flow_"]).cpu()
         return state
 
-    def _device(self) -> torch.device:
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(self.device)
-        except RuntimeError:
-            device = None
-        if device is None or device.type not in ("cpu", "cuda"):
-            raise ValueError(f"expected device to be 'cpu', 'cuda' or 'auto'; got {self.device!r}")
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"expected a GPU that torch sees, for device={self.device!r}; got none")
-        return device
-
-    def _placed_flow(self) -> Flow:
-        return self.flow_.to(self._device())
-
     def _rows(self, X: Any, *, reset: bool) -> np.ndarray:
-        rows = validate_data(
-            self, X, reset=reset, dtype=np.float64, ensure_all_finite=False, ensure_min_samples=2 if reset else 1
-        )
-        _refuse_nonfinite("X", rows, getattr(self, "feature_names_in_", None))
+        options = {"dtype": np.float64, "ensure_all_finite": False, "ensure_min_samples": 2 if reset else 1}
+        rows = validate_data(self, X, reset=reset, **options)
+        check_finite("X", _tensor(rows), getattr(self, "feature_names_in_", None))
         return rows
 
-    def _targets(self, x: np.ndarray, y: Any, kept: np.ndarray) -> np.ndarray | None:
-        """Learn what ``y`` is, from the rows that are kept, and give that of these."""
+    def _learn_targets(self, x: np.ndarray, y: Any, is_used: np.ndarray) -> np.ndarray | None:
+        """Learn the classes, or how many numbers ``y`` has, from the rows that are used, and return their context."""
         if self.conditional is None:
             return None
-        self._refuse_missing(y)
+        _refuse_missing(y, self.conditional)
         check_consistent_length(x, y)
         if self.conditional == "class":
-            self.classes_, labels = np.unique(_labels(y)[kept], return_inverse=True)
+            self.classes_, labels = np.unique(_labels(y)[is_used], return_inverse=True)
             return labels
-        numbers = _numbers(y)[kept]
+        numbers = _numbers(y)[is_used]
         self._numbers_of_y = numbers.shape[1]
         return numbers
 
@@ -303,49 +246,43 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         return _tensor(x), self._context(y, len(x))
 
     def _context(self, y: Any, rows: int) -> Tensor | None:
-        """Give what the flow takes of ``y``, for so many rows."""
+        """Return the context of rows, as the flow takes it."""
         if self.conditional is None:
             return None
-        self._refuse_missing(y)
-        given = _numbers(y) if self.conditional == "number" else _labels(y)
-        if len(given) != rows:
-            raise ValueError(f"expected y for each of {rows} rows; got {len(given)}")
+        _refuse_missing(y, self.conditional)
+        targets = _numbers(y) if self.conditional == "number" else _labels(y)
+        if len(targets) != rows:
+            raise ValueError(f"expected y for each of {rows} rows; got {len(targets)}")
         if self.conditional == "number":
-            if given.shape[1] != self._numbers_of_y:
-                raise ValueError(f"expected {self._numbers_of_y} numbers a row in y; got {given.shape[1]}")
-            return _tensor(given)
-        unknown = ~np.isin(given, self.classes_)
-        if unknown.any():
-            raise ValueError(
-                f"expected class labels among {', '.join(map(str, self.classes_))}; got {given[unknown][0]}"
-            )
-        return _tensor(np.searchsorted(self.classes_, given))
+            if targets.shape[1] != self._numbers_of_y:
+                raise ValueError(f"expected {self._numbers_of_y} numbers a row in y; got {targets.shape[1]}")
+            return _tensor(targets)
+        is_unknown = ~np.isin(targets, self.classes_)
+        if is_unknown.any():
+            labels = ", ".join(map(str, self.classes_))
+            raise ValueError(f"expected class labels among {labels}; got {targets[is_unknown][0]}")
+        return _tensor(np.searchsorted(self.classes_, targets))
 
-    def _refuse_missing(self, y: Any) -> None:
-        if y is None:
-            # The words that scikit-learn looks for.
-            raise ValueError(f"requires y to be passed, but the target y is None: conditional={self.conditional!r}")
-
-    def _spread(self, y: Any, rows: int) -> np.ndarray:
-        """Give one value of ``y`` for each of so many rows."""
-        self._refuse_missing(y)
-        given = np.asarray(y)
-        many = self.conditional == "number" and self._numbers_of_y > 1
-        shape = (rows, self._numbers_of_y) if many else (rows,)
+    def _broadcast_targets(self, y: Any, rows: int) -> np.ndarray:
+        """Return ``y`` for each row, from one for all rows or one for each."""
+        _refuse_missing(y, self.conditional)
+        targets = np.asarray(y)
+        has_many = self.conditional == "number" and self._numbers_of_y > 1
+        shape = (rows, self._numbers_of_y) if has_many else (rows,)
         try:
-            return np.broadcast_to(given if many else given.reshape(-1), shape)
+            return np.broadcast_to(targets if has_many else targets.reshape(-1), shape)
         except ValueError:
-            raise ValueError(f"expected y as one value or as {rows}, one for each; got shape {given.shape}") from None
+            raise ValueError(f"expected y as one value or as {rows}, one for each; got shape {targets.shape}") from None
 
     @torch.no_grad()
     def _map(self, method: str, x: Tensor, context: Tensor | None) -> np.ndarray:
-        flow = self._placed_flow()
-        parts = []
-        for i in range(0, len(x), _ROWS_AT_ONCE):
-            rows = slice(i, i + _ROWS_AT_ONCE)
-            given = None if context is None else context[rows].to(flow.device)
-            parts.append(getattr(flow, method)(x[rows].to(flow.device), given).cpu().numpy())
-        return np.concatenate(parts)
+        flow = self.flow_.to(_device(self.device))
+        chunks = []
+        for start in range(0, len(x), _CHUNK_ROWS):
+            rows = slice(start, start + _CHUNK_ROWS)
+            its_context = None if context is None else context[rows].to(flow.device)
+            chunks.append(getattr(flow, method)(x[rows].to(flow.device), its_context).cpu().numpy())
+        return np.concatenate(chunks)
 
 
 class FlowClassifier(ClassifierMixin, BaseEstimator):
@@ -354,23 +291,23 @@ class FlowClassifier(ClassifierMixin, BaseEstimator):
     .. math:: P(k \mid x) = \frac{\pi_k \, p(x \mid k)}{\sum_j \pi_j \, p(x \mid j)}
 
     Args:
-        density: a :class:`FlowDensity` with the options to be used, of which a copy is fitted that is conditional on
-            the class; by default one with all its defaults.
-        priors: the probabilities of the classes, in the order of ``classes_``; by default their shares of the rows.
+        density: a :class:`FlowDensity`, of which a copy that is conditional on the class is fitted; by default one with
+            its default options.
+        priors: the probabilities of the classes, in the order of ``classes_``; by default their shares of the weights.
 
     Attributes:
         density_: the fitted density, which also draws rows of a class: ``density_.sample(10, y="a")``.
         classes_: the class labels.
         class_prior_: their probabilities.
         n_features_in_: number of columns.
-        feature_names_in_: their names, of a data frame.
+        feature_names_in_: names of the columns of a data frame.
 
     Shapes:
         X: ``(rows, columns)``; y, sample_weight: ``(rows,)``.
 
     Raises:
-        TypeError: the density is none.
-        ValueError: what :class:`FlowDensity` refuses, a ``y`` that is no class label, or priors that are no
+        TypeError: the density is not a :class:`FlowDensity`.
+        ValueError: as in :class:`FlowDensity`; or a ``y`` that is not a class label, or priors that are not
             probabilities.
 
     Example:
@@ -395,9 +332,9 @@ class FlowClassifier(ClassifierMixin, BaseEstimator):
         density = FlowDensity() if self.density is None else clone(self.density)
         self.density_ = density.set_params(conditional="class").fit(X, labels, sample_weight)
         self.classes_ = self.density_.classes_
-        weight = _check_sample_weight(sample_weight, rows, dtype=np.float64)
-        kept = weight > 0
-        counts = np.bincount(np.searchsorted(self.classes_, labels[kept]), weights=weight[kept])
+        weights = _sample_weights(sample_weight, rows)
+        is_used = weights > 0
+        counts = np.bincount(np.searchsorted(self.classes_, labels[is_used]), weights=weights[is_used])
         self.class_prior_ = counts / counts.sum()
         if self.priors is not None:
             priors = np.asarray(self.priors, dtype=np.float64)
@@ -409,103 +346,52 @@ class FlowClassifier(ClassifierMixin, BaseEstimator):
         return self
 
     def predict_log_proba(self, X: Any) -> np.ndarray:
-        """Give the log-probability of each class, ``(rows, classes)``."""
+        """Return the log-probability of each class, ``(rows, classes)``."""
         check_is_fitted(self)
         rows = validate_data(self, X, reset=False, dtype=np.float64, ensure_all_finite=False)
-        given = [self.density_.score_samples(X, np.full(len(rows), label)) for label in self.classes_]
-        joint = np.stack(given, axis=1) + np.log(self.class_prior_)
+        log_probs = [self.density_.score_samples(X, np.full(len(rows), label)) for label in self.classes_]
+        joint = np.stack(log_probs, axis=1) + np.log(self.class_prior_)
         return joint - np.logaddexp.reduce(joint, axis=1, keepdims=True)
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """Give the probability of each class, ``(rows, classes)``."""
+        """Return the probability of each class, ``(rows, classes)``."""
         return np.exp(self.predict_log_proba(X))
 
     def predict(self, X: Any) -> np.ndarray:
-        """Give the most probable class of each row."""
+        """Return the most probable class of each row."""
         best = self.predict_log_proba(X).argmax(axis=1)
         return self.classes_[best]
 
 
-class _Training:
-    """A flow without its standardisation and embedding, whose work is done beforehand in double precision."""
-
-    def __init__(self, flow: Flow, scale: Standardize | None, weighted: bool):
-        self.scale, self.embedding, self.weighted = scale, flow.embedding, weighted
-        layers = flow.layers if scale is None else flow.layers[:-1]
-        front = None
-        if weighted:
-            features = max(1, flow.context_features)
-            layers, front = [*layers, _Weighted(flow.event_shape[0], features)], _AllButWeight(features)
-        self.flow = Flow(flow.prior, layers, embedding=front).float()
-        self.offset = 0.0 if scale is None else float(scale.std.log().sum())
-
-    def rows(self, x: Tensor, y: Tensor | None, weights: Tensor | None, chosen: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Give what the flow is trained on: rows, and the context whose last column is their weights."""
-        x = x[chosen]
-        parts = [] if y is None or self.embedding is None else [self.embedding(y[chosen])]
-        if weights is not None:
-            weights = weights[chosen]
-            parts.append((weights / weights.mean())[:, None])
-        if self.scale is not None:
-            x = self.scale.inverse_and_log_det(x)[0]
-        return x, torch.cat(parts, 1) if parts else None
-
-    def loss(self, flow: Any, x: Tensor | None, context: Tensor | None) -> Tensor:
-        """The mean negative log-likelihood, in the units of the columns."""
-        log_prob = flow.log_prob(x, context)
-        if self.weighted and context is not None:
-            log_prob = log_prob * context[..., -1]
-        return self.offset - log_prob.mean()
+def _device(name: str) -> torch.device:
+    if name == "auto":  # other accelerators lack double precision
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(name)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"expected device to be 'cpu', 'cuda' or 'auto'; got {name!r}")
+    return device
 
 
-class _Weighted(Bijection):
-    r"""The identity, which takes a context so that weights of rows reach the objective of :func:`fit`.
-
-    .. math:: y = x, \qquad \log|\det dy/dx| = 0
-    """
-
-    def __init__(self, features: int, context_features: int):
-        super().__init__(features, context_features=context_features)
-
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return x, x.new_zeros(x.shape[:-1])
-
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return y, y.new_zeros(y.shape[:-1])
+def _seed(random_state: int | np.random.RandomState | None) -> int:
+    return int(check_random_state(random_state).randint(np.iinfo(np.int32).max))
 
 
-class _AllButWeight(nn.Module):
-    """Gives the context that layers take of one with a weight behind it, or the weight where there is nothing else."""
-
-    def __init__(self, features: int):
-        super().__init__()
-        self.features = features
-
-    def forward(self, context: Tensor) -> Tensor:
-        return context[..., : self.features]
-
-
-def _merged(
-    x: np.ndarray, y: np.ndarray | None, weight: np.ndarray
-) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-    """Take equal rows together, with the sum of their weights, in sorted order."""
-    table = x if y is None else np.column_stack((x, y))
-    order = np.argsort(table[:, 0], kind="stable")
-    if (np.diff(table[order, 0]) == 0).any():  # the other columns decide, which takes as many sorts
-        order = np.lexsort(table.T[::-1])
-    table, weight = table[order], weight[order]
-    first = np.flatnonzero(np.r_[True, (table[1:] != table[:-1]).any(1)])
-    order = order[first]
-    return x[order], None if y is None else y[order], np.add.reduceat(weight, first)
+def _sample_weights(sample_weight: Any, rows: np.ndarray) -> np.ndarray:
+    """Return a weight of at least 0 for each row; by default ones."""
+    if sample_weight is None:
+        return np.ones(len(rows))
+    weights = check_array(sample_weight, dtype=np.float64, ensure_2d=False, input_name="sample_weight")
+    if weights.shape != (len(rows),):
+        raise ValueError(f"expected sample_weight of shape ({len(rows)},); got {weights.shape}")
+    if (weights < 0).any():
+        raise ValueError(f"expected no negative sample_weight; got {weights.min():g}")
+    return weights
 
 
-def _scaled(weights: Tensor | None, rows: Tensor, factor: float) -> Tensor | None:
-    return None if weights is None else weights.index_copy(0, rows, factor * weights[rows])
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    # A copy, since torch takes neither an array that is not to be written to nor one that is read backwards.
-    return torch.from_numpy(np.array(array, order="C"))
+def _refuse_missing(y: Any, conditional: str | None) -> None:
+    if y is None:
+        # The words that scikit-learn looks for.
+        raise ValueError(f"requires y to be passed, but the target y is None: conditional={conditional!r}")
 
 
 def _labels(y: Any) -> np.ndarray:
@@ -515,14 +401,10 @@ def _labels(y: Any) -> np.ndarray:
 def _numbers(y: Any) -> np.ndarray:
     numbers = check_array(y, dtype=np.float64, ensure_2d=False, ensure_all_finite=False, input_name="y")
     numbers = numbers[:, None] if numbers.ndim == 1 else numbers
-    _refuse_nonfinite("y", numbers)
+    check_finite("y", _tensor(numbers))
     return numbers
 
 
-def _refuse_nonfinite(name: str, rows: np.ndarray, columns: Any = None) -> None:
-    bad = ~np.isfinite(rows)
-    if bad.any():
-        row, column = np.argwhere(bad)[0]
-        got = "NaN" if np.isnan(rows[row, column]) else str(rows[row, column])
-        where = repr(columns[column]) if columns is not None else column
-        raise ValueError(f"expected finite numbers in {name}; got {got} in row {row}, column {where}")
+def _tensor(array: np.ndarray) -> Tensor:
+    # torch takes neither an array that may not be written to nor one that is read backwards.
+    return torch.from_numpy(np.require(array, requirements=("C", "W")))

@@ -1,4 +1,4 @@
-"""Densities that the demo compares: flows, and the simpler models beside them."""
+"""Densities that the demo compares: flows and simpler models."""
 
 from __future__ import annotations
 
@@ -10,25 +10,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn import mixture
+from sklearn.neighbors import KernelDensity
 from torch import Tensor
 
-from pyroflows.cli.demo.part import say
+from pyroflows.cli.demo.part import echo
 from pyroflows.flow import Flow
 from pyroflows.training import FitResult, fit
 
-__all__ = ["Model", "as_numbers", "fit_flows", "log_likelihoods", "mean_and_error", "simple_models"]
+__all__ = ["Density", "as_numbers", "fit_flows", "log_likelihoods", "mean_and_error", "simple_models"]
 
 
 @dataclass(frozen=True)
-class Model:
-    """A fitted density: what gives log-densities of rows and draws rows, and how it came about.
+class Density:
+    """A fitted density.
 
     Args:
-        name: in tables and figures.
-        log_prob: gives the log-density of rows, in nats.
+        name: its name in tables and figures.
+        log_prob: returns the log-density of rows, in nats.
         sample: draws a number of rows.
-        note: what validation chose, or what the flow is.
-        seconds: of the fit, the choice included.
+        note: options chosen by validation, or a description of the flow.
+        seconds: of the fit, including the choice of options.
         result: of a flow's fit.
     """
 
@@ -46,21 +48,18 @@ def simple_models(
     components: Sequence[int],
     ridges: Sequence[float],
     covariances: Sequence[str] = ("full",),
-) -> list[Model]:
-    """Fit a Gaussian, a Gaussian mixture and a kernel density, each with the options that validation rows like best."""
-    from sklearn import mixture
-    from sklearn.neighbors import KernelDensity
-
+) -> list[Density]:
+    """Fit a Gaussian, a Gaussian mixture and a kernel density, each with the options best on validation rows."""
     x, held_out = train.double().numpy(), validation.double().numpy()
 
-    def model(name: str, tries: Mapping[str, Any]) -> Model:
+    def choose(name: str, candidates: Mapping[str, Any]) -> Density:
         began = time.perf_counter()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a mixture that has not converged is a candidate like another
-            fitted = {note: estimator.fit(x) for note, estimator in tries.items()}
+            warnings.simplefilter("ignore")  # a mixture that has not converged is a candidate too
+            fitted = {note: estimator.fit(x) for note, estimator in candidates.items()}
             note = max(fitted, key=lambda note: float(fitted[note].score_samples(held_out).mean()))
         best = fitted[note]
-        say(f"  {name}: {note}, {time.perf_counter() - began:.1f} s")
+        echo(f"  {name}: {note}, {time.perf_counter() - began:.1f} s")
 
         def sample(n: int) -> Tensor:
             rows = best.sample(n, random_state=0) if isinstance(best, KernelDensity) else best.sample(n)[0]
@@ -69,7 +68,7 @@ def simple_models(
         def log_prob(rows: Tensor) -> Tensor:
             return torch.from_numpy(best.score_samples(rows.double().numpy()))
 
-        return Model(name, log_prob, sample, note, time.perf_counter() - began)
+        return Density(name, log_prob, sample, note, time.perf_counter() - began)
 
     mixtures = {
         f"{number} components, {covariance} covariance, ridge {ridge:g}": mixture.GaussianMixture(
@@ -83,9 +82,9 @@ def simple_models(
     bandwidths = np.geomspace(0.01, 0.08, 7) if x.shape[1] < 5 else np.geomspace(0.1, 2.0, 13)
     kernels = {f"bandwidth {width:.3g}": KernelDensity(bandwidth=width, rtol=1e-3) for width in bandwidths}
     return [
-        model("Gaussian", {"full covariance": mixture.GaussianMixture(1, random_state=0)}),
-        model("Gaussian mixture", mixtures),
-        model("kernel density", kernels),
+        choose("Gaussian", {"full covariance": mixture.GaussianMixture(1, random_state=0)}),
+        choose("Gaussian mixture", mixtures),
+        choose("kernel density", kernels),
     ]
 
 
@@ -97,12 +96,12 @@ def fit_flows(
     seed: int,
     until: float,
     options: Mapping[str, Any],
-) -> list[Model]:
-    """Fit flows one by one, each in its share of the time that is left."""
-    models: list[Model] = []
+) -> list[Density]:
+    """Fit flows one after another, each within its share of the time left."""
+    models: list[Density] = []
     for name, flow in flows.items():
         seconds = max(2.0, (until - time.perf_counter()) / (len(flows) - len(models)))
-        say(f"  {name}: fitting, at most {seconds:.0f} s ...")
+        echo(f"  {name}: fitting, at most {seconds:.0f} s ...")
         result = fit(
             flow,
             train,
@@ -113,28 +112,28 @@ def fit_flows(
             device="cpu",
             **options,
         )
-        say(f"  {name}: {result.steps} steps, {result.seconds:.1f} s, {result.stopped}")
+        echo(f"  {name}: {result.steps} steps, {result.seconds:.1f} s, {result.stopped}")
         size = sum(parameter.numel() for parameter in flow.parameters())
         note = f"{size:,} parameters{notes}, {result.steps} steps"
         models.append(
-            Model(name, flow.log_prob, lambda n, flow=flow: flow.sample((n,)), note, result.seconds, result)  # type: ignore[misc]
+            Density(name, flow.log_prob, lambda n, flow=flow: flow.sample((n,)), note, result.seconds, result)  # type: ignore[misc]
         )
     return models
 
 
 @torch.no_grad()
-def log_likelihoods(model: Model, rows: Tensor) -> Tensor:
-    """Give the log-density of each row under a model, without gradients."""
+def log_likelihoods(model: Density, rows: Tensor) -> Tensor:
+    """Return the log-density of each row under a model, without gradients."""
     return model.log_prob(rows).double()
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Give the mean of values, and its standard error."""
+    """Return the mean of values, and its standard error."""
     return float(values.double().mean()), float(values.double().std() / len(values) ** 0.5)
 
 
-def as_numbers(model: Model, mean: float, error: float) -> dict[str, Any]:
-    """Give what ``report.json`` holds of a model and its test log-likelihood."""
+def as_numbers(model: Density, mean: float, error: float) -> dict[str, Any]:
+    """Return what ``report.json`` holds of a model and its test log-likelihood."""
     numbers: dict[str, Any] = {
         "log_likelihood": mean,
         "standard_error": error,

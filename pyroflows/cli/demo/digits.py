@@ -1,4 +1,4 @@
-"""Images: a small Glow of scikit-learn's digits beside a Gaussian mixture, in bits per dimension and to look at."""
+"""Images: a small Glow of scikit-learn's digits next to a Gaussian mixture, in bits per dimension and as samples."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from sklearn import mixture
 from torch import Tensor
 
 from pyroflows import plots
 from pyroflows.cli.demo.densities import fit_flows, mean_and_error
-from pyroflows.cli.demo.part import Part, one_thread, save, say
+from pyroflows.cli.demo.part import Part, echo, one_thread, save
 from pyroflows.data import load_images
 from pyroflows.dequantizers import UniformDequantizer
 from pyroflows.flow import Flow
@@ -35,7 +36,7 @@ def digits(output: Path, seed: int, quick: bool, until: float) -> Part:
     data = load_images("digits", seed=seed)
     dequantizer = UniformDequantizer(_SHAPE, _LEVELS)
     with one_thread(seed):
-        mixture, mixture_seconds = _mixture(data.train, components, copies)
+        mixture_flow, mixture_seconds = _mixture(data.train, components, copies)
         flow = glow(
             _SHAPE,
             num_levels=2,
@@ -52,7 +53,7 @@ def digits(output: Path, seed: int, quick: bool, until: float) -> Part:
             "options": FitOptions(ema_decay=0.99),
         }
         fitted = fit_flows({"Glow": flow}, "", data.train, data.validation, seed, until, options)[0]
-        flows = {"Gaussian mixture": mixture, "Glow": flow}
+        flows = {"Gaussian mixture": mixture_flow, "Glow": flow}
         bits = {name: _bits(each, data.test, seed) for name, each in flows.items()}
         samples = {name: dequantizer.quantize(each.sample(64).reshape(64, *_SHAPE)) for name, each in flows.items()}
 
@@ -66,8 +67,8 @@ def digits(output: Path, seed: int, quick: bool, until: float) -> Part:
         "models": {},
     }
     rows = []
-    for name, its in bits.items():
-        (mean, error), (below, below_error) = map(mean_and_error, (its, bits["Gaussian mixture"] - its))
+    for name, values in bits.items():
+        (mean, error), (below, below_error) = map(mean_and_error, (values, bits["Gaussian mixture"] - values))
         difference = "-" if name == "Gaussian mixture" else f"{below:+.3f} ± {below_error:.3f}"
         rows.append((name, f"{mean:.3f} ± {error:.3f}", difference, f"{seconds[name]:.0f}", notes[name]))
         numbers["models"][name] = {
@@ -93,10 +94,10 @@ def digits(output: Path, seed: int, quick: bool, until: float) -> Part:
         "Images: digits",
         f"scikit-learn's digits, 8 x 8 pixels of {_LEVELS} levels: {len(data.train):,} images train, "
         f"{len(data.validation)} others choose when to stop, and {len(data.test)} test images are scored. Uniform "
-        "noise makes numbers of the levels, and a logit takes them to the real line, where the mixture is fitted, to "
-        f"{copies} draws of the noise for each image. Bits per dimension have every constant in, and are the mean over "
-        f"{_DRAWS} draws of noise, the same for both models: fewer are better, and to know nothing costs "
-        f"log2 {_LEVELS} = {math.log2(_LEVELS):.2f}. The column beside them is the difference image by image.",
+        "noise dequantizes the levels, and a logit maps them to the real line, where the mixture is fitted, to "
+        f"{copies} draws of the noise for each image. Bits per dimension include every constant, and are the mean over "
+        f"{_DRAWS} draws of noise, the same for both models: fewer are better, and a uniform model has "
+        f"log2 {_LEVELS} = {math.log2(_LEVELS):.2f}. The next column is the difference image by image.",
         ("model", "bits per dimension", "below the mixture", "seconds", "what it is"),
         rows,
         numbers,
@@ -105,15 +106,13 @@ def digits(output: Path, seed: int, quick: bool, until: float) -> Part:
 
 
 def _mixture(images: Tensor, components: int, copies: int) -> tuple[Flow, float]:
-    """Fit a Gaussian mixture to logits of noisy images; give it as the prior of a flow whose one layer is the logit."""
-    from sklearn import mixture
-
+    """Fit a Gaussian mixture to logits of noisy images, and return it as the prior of a flow with a logit layer."""
     began = time.perf_counter()
     dequantizer, sigmoid = UniformDequantizer(_PIXELS, _LEVELS), Sigmoid(_PIXELS, _ALPHA)
     noisy = dequantizer(images.flatten(1).repeat(copies, 1))[0]
     logits = sigmoid.inverse_and_log_det(noisy)[0].double().numpy()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # one that has not converged will do
+        warnings.simplefilter("ignore")  # it need not converge
         fitted = mixture.GaussianMixture(components, reg_covar=1e-2, random_state=0).fit(logits)
     prior = GaussianMixture(
         _PIXELS,
@@ -125,13 +124,13 @@ def _mixture(images: Tensor, components: int, copies: int) -> tuple[Flow, float]
         weights=torch.from_numpy(fitted.weights_).float(),
     )
     seconds = time.perf_counter() - began
-    say(f"  Gaussian mixture: {components} components, {seconds:.1f} s")
+    echo(f"  Gaussian mixture: {components} components, {seconds:.1f} s")
     return Flow(prior, sigmoid, dequantizer=dequantizer), seconds
 
 
 @torch.no_grad()
 def _bits(flow: Flow, images: Tensor, seed: int) -> Tensor:
-    """Give the bits per dimension of each image, the mean over draws of noise that are the same for every flow."""
+    """Return the bits per dimension of each image, the mean over draws of noise that are the same for every flow."""
     x = images.reshape(-1, *flow.event_shape)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Two moons: flows and simpler models beside the exact density."""
+"""Two moons: flows and simpler models next to the exact density."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ __all__ = ["moons"]
 
 
 def moons(output: Path, seed: int, quick: bool, until: float) -> Part:
-    """Two moons, where the true density is known: the distance of each model from it."""
+    """Two moons, whose density is known: the divergence of each model from it."""
     truth = TwoMoons(noise=0.05)
     train, validation = truth.sample(2000 if quick else 20_000, seed=seed), truth.sample(1000, seed=seed + 1)
     test = truth.sample(10_000, seed=seed + 2)
     with one_thread(seed):
-        # One Gaussian has to be torn in two, and leaves a thread between the moons; of two each takes one.
+        # A single Gaussian has to be split, which leaves a thread between the moons; of two each takes a moon.
         two = GaussianMixture(2, 2, loc=torch.tensor([[0.0, 1.5], [0.0, -1.5]]))
         flows = {
             "Glow, mixture prior": glow(2, num_steps=8, hidden_features=(64, 64), prior=two),
@@ -69,10 +69,10 @@ def moons(output: Path, seed: int, quick: bool, until: float) -> Part:
     save(figure, output / "moons.png")
     return Part(
         "Two moons",
-        f"{len(train):,} points train every model, and {len(validation):,} more choose the number of components, the "
+        f"{len(train):,} points train every model, and {len(validation):,} others choose the number of components, the "
         f"bandwidth and when to stop. The table is over {len(test):,} fresh points. KL is the mean of log p(x) - "
-        f"log q(x) with the exact density p; the entropy of p is {numbers['entropy']:.3f} nats, so no model's mean "
-        f"log-likelihood is above {-numbers['entropy']:.3f} but by chance.",
+        f"log q(x) with the exact density p; the entropy of p is {numbers['entropy']:.3f} nats, so a model's mean "
+        f"log-likelihood is above {-numbers['entropy']:.3f} only by chance.",
         ("model", "log-likelihood (nats per row)", "KL from the truth (nats)", "seconds", "what it is"),
         rows,
         numbers,

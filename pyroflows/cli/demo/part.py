@@ -1,4 +1,4 @@
-"""What each part of the demo gives, and what all of them need: one thread, one seed, figures saved, lines said."""
+"""A part of the demo, and what all parts need: one thread, one seed, figures and printed lines."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-__all__ = ["Part", "one_thread", "save", "say"]
+__all__ = ["Part", "echo", "one_thread", "save"]
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one part of the demo found.
+    """The results of one part of the demo.
 
     Args:
         title: its heading in the report.
-        text: what was done, a paragraph.
-        columns: of its table.
-        rows: of its table, words and formatted numbers.
-        numbers: the same and more, for ``report.json``.
-        figures: file names of its figures, with a line about each.
+        text: a paragraph on what was done.
+        columns: headings of its table.
+        rows: rows of its table, words and formatted numbers.
+        numbers: the numbers for ``report.json``.
+        figures: file names of its figures, with a caption each.
     """
 
     title: str
@@ -37,12 +38,10 @@ class Part:
 
 @contextlib.contextmanager
 def one_thread(seed: int) -> Iterator[None]:
-    """Compute on one thread, and seed torch; both are as before afterwards.
+    """Compute on one thread, and seed torch; restore both afterwards.
 
-    Networks this small gain nothing from more threads, which wait for one another wherever a core is busy.
+    Networks this small gain nothing from more threads, which wait for one another if a core is busy.
     """
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
-
     threads = torch.get_num_threads()
     with threadpool_limits(1), torch.random.fork_rng([]):
         torch.set_num_threads(1)
@@ -58,6 +57,6 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def say(line: str) -> None:
+def echo(line: str) -> None:
     """Print a line at once."""
     print(line, flush=True)

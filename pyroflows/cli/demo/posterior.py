@@ -1,4 +1,4 @@
-"""A posterior: one call of ``fit_posterior`` beside a mean-field guide and the exact numbers."""
+"""A posterior: one call of ``fit_posterior`` next to a mean-field guide and the exact numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pyro.optim import ClippedAdam
 from torch import Tensor
 
 from pyroflows import plots
-from pyroflows.cli.demo.part import Part, one_thread, save, say
+from pyroflows.cli.demo.part import Part, echo, one_thread, save
 from pyroflows.inference import fit_posterior
 
 __all__ = ["posterior"]
@@ -29,32 +29,32 @@ _ERRORS = (15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0)
 
 
 def posterior(output: Path, seed: int, quick: bool, until: float) -> Part:
-    """The posterior of the eight schools by one call, its verdict, and a mean-field guide beside it."""
+    """The posterior of the eight schools by one call, its verdict, and a mean-field guide."""
     data = torch.tensor(_EFFECTS), torch.tensor(_ERRORS)
     with one_thread(seed):
-        # Ten seconds are kept back, for the draws, the other guide and the figure.
+        # Ten seconds are reserved for the draws, the other guide and the figure.
         seconds = min(5.0 if quick else 60.0, max(2.0, round(until - 10.0 - time.perf_counter())))
-        say(f"  flow: fit_posterior, training for at most {seconds:.0f} s ...")
+        echo(f"  flow: fit_posterior, training for at most {seconds:.0f} s ...")
         steps = 20 if quick else 1500
         fitted = fit_posterior(_eight_schools, *data, max_steps=steps, max_seconds=seconds, seed=seed, progress=False)
         summary = fitted.summary().to_string()
-        say(_indented(f"{fitted!r}\n\n{summary}"))
+        echo(_indented(f"{fitted!r}\n\n{summary}"))
         n = 4000
         draws = {"flow": fitted.resampled(n) if fitted.verdict == "resample" else fitted.draws(n)}
-        draws["mean field"], found_by_svi = _mean_field(data, n, steps=100 if quick else 800)
+        draws["mean field"], svi_numbers = _mean_field(data, n, steps=100 if quick else 800)
         exact, density = _exact_schools(*data)
 
     judged = {"elbo": fitted.elbo, "seconds": round(fitted.seconds, 2), "note": f"{fitted.verdict}: {fitted.reason}"}
-    found = {"exact": exact, "flow": judged, "mean field": found_by_svi}
+    results = {"exact": exact, "flow": judged, "mean field": svi_numbers}
     rows = []
-    for name, numbers in found.items():
+    for name, numbers in results.items():
         for site in ("mu", "tau") if name in draws else ():
             values = draws[name][site].double()
             numbers |= {f"{site}_mean": float(values.mean()), f"{site}_sd": float(values.std())}
         moments = [f"{numbers[f'{site}_{moment}']:.2f}" for site in ("mu", "tau") for moment in ("mean", "sd")]
         rows.append((name, f"{numbers['elbo']:.3f}", *moments, f"{numbers['seconds']:.0f}", numbers["note"]))
     all_numbers = {
-        "models": found,
+        "models": results,
         "verdict": fitted.verdict,
         "reason": fitted.reason,
         "log_evidence": fitted.log_evidence,
@@ -62,16 +62,16 @@ def posterior(output: Path, seed: int, quick: bool, until: float) -> Part:
         "khat": list(fitted.khat),
         "ess": fitted.ess,
     }
-    save(_schools_figure(draws, density, found), output / "posterior.png")
+    save(_schools_figure(draws, density, results), output / "posterior.png")
     return Part(
         "A posterior: eight schools",
         "Rubin's eight schools (1981): mu is the mean effect of coaching on a test and tau the spread of the effects "
         "between schools, both in points; the effects are in units of tau, around mu (the non-centred form). The flow "
-        "comes from one call, `fit_posterior(model, effects, errors)`, and its verdict is its own; the mean-field guide"
-        " is trained by Pyro's SVI. Sums over a grid give the exact numbers, since the effects can be integrated out. "
-        "The exact ELBO is the log evidence, which no guide exceeds but by chance; the flow's importance weights "
-        f"put it at {fitted.log_evidence:.3f} ± {fitted.log_evidence_error:.3f} nats. ArviZ's summary of the flow's "
-        f"draws:\n\n```text\n{summary}\n```",
+        "comes from one call, `fit_posterior(model, effects, errors)`, which also gives the verdict; the mean-field "
+        "guide is trained by Pyro's SVI. Sums over a grid give the exact numbers, since the effects can be integrated "
+        "out. The exact ELBO is the log evidence, which guides exceed only by chance; the flow's importance weights "
+        f"estimate it as {fitted.log_evidence:.3f} ± {fitted.log_evidence_error:.3f} nats. ArviZ's summary of the "
+        f"flow's draws:\n\n```text\n{summary}\n```",
         ("posterior", "ELBO (nats)", "mean of mu", "sd of mu", "mean of tau", "sd of tau", "seconds", "what it is"),
         rows,
         all_numbers,
@@ -94,26 +94,26 @@ def _indented(text: str) -> str:
 def _mean_field(
     data: tuple[Tensor, Tensor], n: int, *, steps: int, seconds: float = 15.0
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Train Pyro's mean-field guide; give draws of it, and its ELBO."""
-    began, taken = time.perf_counter(), 0
+    """Train Pyro's mean-field guide, and return draws of it, and its ELBO."""
+    began, step = time.perf_counter(), 0
     vectorized = {"vectorize_particles": True, "max_plate_nesting": 1}
     with pyro.get_param_store().scope():
         guide = AutoDiagonalNormal(_eight_schools)
         svi = SVI(_eight_schools, guide, ClippedAdam({"lr": 0.1, "lrd": 0.994}), Trace_ELBO(16, **vectorized))
-        while taken < steps and time.perf_counter() - began < seconds:
+        while step < steps and time.perf_counter() - began < seconds:
             svi.step(*data)
-            taken += 1
+            step += 1
         numbers = {
             "elbo": -float(Trace_ELBO(20_000, **vectorized).loss(_eight_schools, guide, *data)),
             "seconds": round(time.perf_counter() - began, 2),
-            "note": f"Pyro's AutoDiagonalNormal, {taken} steps of SVI",
+            "note": f"Pyro's AutoDiagonalNormal, {step} steps of SVI",
         }
         draws = Predictive(_eight_schools, guide=guide, num_samples=n, parallel=True)(*data)
     return {name: draws[name].reshape(n) for name in ("mu", "tau")}, numbers
 
 
 def _exact_schools(effects: Tensor, errors: Tensor) -> tuple[dict[str, Any], tuple[Tensor, Tensor, Tensor]]:
-    """Give the moments, and the density of mu and log tau with its axes: the effects are normal, and integrate out."""
+    """Return the moments, and the density of mu and log tau with its axes: the effects are integrated out."""
     mu, log_tau = torch.linspace(-25, 35, 601, dtype=torch.float64), torch.linspace(-12, 6, 901, dtype=torch.float64)
     tau = log_tau[:, None].exp()
     scale = (errors.double() ** 2 + tau[..., None] ** 2).sqrt()  # (901, 1, schools)
@@ -130,9 +130,9 @@ def _exact_schools(effects: Tensor, errors: Tensor) -> tuple[dict[str, Any], tup
 
 
 def _schools_figure(
-    draws: Mapping[str, Mapping[str, Tensor]], exact: tuple[Tensor, Tensor, Tensor], found: Mapping[str, Any]
+    draws: Mapping[str, Mapping[str, Tensor]], exact: tuple[Tensor, Tensor, Tensor], results: Mapping[str, Any]
 ) -> Figure:
-    """Draws of each guide over contours of the exact posterior, and the marginals of log tau."""
+    """Plot draws of each guide over contours of the exact posterior, and the marginals of log tau."""
     mu, log_tau, density = (part.numpy() for part in exact)
     heights = np.sort(density.flatten())
     levels = [float(heights[np.searchsorted(heights.cumsum() / heights.sum(), 1 - part)]) for part in (0.95, 0.8, 0.5)]
@@ -141,7 +141,7 @@ def _schools_figure(
     bins = np.linspace(-5.0, 4.0, 46)
     for ax, (name, sites), color, style in zip(pairs, draws.items(), plots.COLORS, ("-", "--"), strict=False):
         points = torch.stack([sites["mu"], sites["tau"]], -1)[:2000]
-        title = f"{name}: {len(points):,} draws, ELBO {found[name]['elbo']:.3f} nats"
+        title = f"{name}: {len(points):,} draws, ELBO {results[name]['elbo']:.3f} nats"
         names = ("mean effect mu (points)", "spread between schools tau (points, log scale)")
         plots.samples_2d(points, ax, color=color, names=names, title=title)
         ax.contour(mu, np.exp(log_tau), density, levels=levels, colors="black", linewidths=1)

@@ -1,4 +1,4 @@
-"""The demo as a whole: its parts one after another, figures and a short report."""
+"""The complete demo: its parts one after another, figures and a short report."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pyroflows._version import __version__
 from pyroflows.cli.demo.breast_cancer import breast_cancer
 from pyroflows.cli.demo.digits import digits
 from pyroflows.cli.demo.moons import moons
-from pyroflows.cli.demo.part import Part, say
+from pyroflows.cli.demo.part import Part, echo
 from pyroflows.cli.demo.posterior import posterior
 
-__all__ = ["PARTS", "run"]
+__all__ = ["PARTS", "write_report"]
 
-# What is left of two and a half minutes is for imports, scores and figures.
+# The rest of two and a half minutes is for imports, scores and figures.
 _FIT_SECONDS = 130.0
 
 PARTS: dict[str, Callable[[Path, int, bool, float], Part]] = {
@@ -29,36 +29,36 @@ PARTS: dict[str, Callable[[Path, int, bool, float], Part]] = {
     "digits": digits,
     "posterior": posterior,
 }
-"""The parts in the order in which they run; each takes the folder, the seed, whether to be quick, and its end."""
+"""The parts in order; each takes the folder, the seed, whether to be quick, and the time at which it must end."""
 
 
-def run(output: str | Path, *, seed: int = 0, quick: bool = False) -> dict[str, Any]:
-    """Run every part, print as it goes, and write figures, ``report.md`` and ``report.json``.
+def write_report(output: str | Path, *, seed: int = 0, quick: bool = False) -> dict[str, Any]:
+    """Run every part, print its results, and write figures, ``report.md`` and ``report.json``.
 
     Args:
-        output: the folder to write to; made where it is missing.
+        output: folder to write to; created if it is missing.
         seed: of splits, data and fits.
-        quick: a few seconds in all, to see that it runs; the numbers mean little.
+        quick: whether to run for a few seconds only; the numbers mean little then.
 
     Returns:
-        What ``report.json`` holds.
+        The contents of ``report.json``.
 
     Raises:
-        OSError: the folder cannot be made or written to.
+        OSError: the folder cannot be created or written to.
     """
     began = time.perf_counter()
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    say(f"pyroflows {__version__} demo: figures and a report in {output}, in at most two and a half minutes")
+    echo(f"pyroflows {__version__} demo: figures and a report in {output}, in at most two and a half minutes")
     parts: dict[str, Part] = {}
     for name, part in PARTS.items():
-        say(f"\n{name}")
-        # Each part's fits end by then, however busy the machine is; what one leaves of its time, or takes beyond it for
-        # scores and figures, all that follow share.
+        echo(f"\n{name}")
+        # The fits of a part end by then, however busy the machine is; the following parts share the time that it
+        # leaves, or lose the time that it takes for scores and figures.
         left = began + _FIT_SECONDS - time.perf_counter()
         parts[name] = part(output, seed, quick, time.perf_counter() + left / (len(PARTS) - len(parts)))
-        say("")
-        say(_as_text(parts[name]))
+        echo("")
+        echo(_as_text(parts[name]))
     report = {
         "pyroflows": __version__,
         "torch": torch.__version__,
@@ -71,9 +71,9 @@ def run(output: str | Path, *, seed: int = 0, quick: bool = False) -> dict[str, 
     (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (output / "report.md").write_text(_as_markdown(parts.values(), report), encoding="utf-8")
     figures = [figure for part in parts.values() for figure in part.figures]
-    say(f"\nwritten in {report['seconds']:.0f} s:")
+    echo(f"\nwritten in {report['seconds']:.0f} s:")
     for name in ("report.md", "report.json", *figures):
-        say(f"  {output / name}")
+        echo(f"  {output / name}")
     return report
 
 
