@@ -13,9 +13,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from posteriors import close, garch, mixture, tensor
 from pyro.distributions import constraints
 from safetensors.torch import save_file
-from test_density import close, garch, mixture, tensor
 from torch import nn
 
 from pyroflows import AutoFlow, Flow, Posterior, StandardNormal, TriangularAffine, fit_posterior, realnvp
