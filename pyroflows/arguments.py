@@ -8,16 +8,23 @@ from inspect import signature
 from numbers import Integral, Real
 from typing import Any
 
-from torch import Size
+from torch import Size, Tensor, broadcast_shapes
 
 __all__ = [
     "Shape",
     "as_image_shape",
+    "as_sample_shape",
     "as_shape",
     "as_widths",
+    "batched_shape",
+    "check_context",
+    "check_counts",
+    "check_event",
     "check_names",
     "check_number",
     "check_option",
+    "check_placement",
+    "check_score",
     "check_sizes",
     "check_varying",
 ]
@@ -38,6 +45,14 @@ def as_shape(shape: Shape) -> Size:
     sizes = tuple(shape) if isinstance(shape, Iterable) else (shape,)
     if not sizes or not all(map(_is_size, sizes)):
         raise ValueError(f"expected a positive number of features or a shape of positive sizes; got {shape!r}")
+    return Size(map(int, sizes))
+
+
+def as_sample_shape(shape: Shape) -> Size:
+    """Return a sample shape, which may have sizes of zero, from itself or from a number of draws."""
+    sizes = tuple(shape) if isinstance(shape, Iterable) else (shape,)
+    if not all(isinstance(size, Integral) and not isinstance(size, bool) and int(size) >= 0 for size in sizes):
+        raise ValueError(f"expected a sample shape of non-negative integers; got {shape!r}")
     return Size(map(int, sizes))
 
 
@@ -64,6 +79,13 @@ def check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if not _is_size(size):
             raise ValueError(f"expected {name} to be a positive integer; got {size!r}")
+
+
+def check_counts(**counts: int) -> None:
+    """Refuse a number that is not a non-negative integer."""
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, Integral) or int(count) < 0:
+            raise ValueError(f"expected {name} to be a non-negative integer; got {count!r}")
 
 
 def check_number(name: str, value: object, interval: str) -> None:
@@ -101,3 +123,60 @@ def check_varying(constant: Sequence[int], names: Sequence[Any] | None = None) -
         raise ValueError(
             f"expected columns that vary, since a constant one has no density; got column {', '.join(shown)}{more}"
         )
+
+
+def batched_shape(shape: Sequence[int]) -> str:
+    """Return the text of a shape with any batch dimensions, for messages."""
+    return f"(*batch, {', '.join(map(str, shape))})"
+
+
+def check_event(x: Any, shape: Size) -> None:
+    """Refuse what is not a floating-point tensor whose last dimensions are an event's."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected a tensor of shape {batched_shape(shape)}; got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"expected a floating-point tensor; got {x.dtype}")
+    if x.shape[-len(shape) :] != shape:
+        raise ValueError(f"expected a tensor of shape {batched_shape(shape)}; got {tuple(x.shape)}")
+
+
+def check_context(context: Any, features: int, batch: Size) -> Size:
+    """Refuse a context that is missing, not expected or of another shape; return the broadcast batch shape."""
+    if context is None and features == 0:
+        return batch
+    expected = f"expected a context of shape {batched_shape((features,))}"
+    if context is None:
+        raise ValueError(f"{expected}; got none")
+    if not isinstance(context, Tensor):
+        raise TypeError(f"expected a context that is a tensor; got {type(context).__name__}")
+    if features == 0:
+        raise ValueError(f"expected no context, since context_features=0; got one of shape {tuple(context.shape)}")
+    if not context.is_floating_point():
+        raise TypeError(f"expected a floating-point context; got {context.dtype}")
+    if context.dim() == 0 or context.shape[-1] != features:
+        raise ValueError(f"{expected}; got {tuple(context.shape)}")
+    try:
+        return broadcast_shapes(batch, context.shape[:-1])
+    except RuntimeError:
+        raise ValueError(
+            f"expected a context whose batch shape broadcasts with {tuple(batch)}; got {tuple(context.shape)}"
+        ) from None
+
+
+def check_placement(name: str, tensor: Any, number: Tensor) -> None:
+    """Refuse a tensor of another floating-point dtype than a flow's numbers, or on another device."""
+    if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != number.dtype:
+        raise TypeError(f"expected {name} of the flow's {number.dtype}; got {tensor.dtype}")
+    if isinstance(tensor, Tensor) and tensor.device != number.device:
+        raise ValueError(f"expected {name} on the flow's device, {number.device}; got {tensor.device}")
+
+
+def check_score(score: Any, x: Tensor) -> Tensor:
+    """Refuse a score that does not have the shape of its point; return it expanded and detached."""
+    expected = f"expected a score of shape {tuple(x.shape)}, that of the point"
+    if not isinstance(score, Tensor):
+        raise TypeError(f"{expected}; got {type(score).__name__}")
+    try:
+        return score.detach().expand(x.shape)
+    except RuntimeError:
+        raise ValueError(f"{expected}; got {tuple(score.shape)}") from None

@@ -1,19 +1,20 @@
-"""What follows from a module's weights alone: formed anew by each call, or once for the length of a block."""
+"""Reuse of results while nothing that they depend on has changed: of weights alone, and of one evaluation."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from pyroflows.private import inside_functorch
+from pyroflows.private import contents, inside_functorch, version
 
-__all__ = ["cached", "caching", "fingerprint", "version"]
+__all__ = ["EvaluatedOnce", "Record", "cached", "caching", "fingerprint"]
 
 Result = TypeVar("Result")
 
@@ -21,7 +22,6 @@ _optimizer_steps = 0
 
 
 def _count_optimizer_step(*_: Any) -> None:
-    """Fused optimizers and Pyro's own write to ``p.data`` and leave ``p._version`` alone; their step is seen here."""
     global _optimizer_steps
     _optimizer_steps += 1
 
@@ -29,39 +29,27 @@ def _count_optimizer_step(*_: Any) -> None:
 register_optimizer_step_post_hook(_count_optimizer_step)
 
 
-def version(tensor: Tensor) -> int:
-    """Give the number of writes to a tensor, as far as torch counts them."""
-    return 0 if tensor.is_inference() else tensor._version
+def fingerprint(module: nn.Module) -> list[Any]:
+    """Return what changes whenever a module's parameters, buffers or modes do.
+
+    In-place writes move a tensor's version. The fused optimizers of torch and those of Pyro write past it, which only
+    a hook on the optimizers' steps can see. An assignment to ``p.data``, as by ``module.double()`` or
+    ``torch.nn.utils.vector_to_parameters``, moves the address alone. In-place writes to ``p.data`` by the user, or
+    through NumPy, leave no trace.
+    """
+    modes, tensors = contents(module)
+    return [_optimizer_steps, *modes, *((id(tensor), version(tensor), _address(tensor)) for tensor in tensors)]
 
 
 def _address(tensor: Tensor) -> int:
     try:
         return tensor.data_ptr()
-    except RuntimeError:  # a tensor that is sparse, or under torch.func, has no memory of its own
+    except RuntimeError:  # sparse and fake tensors, and those within torch.func, have no memory of their own
         return 0
 
 
-def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    """Assigning to ``p.data`` moves no version, but the numbers."""
-    try:
-        return [tensor.data_ptr() for tensor in tensors]
-    except RuntimeError:
-        return [_address(tensor) for tensor in tensors]
-
-
-def fingerprint(module: nn.Module) -> list[int]:
-    """Give what an evaluation of ``module`` depends on beside its input: modes, and tensors with their versions."""
-    modes, tensors, parts = [], [], [module]
-    for part in parts:
-        modes.append(part.training)
-        for held in (part._parameters, part._buffers):
-            tensors += [tensor for tensor in held.values() if tensor is not None]
-        parts += [child for child in part._modules.values() if child is not None]
-    return [_optimizer_steps, *modes, *map(id, tensors), *map(version, tensors), *_addresses(tensors)]
-
-
-class _Kept(dict[str, tuple[list[int] | None, Any]]):
-    """What a module has formed in a block; a copy of the module, or a file, goes without."""
+class _Cache(dict[str, tuple[Any, Any]]):
+    """Cached results of a module by the name of the method; copies and pickles of the module go without."""
 
     def __init__(self, watch: bool):
         super().__init__()
@@ -75,39 +63,179 @@ class _Kept(dict[str, tuple[list[int] | None, Any]]):
 
 
 def cached(method: Callable[[Any], Result]) -> Callable[[Any], Result]:
-    """Have a method without arguments, which reads the weights alone, give its last result within :func:`frozen`."""
+    """Cache a method that depends only on the module's weights, within :func:`caching` and without gradients."""
     name = method.__name__
 
     @functools.wraps(method)
-    def give(self: Any) -> Result:
-        kept = self.__dict__.get("_cache")
-        if kept is None or torch.is_grad_enabled():
+    def result(self: Any) -> Result:
+        cache = self.__dict__.get("_cache")
+        if cache is None or torch.is_grad_enabled():
             return method(self)
-        marks = None
-        if kept.watch:
-            if torch.compiler.is_compiling() or inside_functorch() or torch._C._is_any_autocast_enabled():
+        current = None
+        if cache.watch:
+            if torch.compiler.is_compiling() or inside_functorch() or _autocast():
                 return method(self)
-            marks = fingerprint(self)
-        if name not in kept or kept[name][0] != marks:
-            kept[name] = marks, method(self)
-        found = kept[name][1]
-        # A number may reach the caller, who may write to it.
-        return cast(Result, found.clone() if isinstance(found, Tensor) and found.dim() == 0 else found)
+            current = fingerprint(self)
+        if name not in cache or cache[name][0] != current:
+            cache[name] = current, method(self)
+        value = cache[name][1]
+        # A scalar may be returned to the user, who may write to it.
+        return cast(Result, value.clone() if isinstance(value, Tensor) and value.dim() == 0 else value)
 
-    return give
+    return result
+
+
+def _autocast() -> bool:
+    return any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
 
 
 @contextmanager
 def caching(module: nn.Module, *, watch: bool = True) -> Iterator[None]:
-    """Form what follows from the weights alone once, for calls without gradients in this block.
+    """Cache what depends only on the weights of a module and its parts, for calls without gradients in a block.
 
-    Each call sees whether they have moved, unless nobody can move them meanwhile and there is nothing to watch.
+    Args:
+        module: the module.
+        watch: whether each call checks that the weights have not changed; not needed where nothing can change them.
     """
     parts = [part for part in module.modules() if part.__dict__.get("_cache") is None]
     for part in parts:
-        part.__dict__["_cache"] = _Kept(watch)
+        part.__dict__["_cache"] = _Cache(watch)
     try:
         yield
     finally:
         for part in parts:
             part.__dict__.pop("_cache", None)
+
+
+class Record:
+    """One evaluation of a map, which answers for its log-determinant as long as nothing has changed.
+
+    The result is held weakly: when it is gone, the record removes itself from the module.
+
+    Args:
+        module: the module that was evaluated.
+        slot: the name of the module's attribute that holds the record.
+        source: its input.
+        result: its output.
+        log_det: the log-determinant.
+        context: the context of the evaluation.
+        forward: the direction.
+    """
+
+    __slots__ = (
+        "context",
+        "fingerprint",
+        "forward",
+        "grad_enabled",
+        "log_det",
+        "result",
+        "returned",
+        "source",
+        "versions",
+    )
+
+    def __init__(
+        self,
+        module: nn.Module,
+        slot: str,
+        source: Tensor,
+        result: Tensor,
+        log_det: Tensor,
+        context: Tensor | None,
+        *,
+        forward: bool = True,
+    ):
+        module_reference = weakref.ref(module)
+
+        def remove(reference: weakref.ref[Tensor]) -> None:
+            record = getattr(module_reference(), slot, None)
+            if record is not None and record.result is reference:
+                setattr(module_reference(), slot, None)
+
+        self.source, self.log_det, self.context, self.forward = source, log_det, context, forward
+        self.result = weakref.ref(result, remove)
+        self.returned = False
+        self.grad_enabled = torch.is_grad_enabled()
+        self.fingerprint = fingerprint(module)
+        self.versions = self._versions(result)
+
+    def _versions(self, result: Tensor) -> list[Any]:
+        tensors = (self.source, result) if self.context is None else (self.source, result, self.context)
+        return [(version(tensor), tensor.requires_grad) for tensor in tensors]
+
+    def is_valid(self, module: nn.Module, result: Tensor, context: Tensor | None) -> bool:
+        """Whether an evaluation would give the same again: same tensors, weights and modes, gradients no wider."""
+        return (
+            self.result() is result
+            and self.context is context
+            and (self.grad_enabled or not torch.is_grad_enabled())
+            and self._versions(result) == self.versions
+            and fingerprint(module) == self.fingerprint
+        )
+
+    def current_log_det(self) -> Tensor:
+        """Return the log-determinant, detached if gradients are off."""
+        return self.log_det if torch.is_grad_enabled() else self.log_det.detach()
+
+
+class EvaluatedOnce:
+    """A map of two directions, evaluated once where Pyro asks for the map and for its log-determinant apart.
+
+    The first call leaves a record of its input, result and log-determinant, and the call that comes back takes it.
+
+    1. A record answers once: scoring uses it up, and scoring again evaluates again.
+    2. Only the way back is free: ``t(x)`` twice evaluates twice; ``t.inv(t(x))`` is ``x``.
+    3. The way back is checked: same tensors at the same versions, same parameters and modes, no optimizer step since,
+       gradients no wider. See :func:`fingerprint` for what leaves no trace to check.
+    4. The result is held weakly, in one slot, which is never copied, pickled or saved.
+    5. The log-determinant of a pair without a record is computed in the cheaper direction.
+    """
+
+    latent_shape: Size
+    data_shape: Size
+    forward_passes: int
+    inverse_passes: int
+    forward_and_log_det: Callable[..., tuple[Tensor, Tensor]]
+    inverse_and_log_det: Callable[..., tuple[Tensor, Tensor]]
+    _record: Record | None = None
+
+    def __call__(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.evaluate(x, context, forward=True)
+
+    def _inv_call(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.evaluate(y, context, forward=False)
+
+    def evaluate(self, x: Tensor, context: Tensor | None, *, forward: bool) -> Tensor:
+        """Map in one direction, and leave a record; or take the one that leads back."""
+        record = self._record
+        # An inference tensor has no version to tell that it was written to, so it is always evaluated.
+        returns = record is not None and record.forward is not forward and not record.returned and not x.is_inference()
+        if record is not None and returns and record.is_valid(cast(nn.Module, self), x, context):
+            record.returned = True
+            return record.source
+        result, log_det = (self.forward_and_log_det if forward else self.inverse_and_log_det)(x, context)
+        event_shape = self.latent_shape if forward else self.data_shape
+        # An input that was broadcast with the context is not what the way back would return.
+        if result is not x and log_det.shape == x.shape[: x.dim() - len(event_shape)]:
+            self._record = Record(cast(nn.Module, self), "_record", x, result, log_det, context, forward=forward)
+        return result
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return ``log|det dy/dx|`` of a known pair, shape ``(*batch,)``, from the record of its evaluation if any."""
+        record = self._record
+        if record is not None:
+            source, result = (x, y) if record.forward else (y, x)
+            if record.source is source and record.is_valid(cast(nn.Module, self), result, context):
+                self.clear_cache()
+                return record.current_log_det() if record.forward else -record.current_log_det()
+        if self.inverse_passes < self.forward_passes:
+            return -self.inverse_and_log_det(y, context)[1]
+        return self.forward_and_log_det(x, context)[1]
+
+    def with_cache(self, cache_size: int = 1) -> Self:
+        """Return the map itself: its record serves every cache size."""
+        return self
+
+    def clear_cache(self) -> None:
+        """Drop the record; nothing needs this, but Pyro's distributions offer it."""
+        self._record = None

@@ -6,13 +6,13 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pyroflows.bijection import Bijection
+from pyroflows.bijection import Bijection, Pair, Triple
 
 __all__ = ["Compose"]
 
@@ -38,8 +38,8 @@ class Compose(Bijection):
         torch.Size([3, 4])
     """
 
-    recompute: bool = False
-    """Whether to keep of each layer its input alone for the gradient, and evaluate it again when that is taken."""
+    activation_checkpointing: bool = False
+    """Whether to keep only each layer's input for the gradient, and evaluate the layer again when it is taken."""
 
     def __init__(self, layers: Iterable[Bijection]):
         if not isinstance(layers, Iterable):
@@ -66,14 +66,8 @@ class Compose(Bijection):
         )
         self.layers = nn.ModuleList(layers)
         self.domain, self.codomain = layers[0].domain, layers[-1].codomain
-
-    @property
-    def forward_passes(self) -> int:  # type: ignore[override]
-        return sum(layer.forward_passes for layer in self)
-
-    @property
-    def inverse_passes(self) -> int:  # type: ignore[override]
-        return sum(layer.inverse_passes for layer in self)
+        self.forward_passes = sum(layer.forward_passes for layer in layers)
+        self.inverse_passes = sum(layer.inverse_passes for layer in layers)
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -84,53 +78,50 @@ class Compose(Bijection):
     def __getitem__(self, index: int) -> Bijection:
         return self.layers[index]  # type: ignore[return-value]
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._run(self, "forward_and_log_det", x, context)
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> Pair:
+        y, log_det = self._run("forward_and_log_det", (x,), context)
+        return y, log_det
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._run(reversed(self.layers._modules.values()), "inverse_and_log_det", y, context)
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> Pair:
+        x, log_det = self._run("inverse_and_log_det", (y,), context)
+        return x, log_det
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        total: Tensor | Literal[0] = 0
-        for layer in self:
-            x, log_det, score = layer.forward_and_score(x, score, layer.context_for(context))
-            total = total + log_det
-        return x, total, score  # type: ignore[return-value]
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Triple:
+        y, log_det, score = self._run("forward_and_score", (x, score), context)
+        return y, log_det, score
 
-    def inverse_and_score(
-        self, y: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        total: Tensor | Literal[0] = 0
-        for layer in reversed(self.layers):
-            y, log_det, score = layer.inverse_and_score(y, score, layer.context_for(context))  # type: ignore[operator]
-            total = total + log_det
-        return y, total, score  # type: ignore[return-value]
+    def inverse_and_score(self, y: Tensor, score: Tensor, context: Tensor | None = None) -> Triple:
+        x, log_det, score = self._run("inverse_and_score", (y, score), context)
+        return x, log_det, score
 
-    def _run(self, layers: Iterable[Any], direction: str, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        recompute, total = self.recompute and torch.is_grad_enabled(), None
+    def _run(self, name: str, inputs: tuple[Tensor, ...], context: Tensor | None) -> tuple[Tensor, ...]:
+        """Apply one method of every layer, and sum the log-determinants."""
+        layers = list(self) if name.startswith("forward") else list(self)[::-1]
+        checkpointing = self.activation_checkpointing and torch.is_grad_enabled() and name.endswith("log_det")
+        total: Tensor | None = None
         for layer in layers:
-            method = getattr(layer, direction)
-            if recompute and not _recomputes_within(layer):
-                method = _recomputed(layer, method)
-            x, log_det = method(x, layer.context_for(context))
+            method = getattr(layer, f"unchecked_{name}")
+            if checkpointing and not _checkpoints_within(layer):
+                method = _checkpointed(layer, method)
+            x, log_det, *score = method(*inputs, layer.context_for(context))
+            inputs = (x, *score)
             total = log_det if total is None else total + log_det
-        return x, cast(Tensor, total)
+        point, *score = inputs
+        return (point, cast(Tensor, total), *score)
 
 
-def _recomputes_within(layer: Bijection) -> bool:
-    return any(isinstance(part, Compose) and part.recompute for part in layer.modules())
+def _checkpoints_within(layer: Bijection) -> bool:
+    return any(isinstance(part, Compose) and part.activation_checkpointing for part in layer.modules())
 
 
-def _recomputed(layer: Bijection, method: Callable[..., Any]) -> Callable[..., Any]:
-    contexts = {"context_fn": lambda: (nullcontext(), _unmoved(layer))}
+def _checkpointed(layer: Bijection, method: Callable[..., Any]) -> Callable[..., Any]:
+    contexts = {"context_fn": lambda: (nullcontext(), _frozen_averages(layer))}
     return functools.partial(checkpoint, method, use_reentrant=False, **contexts)
 
 
 @contextmanager
-def _unmoved(layer: Bijection) -> Iterator[None]:
-    """Keep the running averages of batch normalisations, which are to follow a batch once."""
+def _frozen_averages(layer: Bijection) -> Iterator[None]:
+    """Keep the running averages of batch norms, which must follow a batch only once."""
     averages = [
         buffer
         for part in layer.modules()

@@ -1,27 +1,29 @@
-"""A flow: a prior and a stack of bijections, and the Pyro distribution they make."""
+"""A flow, which is a prior and a stack of bijections; its Pyro distribution; and its file."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Integral
+from itertools import chain
 from typing import Any
 
 import torch
 from pyro.distributions import TransformedDistribution
 from torch import Size, Tensor, nn
 
-from pyroflows.bijection import Bijection, vjp
-from pyroflows.caching import caching
+from pyroflows.arguments import Shape, as_sample_shape, batched_shape, check_context, check_placement
+from pyroflows.bijection import Bijection, Pair, Triple
+from pyroflows.caching import Record, caching
 from pyroflows.compose import Compose
 from pyroflows.contexts import evaluating
 from pyroflows.files import read, write
+from pyroflows.gradients import vjp
 from pyroflows.priors import Prior
 from pyroflows.recipe import Recorded, describe, restore
 
-__all__ = ["Flow", "load"]
+__all__ = ["Flow", "FlowDistribution", "load"]
 
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 
@@ -31,27 +33,28 @@ class Flow(Recorded, nn.Module):
 
     .. math:: \log p(x \mid c) = \log p_Z(f^{-1}(x; c)) + \log|\det df^{-1}/dx|
 
-    Calling it gives a :class:`pyro.distributions.TransformedDistribution` over its layers. The methods below
-    compute the same without a distribution: they are what compiles, maps and trains.
+    Calling it returns a :class:`pyro.distributions.TransformedDistribution` over its layers. The methods compute the
+    same without a distribution: they are the ones to compile, to ``vmap`` and to train.
 
     Args:
-        prior: the distribution of the latent.
+        prior: distribution of the latent.
         layers: bijections, the first nearest the latent, or one bijection.
-        embedding: a network through which every context passes first, once a call, and which trains with the layers:
-            a convolution over the last values of a series, a set's mean of features, a table of words.
-        dequantizer: what makes numbers of a continuous density out of discrete data, such as the levels of pixels;
-            :meth:`dequantized_log_prob`, ``fit`` and ``bits_per_dim`` use it.
+        embedding: network through which every context passes first, once a call, and which trains with the layers,
+            such as a convolution over a series or a table of words.
+        dequantizer: module that turns discrete data, such as the levels of pixels, into continuous data, used by
+            :meth:`dequantized_log_prob`, ``fit`` and ``bits_per_dim``.
 
     Shapes:
-        x: ``(*batch, *event_shape)``; context: ``(*batch, context_features)``, or whatever the embedding maps to that;
+        x: ``(*batch, *event_shape)``; context: ``(*batch, context_features)``, or what the embedding maps to that;
         log_prob: ``(*batch,)``.
 
     Attributes:
         notes: JSON values about the flow, which :meth:`save` writes and :func:`pyroflows.load` reads.
+        last_draw: the record of the last draw from a distribution of the flow, while the draw is alive.
 
     Raises:
-        ValueError: the shapes of prior and layers do not follow on one another, or an input or context has another
-            shape than the flow's, or a context is missing or not expected, or the embedding gives another shape.
+        ValueError: the shapes of prior and layers do not match, or an input or context has another shape than the
+            flow's, or a context is missing or not expected, or the embedding returns another shape.
         TypeError: an input is not a floating-point tensor of the flow's dtype.
 
     References:
@@ -70,6 +73,8 @@ class Flow(Recorded, nn.Module):
         torch.Size([5, 7, 2])
     """
 
+    last_draw: Record | None = None
+
     def __init__(
         self,
         prior: Prior,
@@ -87,17 +92,19 @@ class Flow(Recorded, nn.Module):
                 f"expected a prior of shape {tuple(bijection.latent_shape)}, the layers' latent; "
                 f"got {tuple(prior.event_shape)}"
             )
-        if embedding is not None and not isinstance(embedding, nn.Module):
-            raise TypeError(f"expected an embedding that is a torch module; got {type(embedding).__name__}")
+        for name, module in (("an embedding", embedding), ("a dequantizer", dequantizer)):
+            if module is not None and not isinstance(module, nn.Module):
+                raise TypeError(f"expected {name} that is a torch module; got {type(module).__name__}")
         if embedding is not None and not bijection.context_features:
-            raise ValueError("expected layers that take a context, for the embedding to give; got context_features=0")
+            raise ValueError("an embedding needs layers that take a context; got context_features=0")
         self.prior = prior
         self.bijection = bijection
-        if dequantizer is not None and not isinstance(dequantizer, nn.Module):
-            raise TypeError(f"expected a dequantizer that is a torch module; got {type(dequantizer).__name__}")
         self.embedding = embedding
         self.dequantizer = dequantizer
         self.notes: dict[str, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "last_draw": None}
 
     @property
     def layers(self) -> list[Bijection]:
@@ -111,62 +118,48 @@ class Flow(Recorded, nn.Module):
 
     @property
     def context_features(self) -> int:
-        """The length of the context, as the layers take it; 0 for a flow without."""
+        """The length of the context, as the layers take it; 0 for an unconditional flow."""
         return self.bijection.context_features
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the flow's numbers, and of the data it takes."""
+        """The dtype of the flow's parameters and data."""
         return self._number().dtype
 
     @property
     def device(self) -> torch.device:
-        """The device of the flow's numbers."""
+        """The device of the flow's parameters."""
         return self._number().device
 
     def _number(self) -> Tensor:
-        """The first parameter, or buffer; every call asks, and torch's own walk takes as long as a small network."""
-        buffers: list[Tensor] = []
-        parts: list[nn.Module] = [self]
-        while parts:
-            part = parts.pop()
-            for parameter in part._parameters.values():
-                if parameter is not None and parameter.is_floating_point():
-                    return parameter
-            buffers += [
-                buffer for buffer in part._buffers.values() if buffer is not None and buffer.is_floating_point()
-            ]
-            parts += [child for child in reversed(part._modules.values()) if child is not None]
-        return buffers[0] if buffers else torch.empty(())
+        numbers = (number for number in chain(self.parameters(), self.buffers()) if number.is_floating_point())
+        return next(numbers, torch.empty(()))
 
-    def forward(self, context: Tensor | None = None) -> TransformedDistribution:
-        """Give the distribution, with the context's batch shape."""
-        context = self.embed(context)
-        self.bijection.broadcast_batch(Size(), context)
-        layers = [layer if context is None else layer.condition(context) for layer in self.layers]
-        return TransformedDistribution(self.prior(), layers)
+    def forward(self, context: Tensor | None = None) -> FlowDistribution:
+        """Return the distribution given a context, whose batch shape it has."""
+        return FlowDistribution(self, self.embed(context))
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Give the log-density of data, in nats."""
+        """Return the log-density of data, in nats."""
         self.check_input(data=x)
-        context = self.embed(context)
+        return self.log_prob_embedded(x, self.embed(context))
+
+    def log_prob_embedded(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """Return the log-density of data given a context that has passed through the embedding."""
         z, log_det = self.bijection.inverse_and_log_det(x, context)
         return self.prior.log_prob(z) + log_det
 
     def dequantized_log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Give an unbiased estimate of a lower bound on the log-probability of discrete data, in nats."""
+        """Return an unbiased estimate of a lower bound on the log-probability of discrete data, in nats."""
         if self.dequantizer is None:
             raise ValueError("expected a flow with a dequantizer; got one without")
         y, log_q = self.dequantizer(x)
         return self.log_prob(y, context) - log_q
 
-    def sample(
-        self, shape: int | Sequence[int] = (), context: Tensor | None = None, *, temperature: float = 1.0
-    ) -> Tensor:
+    def sample(self, shape: Shape = (), context: Tensor | None = None, *, temperature: float = 1.0) -> Tensor:
         """Draw data of shape ``(*shape, *batch, *event_shape)``, without gradients.
 
-        A temperature below 1 narrows the prior around its centres, by which samples of images gain in looks and lose
-        in variety.
+        A temperature below 1 narrows the prior around its centres: samples of images look better and vary less.
         """
         with torch.no_grad():
             context = self.embed(context)
@@ -175,44 +168,39 @@ class Flow(Recorded, nn.Module):
             return self.bijection.forward_and_log_det(z, context)[0]
 
     def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Give the latent of data, shape ``(*batch, *latent_shape)``."""
+        """Return the latent of data, shape ``(*batch, *latent_shape)``."""
         self.check_input(data=x)
         return self.bijection.inverse_and_log_det(x, self.embed(context))[0]
 
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        """Give the data of a latent, shape ``(*batch, *event_shape)``."""
+        """Return the data of a latent, shape ``(*batch, *event_shape)``."""
         self.check_input(latent=z)
         return self.bijection.forward_and_log_det(z, self.embed(context))[0]
 
-    def rsample_and_log_prob(
-        self, shape: int | Sequence[int] = (), context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Draw data through which gradients pass, and give its log-density, in one pass."""
+    def rsample_and_log_prob(self, shape: Shape = (), context: Tensor | None = None) -> Pair:
+        """Draw data with gradients, and return it with its log-density, in one pass."""
         context = self.embed(context)
         z = self.prior.rsample(self._sample_shape(shape, context))
         x, log_det = self.bijection.forward_and_log_det(z, context)
         return x, self.prior.log_prob(z) - log_det
 
-    def rsample_and_score(
-        self, shape: int | Sequence[int] = (), context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw as above, and give also the gradient of the log-density at the draw, detached: for a path gradient."""
+    def rsample_and_score(self, shape: Shape = (), context: Tensor | None = None) -> Triple:
+        """Draw data with gradients; return it, its log-density and, detached, its score, which path gradients need."""
         context = self.embed(context)
         z = self.prior.rsample(self._sample_shape(shape, context))
         with torch.enable_grad():
             z = z if z.requires_grad else z.detach().requires_grad_()
             log_prob = self.prior.log_prob(z)
-        x, log_det, score = self.bijection.forward_and_score(
-            z, vjp(log_prob, None, z, torch.ones_like(log_prob)), context
-        )
+        score = vjp(log_prob, None, z, torch.ones_like(log_prob))
+        x, log_det, score = self.bijection.forward_and_score(z, score, context)
         return x, log_prob - log_det, score
 
     @contextmanager
     def cached(self) -> Iterator[None]:
-        """Form what follows from the weights alone once, for calls without gradients in a block.
+        """Cache what depends only on the weights, for calls without gradients in a block.
 
-        Masked weights and the matrices of factors take longer than a few rows do. Weights that are loaded, trained or
-        written to meanwhile are seen; writes to ``p.data``, or through NumPy, are not.
+        For a few rows masking weights and multiplying factors takes longer than the rest. Weights that are loaded,
+        trained or written to within the block are noticed; in-place writes to ``p.data``, or through NumPy, are not.
 
         Example:
             >>> from pyroflows import maf
@@ -224,49 +212,35 @@ class Flow(Recorded, nn.Module):
             yield
 
     def save(self, path: str | os.PathLike[str], notes: Mapping[str, Any] | None = None) -> None:
-        """Write the flow into one safetensors file, from which :func:`pyroflows.load` makes an equal one.
+        """Write the flow to a safetensors file, from which :func:`pyroflows.load` builds an equal one.
 
-        The file holds the numbers, how the flow was built, and a checksum; a process that dies while it writes leaves
-        the file that was there.
+        The file holds the tensors, how the flow was built, and a checksum. It is replaced atomically.
 
         Args:
-            path: of the file.
-            notes: JSON values about the flow; by default those it has, :attr:`notes`.
+            path: path of the file.
+            notes: JSON values about the flow; by default :attr:`notes`.
 
         Raises:
-            TypeError: the notes are no JSON values.
-            ValueError: a part of the flow is of a class that no file can name, or the folder does not exist.
+            TypeError: the notes are not JSON values.
+            ValueError: a part of the flow is of a class that a file cannot name, or the folder does not exist.
         """
-        notes = self.notes if notes is None else notes
-        if not isinstance(notes, Mapping):
-            raise TypeError(f"expected notes as a dict of JSON values; got {type(notes).__name__}")
-        notes = dict(notes)
-        try:
-            alike = json.loads(json.dumps(notes, allow_nan=False)) == notes
-        except (TypeError, ValueError):
-            alike = False
-        if not alike:
-            raise TypeError(f"expected notes of JSON values, with texts as keys, and lists for tuples; got {notes!r}")
+        notes = _checked_notes(self.notes if notes is None else notes)
         recipe, tensors = describe(self)
-        header = {
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "notes": notes,
-            "frozen": [name for name, parameter in self.named_parameters() if not parameter.requires_grad],
-            "recipe": recipe,
-        }
-        write(path, "flow", header, tensors)
+        frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
+        dtype = str(self.dtype).removeprefix("torch.")
+        write(path, "flow", {"dtype": dtype, "notes": notes, "frozen": frozen, "recipe": recipe}, tensors)
 
     def export(self, x: Tensor, context: Tensor | None = None) -> torch.export.ExportedProgram:
-        """Give the log-density as a program that runs without this package, for any number of rows.
+        """Return the log-density as a program that runs without this package, for any number of rows.
 
         Args:
-            x: rows such as the program is to score, at least two; their numbers do not matter.
-            context: their context, of a flow that takes one.
+            x: at least two rows of the kind to score; their values do not matter.
+            context: their context, if the flow takes one.
 
         Example:
             >>> from pyroflows import realnvp
             >>> flow = realnvp(3, num_layers=2).eval()
-            >>> program = flow.export(torch.zeros(2, 3))  # to be written by torch.export.save(program, "flow.pt2")
+            >>> program = flow.export(torch.zeros(2, 3))  # torch.export.save(program, "flow.pt2") writes it
             >>> x = torch.randn(5, 3)
             >>> torch.allclose(program.module()(x), flow.log_prob(x))
             True
@@ -276,16 +250,13 @@ class Flow(Recorded, nn.Module):
             raise ValueError(f"expected at least two rows to export by; got shape {tuple(x.shape)}")
         rows = torch.export.Dim("rows")
         with evaluating(self):
-            return torch.export.export(_Density(self), inputs, dynamic_shapes=tuple({0: rows} for _ in inputs))
+            return torch.export.export(_LogProb(self), inputs, dynamic_shapes=tuple({0: rows} for _ in inputs))
 
-    def _sample_shape(self, shape: int | Sequence[int], context: Tensor | None) -> Size:
-        sizes = tuple(shape) if isinstance(shape, Iterable) else (shape,)
-        if not all(isinstance(size, Integral) and not isinstance(size, bool) and size >= 0 for size in sizes):
-            raise ValueError(f"expected a sample shape of non-negative integers; got {shape!r}")
-        return Size(map(int, sizes)) + self.bijection.broadcast_batch(Size(), context)
+    def _sample_shape(self, shape: Shape, context: Tensor | None) -> Size:
+        return as_sample_shape(shape) + self.bijection.broadcast_batch(Size(), context)
 
     def embed(self, context: Tensor | None) -> Tensor | None:
-        """Give the context that the layers take."""
+        """Return the context that the layers take, from that of the user."""
         if context is not None:
             self.check_input(context=context)
         if self.embedding is None:
@@ -296,36 +267,98 @@ class Flow(Recorded, nn.Module):
         embedded = self.embedding(context)
         if not isinstance(embedded, Tensor) or embedded.shape[-1:] != (self.context_features,):
             got = f"shape {tuple(embedded.shape)}" if isinstance(embedded, Tensor) else type(embedded).__name__
-            raise ValueError(
-                f"expected an embedding that gives (*batch, {self.context_features}); "
-                f"got {got} from a context of shape {tuple(context.shape)}"
-            )
+            expected = f"an embedding that returns {batched_shape((self.context_features,))}"
+            raise ValueError(f"expected {expected}; got {got} from a context of shape {tuple(context.shape)}")
         return embedded
 
     def check_input(self, **inputs: Tensor | None) -> None:
+        """Refuse tensors of another dtype or device than the flow's; the names are for the message."""
         if torch.compiler.is_compiling():
-            return  # the walk over Pyro's modules, which hash in a way of their own, would break the graph
+            return  # the walk over Pyro's modules, which define their own hash, would break the graph
         number = self._number()
         for name, tensor in inputs.items():
-            if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != number.dtype:
-                raise TypeError(f"expected {name} of the flow's {number.dtype}; got {tensor.dtype}")
-            if isinstance(tensor, Tensor) and tensor.device != number.device:
-                raise ValueError(f"expected {name} on the flow's device, {number.device}; got {tensor.device}")
+            check_placement(name, tensor, number)
+
+
+class FlowDistribution(TransformedDistribution):
+    """The distribution of a flow, which scores by the flow's own ``log_prob``, and its last draw without another pass.
+
+    The flow holds the last draw of its distributions weakly, and scores it once from the pass that made it, if nothing
+    has changed since. Any other value, and the draw from then on, is scored at the parameters that the flow has then.
+
+    Args:
+        flow: the flow.
+        context: its context after the embedding, if it takes one.
+
+    Example:
+        >>> from pyroflows import realnvp
+        >>> distribution = realnvp(2)()
+        >>> x = distribution.rsample((5,))
+        >>> distribution.log_prob(x).shape
+        torch.Size([5])
+    """
+
+    def __init__(self, flow: Flow, context: Tensor | None = None):
+        check_context(context, flow.context_features, Size())
+        self.flow, self.context = flow, context
+        fixed = [layer if context is None else layer.condition(context) for layer in (flow.bijection, *flow.layers)]
+        super().__init__(flow.prior(), fixed[:1])  # torch derives the shapes from the stack as one, which is quicker
+        self.transforms = fixed[1:]
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> FlowDistribution:
+        new = type(self).__new__(type(self)) if _instance is None else _instance
+        new.flow, new.context = self.flow, self.context
+        return super().expand(batch_shape, _instance=new)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        with torch.no_grad():
+            return self._draw(self.flow.prior.sample, sample_shape)
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        return self._draw(self.flow.prior.rsample, sample_shape)
+
+    def _draw(self, sample_prior: Callable[..., Tensor], sample_shape: Sequence[int]) -> Tensor:
+        z = sample_prior(Size(sample_shape) + self.batch_shape)
+        x, log_det = self.flow.bijection.forward_and_log_det(z, self.context)
+        self.flow.last_draw = None if x is z else Record(self.flow, "last_draw", z, x, log_det, self.context)
+        return x
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        record, self.flow.last_draw = self.flow.last_draw, None
+        if record is not None and not value.is_inference() and record.is_valid(self.flow, value, self.context):
+            return self.flow.prior.log_prob(record.source) - record.current_log_det()
+        self.flow.check_input(data=value)
+        log_prob = self.flow.log_prob_embedded(value, self.context)
+        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
+
+
+def _checked_notes(notes: Any) -> dict[str, Any]:
+    if not isinstance(notes, Mapping):
+        raise TypeError(f"expected notes as a dict of JSON values; got {type(notes).__name__}")
+    try:
+        same = json.loads(json.dumps(dict(notes), allow_nan=False)) == notes
+    except (TypeError, ValueError):
+        same = False
+    if not same:
+        raise TypeError(f"expected notes of JSON values, with strings as keys, and lists for tuples; got {notes!r}")
+    return dict(notes)
 
 
 def load(path: str | os.PathLike[str], device: str | torch.device = "cpu", *, classes: Sequence[type] = ()) -> Flow:
-    """Read a flow that :meth:`Flow.save` wrote: equal numbers, for evaluation, without running code from the file.
+    """Read a flow that :meth:`Flow.save` wrote, in evaluation mode, without running code from the file.
 
     Args:
-        path: of the file.
-        device: where the flow is to be.
-        classes: of the user's own, such as a layer, that a flow in the file was made of.
+        path: path of the file.
+        device: device of the flow.
+        classes: the user's own classes, such as a layer, from which the flow in the file was built.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        TypeError: ``classes`` is no list of classes.
-        ValueError: the file is not one of a flow, or is damaged, or was written in a newer format, or names a class or
-            builder that is unknown.
+        FileNotFoundError: the file does not exist.
+        TypeError: ``classes`` is not a list of classes.
+        ValueError: the file does not hold a flow, is damaged, was written by another version of the format, or names
+            an unknown class or builder.
 
     Example:
         >>> import tempfile
@@ -356,8 +389,8 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu", *, cl
     return flow.to(device)
 
 
-class _Density(nn.Module):
-    """A module whose call gives the log-density, as an export needs one."""
+class _LogProb(nn.Module):
+    """A module that returns the log-density when called, as an export needs one."""
 
     def __init__(self, flow: Flow):
         super().__init__()

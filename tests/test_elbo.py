@@ -776,7 +776,7 @@ def test_refuses_a_factor_that_claims_no_path():
 
 def test_refuses_a_flow_with_a_prior_without_a_path():
     flow = make_flow("maf, shuffle, batchnorm, mixture", 2)
-    with pytest.raises(TypeError, match="got 'z' of TransformedDistribution"):
+    with pytest.raises(TypeError, match="got 'z' of FlowDistribution"):
         PathELBO().loss(
             lambda: pyro.sample("z", dist.Normal(LOC[:2], 1.0).to_event(1)), lambda: pyro.sample("z", flow())
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import subprocess
@@ -19,7 +20,9 @@ from scipy.stats import kstest
 from torch import nn
 
 from pyroflows import (
+    Bijection,
     Coupling,
+    DiagonalNormal,
     ElementwiseAffine,
     Flow,
     Logit,
@@ -274,13 +277,17 @@ def test_an_embedding_of_integers():
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        (lambda: embedded(Mean(5, 4)), ValueError, r"gives \(\*batch, 3\); got shape \(6, 4\) from a context of shape"),
-        (lambda: embedded(nn.LSTM(5, 3)), ValueError, r"gives \(\*batch, 3\); got tuple from a context of shape"),
+        (
+            lambda: embedded(Mean(5, 4)),
+            ValueError,
+            r"returns \(\*batch, 3\); got shape \(6, 4\) from a context of shape",
+        ),
+        (lambda: embedded(nn.LSTM(5, 3)), ValueError, r"returns \(\*batch, 3\); got tuple from a context of shape"),
         (lambda: embedded(torch.tanh), TypeError, "an embedding that is a torch module; got builtin"),
         (
             lambda: Flow(StandardNormal(2), Coupling(2), embedding=nn.Identity()),
             ValueError,
-            "layers that take a context, for the embedding to give; got context_features=0",
+            "an embedding needs layers that take a context; got context_features=0",
         ),
     ],
 )
@@ -311,3 +318,47 @@ def test_import_loads_little():
     code = f"import sys, pyroflows; print([name for name in {heavy!r} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_a_distribution_that_outlives_a_step_samples_and_scores_at_the_new_parameters():
+    flow = Flow(DiagonalNormal(2), [ElementwiseAffine(2)])
+    distribution = flow()
+    optimizer = torch.optim.Adam(flow.parameters(), 0.1, fused=True)
+    x = torch.randn(20, 2)
+    for _ in range(3):
+        draw = distribution.rsample((5,))
+        (-distribution.log_prob(x).mean()).backward()
+        optimizer.step()
+        torch.testing.assert_close(distribution.log_prob(x), flow.log_prob(x))
+        torch.testing.assert_close(distribution.log_prob(draw), flow.log_prob(draw))
+    torch.manual_seed(1)
+    draw = distribution.rsample((5,))
+    torch.manual_seed(1)
+    torch.testing.assert_close(draw, flow.rsample_and_log_prob((5,))[0])
+
+
+def test_a_draw_is_scored_from_its_own_pass_once_and_held_weakly():
+    flow = realnvp(2, num_layers=2)
+    calls = []
+    hook = flow.layers[0].conditioner.register_forward_hook(lambda *_: calls.append(1))
+    draw = flow().rsample((5,))
+    first = flow().log_prob(draw)
+    assert len(calls) == 1
+    torch.testing.assert_close(flow().log_prob(draw), first)
+    assert len(calls) == 2
+    hook.remove()
+    draw = flow().rsample((5,))
+    assert flow.last_draw is not None
+    copies = [copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))]
+    assert [other.last_draw for other in copies] == [None, None]
+    del draw
+    gc.collect()
+    assert flow.last_draw is None
+
+
+def test_layers_of_a_flow_keep_no_record_of_the_flows_own_draws_and_scores():
+    flow = maf(3, num_layers=2)
+    distribution = flow()
+    distribution.log_prob(distribution.rsample((5,)))
+    distribution.log_prob(torch.randn(5, 3))
+    assert all(part._record is None for part in flow.modules() if isinstance(part, Bijection))

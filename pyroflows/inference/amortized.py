@@ -12,7 +12,7 @@ from pyroflows.arguments import check_sizes
 from pyroflows.contexts import evaluating, seeded
 from pyroflows.diagnostics.arrays import labels
 from pyroflows.diagnostics.calibration import Calibration, calibration
-from pyroflows.flow import Flow
+from pyroflows.flow import Flow, FlowDistribution
 from pyroflows.inference.conditional_flow import ScaledEmbedding, default_flow, regression_layers
 from pyroflows.inference.guide_flow import Builder, build_flow, check_flow
 from pyroflows.inference.simulator import Simulator
@@ -211,10 +211,10 @@ class AmortizedPosterior:
         check_sizes(n=n)
         context, batch = self._context(data)
         at_once = max(1, _ROWS_AT_ONCE // max(1, batch.numel()))
-        flow = self._flow_given_context()
+        distribution = FlowDistribution(self.flow, context)
         with seeded(seed, self.flow.device):
             sizes = [min(at_once, n - i) for i in range(0, n, at_once)]
-            vector = torch.cat([flow.sample((size,), context) for size in sizes])
+            vector = torch.cat([distribution.sample((size,)) for size in sizes])
         return constrain(self._latents, vector)
 
     def log_prob(self, values: Mapping[str, Tensor], data: Tensor | Mapping[str, Tensor]) -> Tensor:
@@ -222,7 +222,7 @@ class AmortizedPosterior:
         context, _ = self._context(data)
         values = {name: torch.as_tensor(value).to(context) for name, value in values.items()}
         vector, log_det = unconstrain(self._latents, values)
-        return self._flow_given_context().log_prob(vector, context) - log_det
+        return self.flow.log_prob_embedded(vector, context) - log_det
 
     def covers(self, data: Tensor | Mapping[str, Tensor]) -> Tensor:
         """Return, for each data set, whether all its values are in or near the range of the simulations.
@@ -256,10 +256,6 @@ class AmortizedPosterior:
         )
         truth = torch.cat([values[site.name].reshape(len(values[site.name]), -1) for site in self._latents], -1)
         return calibration(columns.movedim(0, 1), truth, names, levels=levels)
-
-    def _flow_given_context(self) -> Flow:
-        """Return the flow without its embedding, for an embedded context."""
-        return Flow(self.flow.prior, self.flow.bijection)
 
     def _context(self, data: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Size]:
         rows, batch = self._read(data)

@@ -191,9 +191,7 @@ class AutoFlow(AutoContinuous):
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TransformedDistribution:
         """Return the distribution of the unconstrained vector, of event shape ``(latents,)``."""
-        # The stack as one transform: it leaves one record where each layer would leave its own.
-        flow = self.require_flow()
-        return _Posterior(flow.prior(), [flow.bijection])
+        return self.require_flow()()
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         if self.prototype_trace is None:
@@ -327,17 +325,6 @@ def _trace_of(nodes: Mapping[str, Mapping[str, Any]]) -> poutine.Trace:
 def _shape_of(fn: Any) -> dist.ImproperUniform:
     """Return a prior's shapes and support without its numbers, which may be data or parameters."""
     return dist.ImproperUniform(fn.support, fn.batch_shape, fn.event_shape)
-
-
-class _Posterior(dist.TransformedDistribution):
-    """The distribution of a flow, which scores its own draw by the one record that the draw left."""
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
-        (bijection,) = self.transforms
-        record = bijection._recall(value)
-        return super().log_prob(value) if record is None else self.base_dist.log_prob(record[0]) - record[1]
 
 
 class _Value(dist.Delta):

@@ -13,7 +13,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import TransformedDistribution
 
-from pyroflows.bijection import Bijection, vjp
+from pyroflows.bijection import Bijection
+from pyroflows.gradients import vjp
 from pyroflows.inference.sites import nested
 
 __all__ = ["DrawsAsLeaves", "Particles"]

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from pyroflows.arguments import Shape
-from pyroflows.bijection import Bijection, times
+from pyroflows.bijection import Bijection
 from pyroflows.distributed import var_mean
+from pyroflows.gradients import times
 from pyroflows.private import inside_functorch
 
 __all__ = ["ActNorm"]

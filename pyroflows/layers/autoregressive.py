@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pyroflows.arguments import check_names
-from pyroflows.bijection import Bijection, vjp
+from pyroflows.bijection import Bijection
+from pyroflows.gradients import vjp
 from pyroflows.layers.inversion import closed, invert
 from pyroflows.layers.transformers import Transformer, make_transformer, transform
 from pyroflows.networks.made import MADE

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pyroflows.arguments import check_names, check_option, check_sizes
-from pyroflows.bijection import Bijection, vjp
+from pyroflows.bijection import Bijection
+from pyroflows.gradients import vjp
 from pyroflows.layers.transformers import Affine, Transformer, carry, make_transformer, transform
 from pyroflows.networks.mlp import MLP
 

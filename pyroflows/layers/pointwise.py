@@ -11,8 +11,9 @@ from torch.distributions import constraints
 from torch.nn import functional as F
 
 from pyroflows.arguments import Shape, check_number
-from pyroflows.bijection import Bijection, event_constraint
+from pyroflows.bijection import Bijection
 from pyroflows.networks.mlp import MLP
+from pyroflows.supports import event_constraint
 
 __all__ = ["ElementwiseAffine", "Logit", "Sigmoid", "Standardize"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyroflows.arguments import check_number, check_option
-from pyroflows.bijection import times, vjp
+from pyroflows.gradients import times, vjp
 from pyroflows.layers.spline import Spline
 
 __all__ = ["Additive", "Affine", "Spline", "Transformer", "make_transformer"]

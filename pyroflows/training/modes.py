@@ -43,14 +43,14 @@ def recomputing(flow: Flow) -> Iterator[None]:
         if isinstance(part, Compose)
         and (id(part) in whole or any(isinstance(inner, Compose) and inner is not part for inner in part.modules()))
     ]
-    before = [stack.recompute for stack in stacks]
+    before = [stack.activation_checkpointing for stack in stacks]
     for stack in stacks:
-        stack.recompute = True
+        stack.activation_checkpointing = True
     try:
         yield
     finally:
         for stack, value in zip(stacks, before, strict=True):
-            stack.recompute = value
+            stack.activation_checkpointing = value
 
 
 @contextmanager
