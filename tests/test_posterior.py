@@ -749,7 +749,7 @@ def counting():
         (
             lambda: Posterior(placed(curved)).log_prob({"x": torch.zeros(2)}),
             ValueError,
-            "expected values of the sites 'x', 'y'; got none of 'y'",
+            r"expected values of 'y' of shape \(points,\); got none",
         ),
     ],
 )

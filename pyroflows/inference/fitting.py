@@ -173,7 +173,7 @@ class GuideFit:
         self.log_joint, self.num_draws, self.max_seconds, self.progress = log_joint, num_draws, max_seconds, progress
         self.flow = guide.require_flow()
         self.rank_flow = Flow(_RankSlice(self.flow.prior), self.flow.layers)
-        self.learning_rate = _RATES[1]
+        self.learning_rate = 3e-3
         self.results: list[FitResult] = []
         self.notes: list[str] = []
         self.began = time.perf_counter()
