@@ -601,7 +601,7 @@ def test_the_observed_rows_of_obs_mask_are_flat_latents():
         with pyro.plate("rows", 3):
             pyro.sample("y", dist.Normal(x, 1.0), obs=torch.ones(3), obs_mask=torch.tensor([True, False, True]))
 
-    with pytest.raises(ValueError, match="flat in 2 of 3 of site 'y_unobserved', as where .*by obs_mask"):
+    with pytest.raises(ValueError, match="flat in 2 of 3 of site 'y_unobserved', for example .*by obs_mask"):
         LogJoint(model)
 
 

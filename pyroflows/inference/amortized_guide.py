@@ -22,7 +22,14 @@ from pyroflows.arguments import check_sizes
 from pyroflows.contexts import evaluating
 from pyroflows.flow import Flow
 from pyroflows.inference.guide_flow import Builder, build_flow, check_flow, claim_parameters
-from pyroflows.inference.sites import LatentSite, constrain, initial_value, unconstrain, unconstrained_value
+from pyroflows.inference.sites import (
+    LatentSite,
+    constrain,
+    have_one_image,
+    initial_value,
+    unconstrain,
+    unconstrained_value,
+)
 from pyroflows.private import check_prototype
 
 __all__ = ["AmortizedFlow"]
@@ -344,8 +351,7 @@ def _latent_of_a_row(node: Any, other_support: Any, plate_dim: int, start: int) 
     support = _support_of_a_row(fn.support, plate_dim - fn.event_dim, name)
     # One point, mapped by the supports of all rows of two runs: if they differ, no single support is right.
     point = torch.randn((1,) * batch + shape).to(unconstrained)
-    images = [biject_to(one)(point.expand(unconstrained.shape)) for one in (fn.support, support, other_support)]
-    if any(not torch.equal(image, images[0]) for image in images):
+    if not have_one_image((fn.support, support, other_support), point.expand(unconstrained.shape)):
         raise ValueError(
             "expected latents whose support depends neither on other sites nor on the row; "
             f"got site {name!r} with support {fn.support}"

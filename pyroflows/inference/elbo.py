@@ -26,6 +26,7 @@ class _ReparameterizedELBO(ELBO):
     """An objective by one run of the guide, whose draws are replaced by leaves."""
 
     gradient = "path"
+    likelihood = entropy = 1.0  # weights
 
     def __init__(
         self,
@@ -46,8 +47,10 @@ class _ReparameterizedELBO(ELBO):
     def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """Return an estimate of the loss."""
         with torch.no_grad():
-            particles = list(self._get_traces(model, guide, args, kwargs))
-            return self._reported(-self._bound(torch.cat([run.log_weights for run in particles])).item())
+            runs = list(self._get_traces(model, guide, args, kwargs))
+            loss = -self._bound(torch.cat([run.log_weights for run in runs])).item()
+        warn_if_nan(loss, "loss")
+        return loss
 
     def differentiable_loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
@@ -56,7 +59,8 @@ class _ReparameterizedELBO(ELBO):
         loss: Any = 0.0
         for bound, surrogate in self._terms(model, guide, args, kwargs):
             loss = loss - bound - (surrogate - surrogate.detach())
-        return self._reported(loss)
+        warn_if_nan(loss, "loss")
+        return loss
 
     def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """Return an estimate of the loss, and add its gradient to that of every parameter."""
@@ -65,7 +69,8 @@ class _ReparameterizedELBO(ELBO):
             loss -= bound.item()
             if surrogate.requires_grad:
                 (-surrogate).backward(retain_graph=self.retain_graph)
-        return self._reported(loss)
+        warn_if_nan(loss, "loss")
+        return loss
 
     def _bound(self, log_weights: Tensor) -> Tensor:
         return log_weights.mean()
@@ -77,14 +82,6 @@ class _ReparameterizedELBO(ELBO):
         for run in self._get_traces(model, guide, args, kwargs):
             weights = torch.full_like(run.log_weights, 1 / self.num_particles)
             yield (weights * run.log_weights.detach()).sum(), run.surrogate(weights, weights)
-
-    def _weights(self) -> tuple[float, float]:
-        """Return the weights of the log-likelihood and of the entropy."""
-        return 1.0, 1.0
-
-    def _reported(self, loss: Any) -> Any:
-        warn_if_nan(loss, "loss")
-        return loss
 
     def _get_trace(self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any) -> Particles:
         if isinstance(unwrapped := poutine.unwrap(guide), Messenger):
@@ -116,11 +113,10 @@ class _ReparameterizedELBO(ELBO):
             for site in (*model_sites.values(), *guide_sites.values()):
                 check_site_shape(site, self.max_plate_nesting)
 
-        likelihood, entropy = self._weights()
-        joint = [(site["log_prob"], likelihood if site["is_observed"] else 1.0) for site in model_sites.values()]
-        joint += [(site["log_prob"], -entropy) for name, site in guide_sites.items() if name not in draws]
+        joint = [(site["log_prob"], self.likelihood if site["is_observed"] else 1.0) for site in model_sites.values()]
+        joint += [(site["log_prob"], -self.entropy) for name, site in guide_sites.items() if name not in draws]
         rows = self._sum(joint)
-        entropies = [(guide_sites[name]["log_prob"], -entropy) for name in draws]
+        entropies = [(guide_sites[name]["log_prob"], -self.entropy) for name in draws]
         return Particles(rows, rows + self._sum(entropies) if draws else rows, list(draws.values()))
 
     def _sum(self, terms: Iterable[tuple[Tensor, float]]) -> Tensor:
@@ -201,13 +197,11 @@ class TemperedELBO(_ReparameterizedELBO):
         entropy: the weight :math:`\tau`.
         likelihood: the weight :math:`\beta`.
         gradient: "path", as in :class:`PathELBO`, or "total".
-        vectorize_particles: whether guide and model run once for all of them, in an outermost plate.
-        max_plate_nesting: number of nested plates; by default found by a run.
-        retain_graph: whether the graph is kept after a step.
+        options: other arguments of :class:`PathELBO`.
 
     Raises:
-        TypeError: as :class:`PathELBO`, or a weight is not a number.
-        ValueError: as :class:`PathELBO`, or a weight is negative, or the gradient is unknown.
+        TypeError: as for :class:`PathELBO`, or a weight is not a number.
+        ValueError: as for :class:`PathELBO`, or a weight is negative, or the gradient is unknown.
 
     References:
         Variational Inference with Normalizing Flows, Rezende and Mohamed, 2015 (arXiv:1505.05770).
@@ -224,42 +218,18 @@ class TemperedELBO(_ReparameterizedELBO):
         entropy: float = 1.0,
         likelihood: float = 1.0,
         gradient: str = "path",
-        vectorize_particles: bool = False,
-        max_plate_nesting: float = math.inf,
-        retain_graph: bool | None = None,
+        **options: Any,
     ):
-        super().__init__(
-            num_particles,
-            vectorize_particles=vectorize_particles,
-            max_plate_nesting=max_plate_nesting,
-            retain_graph=retain_graph,
-        )
+        super().__init__(num_particles, **options)
         check_option("gradient", gradient, ("path", "total"))
         self.gradient = gradient
         self.entropy, self.likelihood = entropy, likelihood
 
-    @property
-    def entropy(self) -> float:
-        """The weight of the entropy."""
-        return self._entropy
-
-    @entropy.setter
-    def entropy(self, weight: float) -> None:
-        check_number("entropy", weight, "[0, inf)")
-        self._entropy = float(weight)
-
-    @property
-    def likelihood(self) -> float:
-        """The weight of the log-likelihood."""
-        return self._likelihood
-
-    @likelihood.setter
-    def likelihood(self, weight: float) -> None:
-        check_number("likelihood", weight, "[0, inf)")
-        self._likelihood = float(weight)
-
-    def _weights(self) -> tuple[float, float]:
-        return self.likelihood, self.entropy
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("entropy", "likelihood"):
+            check_number(name, value, "[0, inf)")
+            value = float(value)
+        super().__setattr__(name, value)
 
 
 class ImportanceWeightedELBO(_ReparameterizedELBO):
@@ -277,13 +247,13 @@ class ImportanceWeightedELBO(_ReparameterizedELBO):
 
     Args:
         num_particles: the number K of draws in the bound.
-        vectorize_particles: whether guide and model run once for all of them, in an outermost plate.
-        max_plate_nesting: number of nested plates; by default found by a run.
-        retain_graph: whether the graph is kept after a step.
+        vectorize_particles: as for :class:`PathELBO`, like the arguments after it.
+        max_plate_nesting: likewise.
+        retain_graph: likewise.
 
     Raises:
-        TypeError: as :class:`PathELBO`.
-        ValueError: as :class:`PathELBO`.
+        TypeError: as for :class:`PathELBO`.
+        ValueError: as for :class:`PathELBO`.
 
     References:
         Importance Weighted Autoencoders, Burda et al., 2016 (arXiv:1509.00519);

@@ -140,41 +140,20 @@ class AutoFlow(AutoContinuous):
         inits = find_init(log_joint, self.init, diagonal=log_joint.dim > self.max_triangular)
         self.log_joint, self.latents, self.inits = log_joint, log_joint.latents, inits
         nodes = log_joint.structure.latent_nodes
-        # What Pyro's own methods read, as Predictive and NeuTraReparam do.
-        self.latent_dim = log_joint.dim
-        self.prototype_trace = _trace_of(nodes)
+        # What Pyro's own methods read.
+        self.latent_dim, self.prototype_trace = log_joint.dim, _trace_of(nodes)
         self._unconstrained_shapes = {site.name: site.unconstrained_shape for site in self.latents}
         self._cond_indep_stacks = {
             name: tuple(frame for frame in node["cond_indep_stack"] if frame.vectorized) for name, node in nodes.items()
         }
         self._prototype_frames = {frame.name: frame for stack in self._cond_indep_stacks.values() for frame in stack}
-        inner = self._inner_flow()
+        inner = _inner_flow(*self._builder, self.options, self.latent_dim)
         whitening = TriangularAffine(self.latent_dim, diagonal=self.latent_dim > self.max_triangular)
         self.flow = Flow(inner.prior, [*inner.layers, whitening]).to(log_joint.device, log_joint.dtype)
         whitening.start_at(inits[0].loc, inits[0].scale_tril)
 
-    def _inner_flow(self) -> Flow:
-        (builder,) = self._builder
-        if isinstance(builder, Flow):
-            flow = copy.deepcopy(builder)
-        else:
-            # A coupling of a single feature has no identity feature to condition on: only splines bend it.
-            if (
-                builder is realnvp
-                and self.latent_dim == 1
-                and set(self.options) <= set(inspect.signature(nsf).parameters)
-            ):
-                builder = nsf
-            flow = build_flow(builder, self.latent_dim, **{**_OPTIONS.get(builder, {}), **self.options})
-        check_flow(flow, self.latent_dim)
-        return flow
-
     def require_flow(self) -> Flow:
-        """Return the flow; refuse a guide that is not built.
-
-        Raises:
-            ValueError: the guide is not built.
-        """
+        """Return the flow; refuse a guide that is not built."""
         if self.prototype_trace is None:
             raise ValueError("expected a guide that is built: call guide.setup(...) with the model's arguments first")
         # Not self.flow, which registers every parameter with Pyro again in a call.
@@ -220,7 +199,7 @@ class AutoFlow(AutoContinuous):
         return values
 
     def _register_parameters(self) -> None:
-        """Register every parameter with Pyro, once a call."""
+        """Register every parameter with Pyro once."""
         if not inside_pyro_call(self) or pyro.settings.get("module_local_params"):
             _ = self.flow  # Pyro registers local parameters here
             return
@@ -313,6 +292,19 @@ class AutoFlow(AutoContinuous):
             nodes = self.prototype_trace.nodes.items()
             state["prototype_trace"] = _trace_of({name: {**node, "fn": _shape_of(node["fn"])} for name, node in nodes})
         return state
+
+
+def _inner_flow(builder: Callable[..., Flow] | Flow, options: Mapping[str, Any], features: int) -> Flow:
+    """Return the flow of a guide without the layer that starts at a Gaussian."""
+    if isinstance(builder, Flow):
+        flow = copy.deepcopy(builder)
+    else:
+        # A coupling of a single feature has no identity feature to condition on: only splines bend it.
+        if builder is realnvp and features == 1 and set(options) <= set(inspect.signature(nsf).parameters):
+            builder = nsf
+        flow = build_flow(builder, features, **{**_OPTIONS.get(builder, {}), **options})
+    check_flow(flow, features)
+    return flow
 
 
 def _trace_of(nodes: Mapping[str, Mapping[str, Any]]) -> poutine.Trace:

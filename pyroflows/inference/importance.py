@@ -13,7 +13,7 @@ from pyroflows.diagnostics.weights import importance_ess, psis
 from pyroflows.inference.guide import AutoFlow
 from pyroflows.inference.log_joint import LogJoint
 
-__all__ = ["Weights", "diagnose", "importance_sample", "missed_modes", "summarize_weights"]
+__all__ = ["Weights", "diagnose", "importance_sample", "missed_modes", "resample", "summarize_weights"]
 
 _CHUNK = 2000  # points evaluated at once
 _NUM_SETS = 5  # of draws, each with its k-hat
@@ -97,6 +97,15 @@ def summarize_weights(log_joint: LogJoint, u: Tensor, log_w: Tensor) -> Weights:
         mean_error=float(((mean - true_mean) / true_sd).abs().max()),
         sd_error=float((sd / true_sd - 1).abs()[:dim].max()),
     )
+
+
+def resample(weights: Weights, n: int) -> Tensor:
+    """Resample draws by their smoothed weights (PSIS)."""
+    smoothed = psis(weights.log_weights)[0].exp()
+    # Systematic resampling: each draw comes up in proportion to its weight, to the nearest integer.
+    positions = (torch.arange(n, dtype=torch.float64) + torch.rand((), dtype=torch.float64)) / n
+    rows = torch.searchsorted(smoothed.cpu().cumsum(0), positions).clamp(max=len(weights.u) - 1)
+    return weights.u[rows[torch.randperm(n)].to(weights.u.device)]
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from pyroflows.diagnostics.weights import psis
 from pyroflows.flow import Flow
 from pyroflows.inference.log_joint import LogJoint
 
-__all__ = ["chain_statistics", "inference_data"]
+__all__ = ["chain_statistics", "diagnose_chains", "inference_data"]
 
 _CHUNK = 2000  # points evaluated at once
 
@@ -54,6 +54,16 @@ def chain_statistics(chains: Tensor) -> tuple[float, float]:
     data = _from_dict({"posterior": {"u": chains.cpu().numpy()}})
     rhat, ess = (_posterior(statistic(data))["u"] for statistic in (az.rhat, az.ess))
     return float(rhat.max()), float(ess.min())
+
+
+def diagnose_chains(chains: Tensor) -> tuple[str, str]:
+    """Return a verdict on chains, and the reason."""
+    rhat, ess = chain_statistics(chains)
+    number = len(chains)
+    reason = f"the largest R-hat of {number} chains is {rhat:.3f} and the smallest effective sample size {ess:.0f}"
+    if rhat < 1.02 and ess >= 50 * number:
+        return "trust", reason
+    return "do not trust", f"{reason}: run longer chains"
 
 
 def _from_dict(groups: Mapping[str, Any]) -> Any:

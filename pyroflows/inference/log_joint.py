@@ -125,8 +125,8 @@ class LogJoint:
             if number := int(flat[site.start : site.stop].sum()):
                 raise ValueError(
                     f"expected a density that depends on every latent; got one that is flat in {number} of "
-                    f"{site.stop - site.start} of site {site.name!r}, for example because a latent is masked out "
-                    f"(by obs_mask, for one) or has neither a prior nor data"
+                    f"{site.stop - site.start} of site {site.name!r}, for example a latent that is masked out "
+                    f"(by obs_mask) or has neither a prior nor data"
                 )
 
     # Evaluation
@@ -173,7 +173,7 @@ class LogJoint:
     def _map(self, u: Tensor, read: Callable[[Evaluation], Any], mode: str | None = None) -> Any:
         if u.dim() != 2 or u.shape[-1] != self.dim:
             raise ValueError(f"expected points of shape (points, {self.dim}); got {tuple(u.shape)}")
-        return self._runs.map(u, read, mode or self.vectorize)
+        return self._runs.map(u, lambda *parts: read(self._runs.evaluate(*parts)), mode or self.vectorize)
 
     # Sites
 
@@ -222,12 +222,10 @@ class LogJoint:
             self._runs.run(evaluation, args, kwargs)
             return {name: value for name, value in evaluation.drawn.items() if name not in parts}
 
-        if self.vectorize == "plate":
-            single = run(self._runs.parts(u[0], None), None)
-            shapes = {name: value.shape for name, value in single.items()}
-            return by_point(len(u), run(self._runs.parts(u, len(u)), len(u)), shapes)
-        rows = [run(self._runs.parts(point, None), None) for point in u]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        if self.vectorize != "plate":
+            return self._runs.map(u, run, "loop")
+        shapes = {name: value.shape for name, value in run(self._runs.parts(u[0], None), None).items()}
+        return by_point(len(u), self._runs.map(u, run, "plate"), shapes)
 
     @torch.no_grad()
     def prior_draws(self, n: int, *, seed: int = 0) -> Tensor:

@@ -13,11 +13,17 @@ from torch import Tensor
 
 from pyroflows.arguments import check_sizes
 from pyroflows.contexts import seeded
-from pyroflows.diagnostics.weights import psis
 from pyroflows.flow import Flow
 from pyroflows.inference.guide import AutoFlow
-from pyroflows.inference.importance import Weights, diagnose, importance_sample, missed_modes, summarize_weights
-from pyroflows.inference.inference_data import chain_statistics, inference_data
+from pyroflows.inference.importance import (
+    Weights,
+    diagnose,
+    importance_sample,
+    missed_modes,
+    resample,
+    summarize_weights,
+)
+from pyroflows.inference.inference_data import chain_statistics, diagnose_chains, inference_data
 from pyroflows.inference.log_joint import LogJoint
 from pyroflows.inference.neutra import run_chains
 from pyroflows.inference.posterior_file import read_guide, write_guide
@@ -97,7 +103,7 @@ class Posterior:
                 self.missed = missed_modes(guide, self.log_joint, self.weights)
             self.verdict, self.reason = diagnose(self.weights, self.missed, self.notes)
         else:
-            self.verdict, self.reason = self._diagnose_chains()
+            self.verdict, self.reason = diagnose_chains(chains)
 
     # Diagnostics
 
@@ -146,14 +152,6 @@ class Posterior:
             raise ValueError("expected a posterior by Markov chains; got one by a guide")
         return chain_statistics(self.chains)
 
-    def _diagnose_chains(self) -> tuple[str, str]:
-        rhat, ess = self._chain_statistics()
-        number = len(self.chains)  # type: ignore[arg-type]
-        reason = f"the largest R-hat of {number} chains is {rhat:.3f} and the smallest effective sample size {ess:.0f}"
-        if rhat < 1.02 and ess >= 50 * number:
-            return "trust", reason
-        return "do not trust", f"{reason}: run longer chains"
-
     # Draws
 
     def draws(self, n: int = 1000) -> dict[str, Tensor]:
@@ -168,10 +166,8 @@ class Posterior:
         """
         return self.log_joint.constrain(self._resample(n))
 
-    def _draw(self, n: int, *, resample: bool = False) -> Tensor:
+    def _draw(self, n: int) -> Tensor:
         check_sizes(n=n)
-        if resample:
-            return self._resample(n)
         if self.chains is None:
             return self.guide.require_flow().sample(n)
         flat = self.chains.flatten(0, 1)
@@ -180,17 +176,13 @@ class Posterior:
         return flat[torch.randperm(len(flat))[:n]]
 
     def _resample(self, n: int) -> Tensor:
-        if self.weights is None:
-            return self._draw(n)
         check_sizes(n=n)
         pool = self.weights
+        if pool is None:
+            return self._draw(n)
         if 2 * n > len(pool.u):
             pool = importance_sample(self.guide, self.log_joint, 2 * n)
-        smoothed = psis(pool.log_weights)[0].exp()
-        # Systematic resampling: each draw comes up in proportion to its weight, to the nearest integer.
-        positions = (torch.arange(n, dtype=torch.float64) + torch.rand((), dtype=torch.float64)) / n
-        rows = torch.searchsorted(smoothed.cpu().cumsum(0), positions).clamp(max=len(pool.u) - 1)
-        return pool.u[rows[torch.randperm(n)].to(pool.u.device)]
+        return resample(pool, n)
 
     def log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
         """Return the guide's log-density of the sites' values, see :meth:`AutoFlow.log_prob`."""
@@ -208,7 +200,8 @@ class Posterior:
         check_sizes(num_draws=num_draws)
         if not args and not kwargs:
             args, kwargs = self.log_joint.args, self.log_joint.kwargs
-        return self.log_joint.predict(self._draw(num_draws, resample=self.verdict == "resample"), args, kwargs)
+        u = self._resample(num_draws) if self.verdict == "resample" else self._draw(num_draws)
+        return self.log_joint.predict(u, args, kwargs)
 
     # For ArviZ
 
@@ -230,7 +223,8 @@ class Posterior:
             return inference_data(self.log_joint, self.chains.flatten(0, 1), len(self.chains), None)
         num_chains = 4 if num_draws >= 16 else 1
         resample = self.verdict == "resample" if resample is None else resample
-        u = self._draw(-(-num_draws // num_chains) * num_chains, resample=resample)
+        number = -(-num_draws // num_chains) * num_chains
+        u = self._resample(number) if resample else self._draw(number)
         return inference_data(self.log_joint, u, num_chains, None if resample else self.guide.require_flow())
 
     def summary(self, num_draws: int = 4000) -> Any:

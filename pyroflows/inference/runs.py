@@ -21,7 +21,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Size, Tensor
 from torch.distributions import biject_to
 
-from pyroflows.inference.sites import is_deterministic
+from pyroflows.inference.sites import have_one_image, is_deterministic
 from pyroflows.inference.structure import ModelStructure
 
 __all__ = ["Evaluation", "ModelRuns", "PriorDraws", "by_point", "equals_single_runs", "supports_at"]
@@ -139,13 +139,13 @@ class ModelRuns:
         self.model, self.args, self.kwargs, self.structure = model, args, kwargs, structure
         self.of_discrete: set[str] = set()  # deterministic sites with a value for each of a discrete latent's
 
-    def map(self, u: Tensor, read: Callable[[Evaluation], Any], mode: str) -> Any:
-        """Run the model at every point ``(points, dim)``; return what ``read`` takes from each run, stacked."""
+    def map(self, u: Tensor, run: Callable[[dict[str, Tensor], int | None], Any], mode: str) -> Any:
+        """Run the model at every point ``(points, dim)``; return what ``run(parts, num_points)`` returns, stacked."""
         if mode == "plate":
-            return read(self.evaluate(self.parts(u, len(u)), len(u)))
+            return run(self.parts(u, len(u)), len(u))
 
         def single(point: Tensor) -> Any:
-            return read(self.evaluate(self.parts(point, None), None))
+            return run(self.parts(point, None), None)
 
         if mode == "vmap":
             return torch.func.vmap(single, randomness="same")(u)
@@ -225,8 +225,7 @@ class ModelRuns:
                         f"expected latents of one shape in every run; got {tuple(site.shape)} and {tuple(shape)} at "
                         f"site {site.name!r}"
                     )
-            images = [biject_to(run.supports[site.name])(site.slice_of(steps[2])) for run in runs]
-            if not torch.equal(*images):
+            if not have_one_image([run.supports[site.name] for run in runs], site.slice_of(steps[2])):
                 latents[index] = replace(site, support=None)
 
 

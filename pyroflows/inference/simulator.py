@@ -12,10 +12,9 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import biject_to
 
 from pyroflows.inference.runs import equals_single_runs
-from pyroflows.inference.sites import LatentSite, unconstrain, unconstrained_value
+from pyroflows.inference.sites import LatentSite, have_one_image, unconstrain, unconstrained_value
 
 __all__ = ["Simulator"]
 
@@ -196,9 +195,8 @@ def _value(trace: poutine.Trace, name: str) -> Tensor:
 def _latent_site(runs: Sequence[poutine.Trace], name: str, start: int) -> LatentSite:
     support, value = runs[0].nodes[name]["fn"].support, _value(runs[0], name)
     unconstrained = unconstrained_value(name, support, value)
-    point = torch.randn_like(unconstrained)
-    images = [biject_to(run.nodes[name]["fn"].support)(point) for run in runs if name in run.nodes]
-    if any(image.shape != value.shape or not torch.equal(image, images[0]) for image in images):
+    supports = [run.nodes[name]["fn"].support for run in runs if name in run.nodes]
+    if not have_one_image(supports, torch.randn_like(unconstrained)):
         raise ValueError(
             f"expected latents whose support does not depend on other sites; got site {name!r} with support {support}"
         )

@@ -16,6 +16,7 @@ __all__ = [
     "LatentSite",
     "check_values",
     "constrain",
+    "have_one_image",
     "initial_value",
     "is_deterministic",
     "nested",
@@ -127,6 +128,12 @@ def unconstrained_value(name: str, support: Any, value: Tensor) -> Tensor:
         raise ValueError(
             f"expected latents whose support has a bijection from the reals; got site {name!r} with support {support}"
         ) from None
+
+
+def have_one_image(supports: Sequence[Any], point: Tensor) -> bool:
+    """Whether the bijections of supports map a point of unconstrained space to one value, as those of one site must."""
+    images = [biject_to(support)(point) for support in supports]
+    return all(torch.equal(image, images[0]) for image in images)
 
 
 # Sites of a trace
