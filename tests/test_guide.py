@@ -1112,5 +1112,5 @@ def test_a_density_without_a_gaussian_is_refused_with_a_sentence():
         x = pyro.sample("x", dist.Normal(tensor(0.0), 1.0))
         pyro.factor("f", torch.where(x.abs() < 0.4, 0.0, -math.inf))
 
-    with pytest.raises(ValueError, match="expected a Gaussian with a finite ELBO by init='laplace'; found none"):
+    with pytest.raises(ValueError, match="expected a Gaussian with a finite ELBO by init='laplace'; got none"):
         find_init(LogJoint(model), "laplace")

@@ -207,8 +207,6 @@ class AutoFlow(AutoContinuous):
             if parameter.requires_grad:
                 pyro.param(name, parameter)
 
-    # The posterior
-
     def draws(self, n: int) -> dict[str, Tensor]:
         """Draw values of the sites, each ``(n, *shape)``, without gradients."""
         with torch.no_grad():
@@ -277,8 +275,7 @@ class AutoFlow(AutoContinuous):
     # Copies share the model; pickles leave it out with its data, since a model can rarely be pickled
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AutoFlow:
-        new = self.__class__.__new__(self.__class__)
-        memo[id(self)] = new
+        new = memo[id(self)] = self.__class__.__new__(self.__class__)
         shared = ("_model", "log_joint", "master")
         state = {k: v if k in shared else copy.deepcopy(v, memo) for k, v in self.__dict__.items()}
         new.__dict__.update(state)

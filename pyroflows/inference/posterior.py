@@ -93,8 +93,7 @@ class Posterior:
     ):
         self.guide, self.results, self.notes, self.chains = guide, list(results), list(notes), chains
         self.log_joint = require_log_joint(guide)
-        self.seconds = math.nan
-        self.evaluations = 0
+        self.seconds, self.evaluations = math.nan, 0
         self.weights: Weights | None = None
         self.missed = list(missed or ())
         if chains is None:
@@ -203,8 +202,6 @@ class Posterior:
         u = self._resample(num_draws) if self.verdict == "resample" else self._draw(num_draws)
         return self.log_joint.predict(u, args, kwargs)
 
-    # For ArviZ
-
     def to_arviz(self, num_draws: int = 4000, *, resample: bool | None = None) -> Any:
         """Return draws, log-likelihoods, observations and sample statistics as ArviZ holds them.
 
@@ -232,8 +229,6 @@ class Posterior:
         import arviz as az
 
         return az.summary(self.to_arviz(num_draws))
-
-    # Markov chains
 
     def refine(
         self,
@@ -266,15 +261,10 @@ class Posterior:
         refined.seconds = time.perf_counter() - began
         return refined
 
-    # Files
-
     def save(self, path: str | Path) -> None:
         """Write the guide's flow, and the weighted draws or the chains, as one safetensors file."""
-        if self.chains is not None:
-            draws = {"chains": self.chains}
-        else:
-            weights = self._require_weights()
-            draws = {"u": weights.u, "log_weights": weights.log_weights}
+        weights = self.weights
+        draws: Any = {"u": weights.u, "log_weights": weights.log_weights} if weights else {"chains": self.chains}
         if self.missed:
             draws["missed"] = torch.stack(self.missed)
         write_guide(path, self.guide, self.log_joint, draws, notes=self.notes, seconds=self.seconds)
@@ -302,10 +292,10 @@ class Posterior:
             ValueError: the file is not a posterior, is damaged, or belongs to another model, data or flow.
         """
         guide, draws, header = read_guide(path, model, args, kwargs, flow)
-        chains, weights = draws.get("chains"), None
-        if chains is None:
-            weights = summarize_weights(require_log_joint(guide), draws["u"], draws["log_weights"])
-        missed = list(draws.get("missed", ()))
+        chains, missed = draws.get("chains"), list(draws.get("missed", ()))
+        weights = (
+            summarize_weights(require_log_joint(guide), draws["u"], draws["log_weights"]) if chains is None else None
+        )
         posterior = Posterior(guide, (), header["notes"], chains=chains, weights=weights, missed=missed)
         posterior.seconds = header["seconds"]
         return posterior
