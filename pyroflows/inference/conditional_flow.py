@@ -22,12 +22,7 @@ _LINEAR = 5.0  # scales; data further out enter a network by their logarithm
 
 
 class ScaledEmbedding(nn.Module):
-    """An embedding of data that are brought to one scale first, those far out by their logarithm.
-
-    Args:
-        data: the simulated data, whose median and quantiles set the scale.
-        embedding: a network from scaled data to the context; by default the scaled data are the context.
-    """
+    """An embedding of data that are brought to one scale first, those far out by their logarithm."""
 
     centre: Tensor
     scale: Tensor

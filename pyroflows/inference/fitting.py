@@ -133,11 +133,7 @@ def _check_argument_names(model: Callable[..., Any]) -> None:
 
 
 class _RankSlice(Prior):
-    """A prior of which each process draws its slice of the latents that all processes draw alike.
-
-    Args:
-        prior: the prior of all processes.
-    """
+    """A prior of which each process draws its slice of the latents that all processes draw alike."""
 
     def __init__(self, prior: Prior):
         super().__init__(prior.event_shape)
@@ -152,15 +148,7 @@ class _RankSlice(Prior):
 
 
 class GuideFit:
-    """The fit of a guide: a search for a learning rate, then stages until it has converged.
-
-    Args:
-        guide: the guide, built.
-        log_joint: the density of its model.
-        num_draws: draws in a step, over all processes.
-        max_seconds: a limit of wall time.
-        progress: whether to show bars.
-    """
+    """The fit of a guide: a search for a learning rate, then stages until the guide has converged."""
 
     def __init__(
         self,

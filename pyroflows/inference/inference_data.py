@@ -19,14 +19,7 @@ _CHUNK = 2000  # points evaluated at once
 
 @torch.no_grad()
 def inference_data(log_joint: LogJoint, u: Tensor, num_chains: int, flow: Flow | None) -> Any:
-    """Return draws, log-likelihoods, observations and sample statistics as ArviZ holds them.
-
-    Args:
-        log_joint: the density of the model.
-        u: draws in unconstrained space, chain after chain.
-        num_chains: the number of chains.
-        flow: that the draws are from, for their importance weights; None if they are not draws from a flow.
-    """
+    """Return draws, chain after chain, with their statistics as ArviZ holds them, and weights if they are a flow's."""
     log_p = log_joint.value(u)
     stats = {"lp": log_p}
     if flow is not None:

@@ -68,11 +68,7 @@ def _draw_and_score(flow: TransformedDistribution) -> tuple[Tensor, _ScoredDensi
 
 
 class DrawsAsLeaves(Messenger):
-    """Refuses a site of the guide without reparametrised draws and, on request, replaces the draws by leaves.
-
-    Args:
-        leaves: whether to replace them.
-    """
+    """Refuses a site of the guide without reparametrised draws and, on request, replaces the draws by leaves."""
 
     def __init__(self, leaves: bool):
         super().__init__()

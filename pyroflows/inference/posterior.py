@@ -35,12 +35,7 @@ _NUM_DRAWS = 10_000  # of a guide, to compute the weights from
 
 
 def require_log_joint(guide: AutoFlow) -> LogJoint:
-    """Return the log joint density of a guide's model; refuse one that is not of all data, or has parameters.
-
-    Raises:
-        TypeError: the guide is not an AutoFlow.
-        ValueError: the guide is not built or has no model, or the model has a subsampled plate or parameters.
-    """
+    """Return the log joint density of a guide's model; refuse one that is not of all data, or has parameters."""
     if not isinstance(guide, AutoFlow):
         raise TypeError(f"expected an AutoFlow; got {type(guide).__name__}")
     guide.require_flow()

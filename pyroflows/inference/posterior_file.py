@@ -44,12 +44,7 @@ def read_guide(
     kwargs: Mapping[str, Any],
     flow: Callable[..., Flow] | Flow | None,
 ) -> tuple[AutoFlow, dict[str, Tensor], dict[str, Any]]:
-    """Return the guide of a model, the draws and the header that :func:`write_guide` wrote.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not a posterior, is damaged, or belongs to another model, data or flow.
-    """
+    """Return the guide of a model, the draws and the header that :func:`write_guide` wrote."""
     header, tensors = read(path, "posterior")
     if missing := {"recipe", "options", "max_triangular", "latents", "notes", "seconds"} - header.keys():
         raise ValueError(f"expected a posterior written by save; got {path}, whose header lacks {min(missing)}")

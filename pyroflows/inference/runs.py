@@ -125,12 +125,6 @@ class ModelRuns:
 
     Many points share one run in a plate of their own ("plate"), as in Pyro's vectorised particles, or run through
     ``torch.vmap`` ("vmap"), or one by one ("loop").
-
-    Args:
-        model: a Pyro model.
-        args: its arguments.
-        kwargs: its keyword arguments.
-        structure: of the model.
     """
 
     def __init__(
@@ -197,11 +191,7 @@ class ModelRuns:
         return evaluation
 
     def find_dependent_supports(self) -> None:
-        """Set the support of each latent that depends on other sites to None, by runs at two different points.
-
-        Raises:
-            ValueError: the latents or their shapes differ from run to run.
-        """
+        """Set the support of each latent that depends on other sites to None, by runs at two different points."""
         structure, latents = self.structure, self.structure.latents
         generator = torch.Generator().manual_seed(0)
         steps = torch.randn(3, len(structure.initial), generator=generator, dtype=torch.float64).to(structure.initial)
@@ -257,10 +247,7 @@ def _summed_out(trace: poutine.Trace, num_points: int | None) -> Tensor:
 
 
 def by_point(num_points: int, values: Mapping[str, Tensor], shapes: Mapping[str, Size]) -> dict[str, Tensor]:
-    """Return values of shape ``(points, *shape)`` from those of a run in a plate of points.
-
-    The plate leaves dimensions of 1, and no dimension at all in a value that depends on no latent.
-    """
+    """Reshape values of a run in a plate to ``(points, *shape)``; expand those that depend on no latent."""
     result = {}
     for name, value in values.items():
         shape = shapes[name]
@@ -272,15 +259,10 @@ def by_point(num_points: int, values: Mapping[str, Tensor], shapes: Mapping[str,
 def equals_single_runs(
     run_batch: Callable[[int], Mapping[str, Tensor]], single_runs: Mapping[str, Tensor], sizes: Sequence[int]
 ) -> bool:
-    """Whether one run of a model for many points gives what single runs give, point by point.
+    """Whether one run of a model for the first ``n`` points gives what single runs gave, at each of several sizes.
 
-    A model that indexes from the left, for one, is silently wrong in a plate of points.
-
-    Args:
-        run_batch: runs the model for the first ``n`` points.
-        single_runs: what single runs gave, stacked.
-        sizes: the numbers of points to try. A model may happen to have as many rows as there are points, and mistake
-            one for the other; it cannot at two sizes.
+    A model that indexes from the left, for one, is silently wrong in a plate of points. If it has as many rows as there
+    are points, it may mistake one for the other, but not at two sizes.
     """
     try:
         for size in sizes:

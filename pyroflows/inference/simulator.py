@@ -42,19 +42,7 @@ class _Simulation(Messenger):
 
 
 class Simulator:
-    """Draws latents and data from a model, many simulations in one run if that agrees with single runs.
-
-    Args:
-        model: a Pyro model.
-        args: its arguments.
-        kwargs: its keyword arguments.
-        observed: the observed sites.
-        latents: the latent sites; by default all others that are not observed.
-
-    Raises:
-        TypeError: a site's value is not a tensor.
-        ValueError: a site is unknown, discrete or of varying shape, another site is observed, or a plate is subsampled.
-    """
+    """Draws latents and data from a model, many simulations in one run if that agrees with single runs."""
 
     def __init__(
         self,

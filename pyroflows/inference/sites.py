@@ -90,14 +90,7 @@ def unconstrain(
 def check_values(
     sites: Sequence[LatentSite], values: Mapping[str, Tensor], *, min_batch_ndim: int = 0, points: bool = False
 ) -> dict[str, Tensor]:
-    """Return the sites' values; refuse any that is missing or not of shape ``(*batch, *shape)``.
-
-    Args:
-        sites: the latent sites.
-        values: of each site, and perhaps of others.
-        min_batch_ndim: the fewest batch dimensions.
-        points: whether the batch has to be ``(points,)``, the same for all sites.
-    """
+    """Return the sites' values; refuse those not of shape ``(*batch, *shape)``, or ``(points, *shape)`` on request."""
     for site in sites:
         value = values.get(site.name)
         ndim = value.dim() - len(site.shape) if isinstance(value, Tensor) else -1
@@ -115,11 +108,7 @@ def check_values(
 
 
 def unconstrained_value(name: str, support: Any, value: Tensor) -> Tensor:
-    """Return a site's value in unconstrained space; refuse a site that is discrete or whose support has no bijection.
-
-    Raises:
-        ValueError: see above.
-    """
+    """Return a site's value in unconstrained space; refuse a discrete site, or a support without a bijection."""
     if support.is_discrete:
         raise ValueError(f"expected continuous latents; got the discrete site {name!r}")
     try:

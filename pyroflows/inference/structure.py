@@ -42,43 +42,24 @@ def device_of(*arguments: Any) -> torch.device:
 
 @dataclass
 class ModelStructure:
-    """The sites of a model, as its first run has them.
+    """The sites of a model, as its first run has them."""
 
-    Args:
-        latents: the continuous latents, in the order of the unconstrained vector.
-        initial: their initial values, as one point of unconstrained space.
-        latent_nodes: their nodes in the trace.
-        discrete: the discrete latents, and whether the model itself marks each for enumeration.
-        observations: the value of each observed site.
-        fixed: the rows of each plate, the same in every run.
-        subsampled: the plates that take only some of their rows.
-        parameters: names of the model's ``pyro.param`` statements.
-        shapes: by site, of a latent's or deterministic site's value, or of an observation's log-density.
-        max_plate_nesting: the number of dimensions that the plates take.
-    """
-
-    latents: list[LatentSite]
-    initial: Tensor
-    latent_nodes: dict[str, dict[str, Any]]
-    discrete: dict[str, bool] = field(default_factory=dict)
+    latents: list[LatentSite] = field(default_factory=list)  # the continuous ones, in the order of the vector
+    latent_nodes: dict[str, dict[str, Any]] = field(default_factory=dict)  # their nodes in the trace
+    initial: Tensor = field(default_factory=lambda: torch.empty(0))  # their values, as a point of unconstrained space
+    discrete: dict[str, bool] = field(default_factory=dict)  # the discrete ones; whether the model enumerates each
     observations: dict[str, Tensor] = field(default_factory=dict)
-    fixed: dict[str, Tensor] = field(default_factory=dict)
-    subsampled: list[str] = field(default_factory=list)
-    parameters: list[str] = field(default_factory=list)
-    shapes: dict[str, Size] = field(default_factory=dict)
+    fixed: dict[str, Tensor] = field(default_factory=dict)  # the rows of each plate, the same in every run
+    subsampled: list[str] = field(default_factory=list)  # the plates that take only some of their rows
+    parameters: list[str] = field(default_factory=list)  # of ``pyro.param`` statements
+    shapes: dict[str, Size] = field(default_factory=dict)  # of values, and of the observations' log-densities
     max_plate_nesting: int = 0
 
     @classmethod
     def of(cls, model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> ModelStructure:
-        """Run a model with each latent at its initial value, and read the trace.
-
-        Raises:
-            ValueError: the model has no continuous latents, a latent in a subsampled plate, a discrete latent that
-                cannot be enumerated, or a latent whose density is periodic or whose support has no bijection.
-        """
+        """Run a model with each latent at its initial value, and read the trace."""
         trace = _first_run(model, args, kwargs)
-        structure = cls([], torch.empty(0), {})
-        structure.parameters = [name for name, node in trace.nodes.items() if node["type"] == "param"]
+        structure = cls(parameters=[name for name, node in trace.nodes.items() if node["type"] == "param"])
         samples = {name: node for name, node in trace.nodes.items() if node["type"] == "sample"}
         for name, node in samples.items():
             structure._read_plates(name, node)
