@@ -1,4 +1,4 @@
-"""Log-density as an anomaly score: detectors see benign tumours alone, and must know malignant ones."""
+"""Log-density as an anomaly score: detectors trained on benign tumours must tell malignant ones apart."""
 
 import argparse
 
@@ -14,7 +14,7 @@ from pyroflows.data import load_table, make_table
 
 
 def normality(train: Tensor, validation: Tensor, rows: Tensor, seed: int, quick: bool) -> dict[str, Tensor]:
-    """Fit each detector to the train rows; give its scores of other rows, high where they look like the train rows."""
+    """Fit each detector to the train rows, and return its scores of other rows, high for those like the train rows."""
     torch.manual_seed(seed)
     features = train.shape[1]
     flow = realnvp(
@@ -50,18 +50,18 @@ def normality(train: Tensor, validation: Tensor, rows: Tensor, seed: int, quick:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, default=0, help="the first of five seeds: of the splits and of the fits")
+    parser.add_argument("--seed", type=int, default=0, help="the first of five seeds, of splits and fits")
     parser.add_argument("--quick", action="store_true", help="one short fit, to see that it runs")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # networks and tables this small are slower on more
+    torch.set_num_threads(1)  # with more, networks and tables this small are slower
     threadpool_limits(1)
 
-    whole = load_table("breast_cancer", test=0, validation=0, standardize=False)
-    benign = whole.labels["train"] == 1
+    tumours = load_table("breast_cancer", test=0, validation=0, standardize=False)
+    benign = tumours.labels["train"] == 1
     areas: dict[str, list[float]] = {}
     for seed in range(options.seed, options.seed + (1 if options.quick else 5)):
-        table = make_table(whole.train[benign], test=0.3, validation=0.15, seed=seed)
-        malignant = ((whole.train[~benign] - table.mean) / table.scale).float()
+        table = make_table(tumours.train[benign], test=0.3, validation=0.15, seed=seed)
+        malignant = ((tumours.train[~benign] - table.mean) / table.scale).float()
         rows = torch.cat([table.test, malignant])
         is_benign = torch.cat([torch.ones(len(table.test)), torch.zeros(len(malignant))])
         for name, scores in normality(table.train, table.validation, rows, seed, options.quick).items():

@@ -1,4 +1,4 @@
-"""A neural spline flow on the checkerboard, whose entropy, ln 32 = 3.466 nats, no model can go below."""
+"""A neural spline flow on the checkerboard, whose entropy, ln 32 = 3.466 nats, bounds the loss of every model."""
 
 import argparse
 import math
@@ -20,11 +20,11 @@ def main() -> None:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
-    torch.set_num_threads(1)  # networks this small are slower on more
+    torch.set_num_threads(1)  # with more, networks this small are slower
 
     board = Checkerboard()
     x = board.sample(3_000 if options.quick else 200_000, seed=options.seed)
-    # Edges along the axes are a spline's to draw only where nothing turns the axes between the couplings.
+    # A spline can follow edges along the axes only if no layer mixes the axes between the couplings.
     flow = nsf(2, num_layers=4, hidden_features=(64, 64), residual=False, num_bins=16, permutation="none")
     result = fit(
         flow,

@@ -1,15 +1,14 @@
 """Glow of CIFAR-10 at three scales: bits per dimension over time, and samples; the paper's larger one reaches 3.35."""
 
 import torch
-from image_models import parser, train
+from common.image_models import image_parser, train
 
-from pyroflows import glow
+from pyroflows import UniformDequantizer, glow
 from pyroflows.data import load_images, random_flips
-from pyroflows.dequantizers import UniformDequantizer
 
 
 def main() -> None:
-    arguments = parser(__doc__, num_levels=3, hidden_channels=512)
+    arguments = image_parser(__doc__, num_levels=3, hidden_channels=512)
     arguments.add_argument("--num-steps", type=int, default=16)
     arguments.add_argument("--bits", type=int, default=8, help="bits of each pixel, from 2 to 8")
     arguments.add_argument("--classes", action="store_true", help="condition on the class")

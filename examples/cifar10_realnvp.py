@@ -1,15 +1,14 @@
-"""RealNVP of CIFAR-10, checkerboard and channel couplings: bits per dimension over time; the paper's: 3.49."""
+"""RealNVP of CIFAR-10, checkerboard and channel couplings: bits per dimension over time; the paper reports 3.49."""
 
 import torch
-from image_models import parser, train
+from common.image_models import image_parser, train
 
-from pyroflows import realnvp
+from pyroflows import UniformDequantizer, realnvp
 from pyroflows.data import load_images, random_flips
-from pyroflows.dequantizers import UniformDequantizer
 
 
 def main() -> None:
-    arguments = parser(__doc__)
+    arguments = image_parser(__doc__)
     arguments.add_argument("--num-blocks", type=int, default=8, help="residual blocks of each network")
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)

@@ -1,4 +1,4 @@
-"""A class-conditional Glow of digits: samples of each class, judged by a classifier that was trained on real ones."""
+"""A class-conditional Glow of digits: samples of each class, judged by a classifier trained on real digits."""
 
 import argparse
 from pathlib import Path
@@ -6,9 +6,8 @@ from pathlib import Path
 import torch
 from sklearn.svm import SVC
 
-from pyroflows import FitOptions, bits_per_dim, fit, glow, sample_images
+from pyroflows import FitOptions, UniformDequantizer, bits_per_dim, fit, glow, sample_images
 from pyroflows.data import load_images
-from pyroflows.dequantizers import UniformDequantizer
 from pyroflows.plots import save_image_grid
 
 
@@ -19,7 +18,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # networks this small are slower on more
+    torch.set_num_threads(1)  # with more, networks this small are slower
     options.output.mkdir(parents=True, exist_ok=True)
     data = load_images("digits")
     labels = data.labels or {}
@@ -48,15 +47,17 @@ def main() -> None:
     print(result)
     print(f"test, given the class: {bits_per_dim(flow, data.test, labels['test'], seed=options.seed)}")
 
-    judge = SVC().fit(data.train.flatten(1).numpy(), labels["train"])
-    print(f"the classifier is right on {judge.score(data.test.flatten(1).numpy(), labels['test']):.3f} of real digits")
+    classifier = SVC().fit(data.train.flatten(1).numpy(), labels["train"])
+    accuracy = classifier.score(data.test.flatten(1).numpy(), labels["test"])
+    print(f"accuracy of the classifier on real digits: {accuracy:.3f}")
     classes = torch.arange(data.num_classes)
-    drawn = sample_images(flow, 100, labels=classes, temperature=options.temperature, seed=options.seed)
-    right = judge.predict(drawn.flatten(0, 1).flatten(1).numpy()).reshape(len(classes), -1) == classes[:, None].numpy()
-    print("right, by class: " + " ".join(f"{share:.2f}" for share in right.mean(1)))
-    picture = drawn[:, :12].flatten(0, 1)
+    samples = sample_images(flow, 100, labels=classes, temperature=options.temperature, seed=options.seed)
+    predicted = classifier.predict(samples.flatten(0, 1).flatten(1).numpy()).reshape(len(classes), -1)
+    correct = predicted == classes[:, None].numpy()
+    print("accuracy on samples, by class: " + " ".join(f"{share:.2f}" for share in correct.mean(1)))
+    picture = samples[:, :12].flatten(0, 1)
     save_image_grid(picture, options.output / "digits_classes.png", columns=12, num_levels=data.num_levels, enlarge=4)
-    print(f"samples classified right: {right.mean():.3f}")
+    print(f"accuracy on samples: {correct.mean():.3f}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Eight schools, centred and not, by `fit_posterior`: verdicts, and moments beside published reference draws."""
+"""Eight schools, centred and not, by `fit_posterior`: verdicts, and moments against published reference draws."""
 
 import argparse
 
@@ -26,7 +26,7 @@ def non_centred(y: Tensor, sigma: Tensor) -> None:
 
 
 def centred(y: Tensor, sigma: Tensor) -> None:
-    """The same posterior, as hard as it comes: where tau is small, all effects must be near mu, and there is a neck."""
+    """The same posterior in its hard form: for small tau all effects must be near mu, which makes a funnel."""
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.HalfCauchy(5.0))
     with pyro.plate("schools", len(y)):
@@ -35,21 +35,21 @@ def centred(y: Tensor, sigma: Tensor) -> None:
 
 
 def exact_log_evidence(y: Tensor, sigma: Tensor) -> float:
-    """Average over quantiles of tau's prior the density of y, which is normal given tau."""
+    """Average the density of y, which is normal given tau, over quantiles of the prior of tau."""
     tau = 5.0 * (torch.pi / 2 * (torch.arange(10_000) + 0.5) / 10_000).tan()
     covariance = (sigma**2 + tau[:, None] ** 2).diag_embed() + 5.0**2
     return float(dist.MultivariateNormal(torch.zeros(len(y)), covariance).log_prob(y).exp().mean().log())
 
 
 def errors(draws: dict[str, Tensor]) -> tuple[float, float]:
-    """Print moments beside the reference's; give the largest errors of a mean (in sd) and of a sd (relative)."""
-    of_means, of_sds = [], []
+    """Print moments and those of the reference; return the largest errors of a mean (in sd) and of a sd (relative)."""
+    mean_errors, sd_errors = [], []
     for name, (mean, sd) in REFERENCE.items():
         x = draws[name].double()
         print(f"  {name:<4} mean {x.mean():6.3f} (reference {mean:.3f}), sd {x.std():6.3f} (reference {sd:.3f})")
-        of_means.append(abs(float(x.mean()) - mean) / sd)
-        of_sds.append(abs(float(x.std()) / sd - 1))
-    return max(of_means), max(of_sds)
+        mean_errors.append(abs(float(x.mean()) - mean) / sd)
+        sd_errors.append(abs(float(x.std()) / sd - 1))
+    return max(mean_errors), max(sd_errors)
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # networks this small are slower on more
+    torch.set_num_threads(1)  # with more, networks this small are slower
     torch.manual_seed(options.seed)
     print(f"exact log evidence: {exact_log_evidence(EFFECTS, ERRORS):.3f}")
     steps, draws_of_chain = (50, 20) if options.quick else (3500, 250)
@@ -71,8 +71,8 @@ def main() -> None:
             print(f"{posterior}, {posterior.seconds:.0f} s", flush=True)
             draws = posterior.draws(4 * draws_of_chain)
         worst.append(errors(draws))
-    of_mean, of_sd = map(max, zip(*worst, strict=True))
-    print(f"largest error beside the reference: {of_sd:.1%} of a sd's size, and of a mean {of_mean:.3f} sd")
+    mean_error, sd_error = map(max, zip(*worst, strict=True))
+    print(f"largest error against the reference: of a sd {sd_error:.1%}, of a mean {mean_error:.3f} sd")
 
 
 if __name__ == "__main__":

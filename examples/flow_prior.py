@@ -1,4 +1,4 @@
-"""A flow as a learned prior: it learns a population, then makes out true values from noisy ones, checked on a grid."""
+"""A flow as a learned prior: it learns a population, then infers true values from noisy ones, checked on a grid."""
 
 import argparse
 from pathlib import Path
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # networks this small are slower on more
+    torch.set_num_threads(1)  # with more, networks this small are slower
     pyro.set_rng_seed(options.seed)
 
     table = load_table("breast_cancer", seed=options.seed)
@@ -39,9 +39,9 @@ def main() -> None:
     train, held_out, test = table.train[:, pair], table.validation[:, pair], table.test[:, pair]
     flow, epochs = realnvp(2, num_layers=8, hidden_features=(32,)), 5 if options.quick else 300
     fit(flow, train, validation=held_out, epochs=epochs, batch_size=128, learning_rate=3e-3, patience=60)
-    flow.requires_grad_(False)  # the population is known by now: its weights are no unknowns of the model
+    flow.requires_grad_(False)  # the population is known now: its weights are not latents of the model
 
-    # With two unknowns a patient, a grid gives all posteriors. The score is of the true values, in nats a patient.
+    # With two latents for each patient, a grid gives the exact posteriors. The score is of the true values, in nats.
     axis = torch.linspace(-5.0, 10.0, 301)
     grid, cell = torch.cartesian_prod(axis, axis), (axis[1] - axis[0]) ** 2
     likelihood = dist.Normal(test + NOISE * torch.randn_like(test), NOISE).to_event(1)
@@ -54,24 +54,24 @@ def main() -> None:
         score = (likelihood.log_prob(test) + prior.log_prob(test) - log_evidence).mean()
         print(f"{name} prior: score {score:.3f}, means off by {(means - test).square().mean().sqrt():.3f}")
 
-    few = test[:, 1].argsort()[[len(test) // 2, -len(test) // 20]]  # a patient in the middle, and one of the ill
-    measured, steps = likelihood.mean[few], 20 if options.quick else 3500
+    two = test[:, 1].argsort()[[len(test) // 2, -len(test) // 20]]  # a median patient, and a severe case
+    measured, steps = likelihood.mean[two], 20 if options.quick else 3500
     posterior = fit_posterior(model, flow, measured, seed=options.seed, max_steps=steps)
-    print(f"two patients: {posterior}\nlog evidence on the grid: {log_evidence[few].sum():.3f}")
+    print(f"two patients: {posterior}\nlog evidence on the grid: {log_evidence[two].sum():.3f}")
     draws = posterior.draws(10_000)["true"]  # (draws, patients, 2)
 
     figure = Figure(figsize=(10, 5), layout="constrained")
-    for ax, at, points, true in zip(figure.subplots(1, 2), measured, draws[:500].unbind(1), test[few], strict=True):
+    for ax, at, points, true in zip(figure.subplots(1, 2), measured, draws[:500].unbind(1), test[two], strict=True):
         box = torch.stack([at - 1.5, at + 1.5], -1).flatten().tolist()
         density_2d(lambda x, at=at: flow.log_prob(x) - ((x - at) / NOISE).square().sum(-1) / 2, box, ax, colorbar=False)
-        ax.plot(*points.T, ".", color=COLORS[1], markersize=2, label="draws of the fitted one")
+        ax.plot(*points.T, ".", color=COLORS[1], markersize=2, label="draws of the fitted posterior")
         ax.plot(*at, "s", color="white", label="measured")
         ax.plot(*true, "*", color=COLORS[5], markersize=12, label="true")
         ax.set(title="A patient's exact posterior", xlabel=f"{PAIR[0]} (sd)", ylabel=f"{PAIR[1]} (sd)")
         ax.legend(framealpha=0.3, labelcolor="white")
     figure.savefig(options.output / "flow_prior.png", dpi=110)
-    of_mean, of_sd = (draws.mean(0) - means[few]).abs() / sds[few], (draws.std(0) / sds[few] - 1).abs()
-    print(f"largest errors beside the grid: of a sd {of_sd.max():.1%}, of a mean {of_mean.max():.3f} sd")
+    mean_errors, sd_errors = (draws.mean(0) - means[two]).abs() / sds[two], (draws.std(0) / sds[two] - 1).abs()
+    print(f"largest errors against the grid: of a sd {sd_errors.max():.1%}, of a mean {mean_errors.max():.3f} sd")
 
 
 if __name__ == "__main__":

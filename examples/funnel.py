@@ -1,4 +1,4 @@
-"""A flow on a ten-dimensional funnel and on a banana: verdict, draws, and chains in the latent space of the flow."""
+"""Posteriors of a ten-dimensional funnel and a banana: verdicts, draws, and NUTS in the latent space of the flow."""
 
 import argparse
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from pyroflows.plots import COLORS, samples_2d
 
 
 def funnel() -> None:
-    """Neal's: the scale of nine coordinates is exp(v / 2), which goes from 0.01 to 100."""
+    """Neal's funnel: the scale of nine coordinates is exp(v / 2), mostly from 0.01 to 100."""
     v = pyro.sample("v", dist.Normal(0.0, 3.0))
     with pyro.plate("coordinates", 9):
         pyro.sample("x", dist.Normal(0.0, (v / 2).exp()))
@@ -43,12 +43,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # networks this small are slower on more
+    torch.set_num_threads(1)  # with more, networks this small are slower
     pyro.set_rng_seed(options.seed)
 
     chains = {"num_draws": 20, "num_warmup": 10} if options.quick else {"num_draws": 500, "num_warmup": 250}
     figure = Figure(figsize=(11, 7), layout="constrained")
-    found = {}
+    sds = {}
     for model, row in zip((funnel, banana), figure.subplots(2, 3, sharex="row", sharey="row"), strict=True):
         name = model.__name__
         posterior = fit_posterior(model, seed=options.seed, max_steps=20 if options.quick else 3500)
@@ -62,16 +62,14 @@ def main() -> None:
         }
         for ax, (title, values), color in zip(row, draws.items(), COLORS, strict=False):
             x, v = values["x"].reshape(len(values["x"]), -1)[:, 0], values["v"].flatten()
-            found[name, title.split()[0]] = sd = float(v.std())
+            sds[name, title.split()[0]] = sd = float(v.std())
             samples_2d(torch.stack([x, v], -1)[:1000], ax, color=color, names=("$x_1$", "$v$"))
             left, right, low, high = WINDOWS[name]
             ax.set(title=f"{name}, {title}\nsd of v: {sd:.2f}", xlim=(left, right), ylim=(low, high))
     figure.suptitle("1,000 draws each, and standard deviations of all")
     figure.savefig(options.output / "funnel.png", dpi=110)
     for name, sd in SD.items():
-        print(
-            f"sd of v in the {name}: exact {sd:.3f}, chains {found[name, 'chains']:.3f}, flow {found[name, 'flow']:.3f}"
-        )
+        print(f"sd of v in the {name}: exact {sd:.3f}, chains {sds[name, 'chains']:.3f}, flow {sds[name, 'flow']:.3f}")
 
 
 if __name__ == "__main__":

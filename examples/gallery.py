@@ -3,13 +3,13 @@
 import argparse
 from pathlib import Path
 
-import gallery_models as models
 import matplotlib.pyplot as plt
 import torch
+from common import gallery_models as models
 from PIL import Image
 
 from pyroflows import plots
-from pyroflows.diagnostics.weights import khat_by_size
+from pyroflows.diagnostics import khat_by_size
 
 LIMITS = (-1.6, 2.6, -1.3, 1.8)
 COLUMNS = ["mean radius", "mean texture", "mean smoothness", "mean concavity"]
@@ -22,7 +22,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # networks this small are slower on more
+    torch.set_num_threads(1)  # with more, networks this small are slower
     torch.manual_seed(0)
     plt.switch_backend("agg")
     plt.rcParams.update({"savefig.dpi": 130, **plots.PAPER})
@@ -36,7 +36,7 @@ def main() -> None:
     flows, fits, scores = models.moons()
     left, right = plt.figure(figsize=(6.8, 2.6), layout="constrained").subplots(1, 2)
     plots.density_2d(flows["spline flow"], LIMITS, left, title="Density of a spline flow")
-    plots.samples_2d(flows["spline flow"].sample(2000), right, limits=LIMITS, title="2,000 samples of it")
+    plots.samples_2d(flows["spline flow"].sample(2000), right, limits=LIMITS, title="2,000 of its samples")
     save("density")
     plots.deformed_grid(flows["RealNVP"])
     save("layers")
@@ -50,13 +50,13 @@ def main() -> None:
     save("pairs")
     plots.marginals(data, samples, names=COLUMNS)
     save("marginals")
-    plots.latent_normality(latent, names=COLUMNS, title=f"Latent of {len(latent)} rows held out")
+    plots.latent_normality(latent, names=COLUMNS, title=f"Latent of {len(latent)} held-out rows")
     save("latent")
 
     samples, ways = models.digits()
     left, right = plt.figure(figsize=(6.8, 2.7), layout="constrained").subplots(1, 2)
     plots.image_grid(samples, left, num_levels=17, title="Samples of a Glow at temperature 0.7")
-    plots.interpolations(ways, right, num_levels=17, title="Between digits held out")
+    plots.interpolations(ways, right, num_levels=17, title="Between held-out digits")
     save("images")
 
     posteriors, exact = models.funnel()

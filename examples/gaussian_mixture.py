@@ -21,7 +21,7 @@ def main() -> None:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
-    torch.set_num_threads(1)  # networks this small are slower on more
+    torch.set_num_threads(1)  # with more, networks this small are slower
 
     truth = RandomGaussianMixture(features=2, num_components=5, seed=options.seed)
     x = truth.sample(3_000 if options.quick else 100_000, seed=options.seed)

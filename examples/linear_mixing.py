@@ -1,4 +1,4 @@
-"""Reversal, a fixed shuffle or a learned LU between Glow's couplings: training curves on patches of photographs."""
+"""A reversal, a fixed shuffle or a learned LU between Glow's couplings: training curves on patches of photographs."""
 
 import argparse
 import json
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # networks this small are slower on more
+    torch.set_num_threads(1)  # with more, networks this small are slower
 
     table = make_table(patches(4, options.seed), name="patches", seed=options.seed)
     train = table.train[:2000] if options.quick else table.train
@@ -63,7 +63,7 @@ def main() -> None:
     record = {name: {"test": test[name], **result.history} for name, result in results.items()}
     (options.output / "linear_mixing.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     others = min(test["reversal"], test["fixed shuffle"])
-    print(f"learned LU below the better of the other two by {others - test['learned LU']:.3f} nats per row")
+    print(f"gain of the learned LU over the better of the other two: {others - test['learned LU']:.3f} nats per row")
 
 
 if __name__ == "__main__":

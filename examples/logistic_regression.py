@@ -1,4 +1,4 @@
-"""Logistic regression on a real table: the flow's posterior beside Pyro's NUTS and its mean-field guide."""
+"""Logistic regression on a real table: the posterior by a flow, by Pyro's NUTS and by its mean-field guide."""
 
 import argparse
 import math
@@ -25,12 +25,12 @@ def model(x: Tensor, y: Tensor) -> None:
 
 
 def in_columns(values: dict[str, Tensor]) -> Tensor:
-    """Give draws as (draws, 1 + columns)."""
+    """Return draws as one tensor, (draws, 1 + columns)."""
     return torch.cat([values["intercept"].reshape(-1, 1), values["weights"].flatten(1)], -1)
 
 
 def score(draws: Tensor, x: Tensor, y: Tensor) -> float:
-    """Give the mean over held-out rows of log p(y | x, training rows)."""
+    """Return the mean of log p(y | x, training rows) over held-out rows."""
     log_prob = dist.Bernoulli(logits=draws[:, :1] + draws[:, 1:] @ x.mT).log_prob(y)  # (draws, rows)
     return float((log_prob.logsumexp(0) - math.log(len(draws))).mean())
 
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # networks this small are slower on more
+    torch.set_num_threads(1)  # with more, networks this small are slower
     pyro.set_rng_seed(options.seed)
 
     table = load_table("breast_cancer", validation=0.0, seed=options.seed)
@@ -61,15 +61,15 @@ def main() -> None:
     mcmc.run(x, y)
     nuts = in_columns(mcmc.get_samples())
     print(f"NUTS: {number} draws in {time.perf_counter() - began:.0f} s, held out {score(nuts, *test):.4f} nats a row")
-    differ = moment_table(*nuts.chunk(2)).worst_mean_error
-    print(f"halves of them differ by {differ:.3f} sd in a mean at most: all are right to about {differ / 2:.3f}")
+    difference = moment_table(*nuts.chunk(2)).worst_mean_error
+    print(f"means of two halves differ by at most {difference:.3f} sd: all are right to {difference / 2:.3f}")
     for name, values, bound, time_taken in (
         ("mean field", in_columns(mean_field), elbo, seconds),
         ("flow", in_columns(posterior.draws(10_000)), posterior.elbo, posterior.seconds),
     ):
         errors = moment_table(values, nuts)
         print(
-            f"{name}: ELBO {bound:.3f} in {time_taken:.0f} s, held out {score(values, *test):.4f}; beside NUTS the "
+            f"{name}: ELBO {bound:.3f} in {time_taken:.0f} s, held out {score(values, *test):.4f}; against NUTS the "
             f"largest error of a mean is {errors.worst_mean_error:.3f} sd, of a sd {errors.worst_sd_error:.1%}"
         )
     print(f"ELBO of the flow above that of the mean field: {posterior.elbo - elbo:.3f} nats")

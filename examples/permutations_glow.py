@@ -1,19 +1,18 @@
-"""What mixes channels between couplings: a reversal, a fixed shuffle or a learned 1x1 convolution, as in the paper."""
+"""Channels mixed between couplings by a reversal, a fixed shuffle or a learned 1x1 convolution, as in Glow's paper."""
 
 import json
 
 import torch
-from image_models import parser, train
+from common.image_models import image_parser, train
 from matplotlib.figure import Figure
 
-from pyroflows import glow
+from pyroflows import UniformDequantizer, glow
 from pyroflows.data import load_images
-from pyroflows.dequantizers import UniformDequantizer
 from pyroflows.plots import COLORS
 
 
 def main() -> None:
-    arguments = parser(__doc__, num_levels=3, hidden_channels=32, minutes=6.0, steps_per_epoch=50)
+    arguments = image_parser(__doc__, num_levels=3, hidden_channels=32, minutes=6.0, steps_per_epoch=50)
     arguments.add_argument("--data", dest="name", default="cifar10", choices=["cifar10", "mnist", "digits"])
     arguments.add_argument("--num-steps", type=int, default=4)
     arguments.add_argument("--coupling", default="additive", choices=["additive", "affine"])
@@ -45,12 +44,12 @@ def main() -> None:
         ax.plot(steps, curve["validation_bits_per_dim"], style, color=color, label=label)
     lowest = min(min(curve["validation_bits_per_dim"]) for curve in curves.values())
     ax.set(xlabel="step", ylabel="validation bits/dim", ylim=(lowest - 0.05, lowest + 1.5))
-    ax.set_title(f"Glow of {options.name}: what mixes the channels ({options.coupling} couplings)")
+    ax.set_title(f"Glow of {options.name}: mixing of channels ({options.coupling} couplings)")
     ax.grid(alpha=0.3)
     ax.legend(frameon=False)
     figure.savefig(options.output / "permutations_glow.png", dpi=110)
     gain = curves["reverse"]["test_bits_per_dim"] - curves["conv"]["test_bits_per_dim"]
-    print(f"1x1 convolutions beside a reversal: {gain:.4f} bits/dim better")
+    print(f"gain of 1x1 convolutions over a reversal: {gain:.4f} bits/dim")
 
 
 if __name__ == "__main__":

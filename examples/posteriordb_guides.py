@@ -1,4 +1,4 @@
-"""The ELBO of fit_posterior beside those of Pyro's own guides, at as many evaluations of the model, on posteriordb."""
+"""The ELBO of fit_posterior against those of Pyro's guides, with as many evaluations of the model, on posteriordb."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 import pyro
 import pyro.distributions.transforms as T
 import torch
-from posteriordb_models import MODELS, elbo_of, load_posterior
+from common.posteriordb_models import MODELS, elbo_of, load_posterior
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoIAFNormal, AutoMultivariateNormal, AutoNormalizingFlow
 from pyro.infer.autoguide.initialization import InitMessenger
@@ -35,12 +35,12 @@ GUIDES = {
 
 
 def best_elbo(name: str, model, data: dict, steps: int, seed: int) -> float:
-    """Train one of Pyro's guides at two learning rates; give the better ELBO."""
+    """Train one of Pyro's guides at two learning rates, and return the better ELBO."""
     best = -math.inf
     for rate in (1e-2, 1e-3):
         pyro.clear_param_store()
         pyro.set_rng_seed(seed)
-        guide = GUIDES[name](InitMessenger(initial_value)(model))  # Pyro's own do not know improper priors
+        guide = GUIDES[name](InitMessenger(initial_value)(model))  # Pyro's initialization refuses improper priors
         svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": rate}), Trace_ELBO(PARTICLES, vectorize_particles=True))
         try:
             for _ in range(steps):
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("posteriordb_guides.json"))
     parser.add_argument("--names", nargs="*", default=list(MODELS))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=3500, help="the most steps of fit_posterior")
+    parser.add_argument("--steps", type=int, default=3500, help="the largest number of steps of fit_posterior")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)  # Pyro's guides are float32 otherwise
@@ -65,7 +65,7 @@ def main() -> None:
     for name in options.names:
         case = load_posterior(name, options.data)
         ours = fit_posterior(case.model, **case.data, seed=options.seed, max_steps=options.steps, progress=False)
-        steps = -(-ours.evaluations // PARTICLES)  # those of start and search included
+        steps = -(-ours.evaluations // PARTICLES)  # including those of the initialization and the search
         elbos = {guide: best_elbo(guide, case.model, case.data, steps, options.seed) for guide in GUIDES}
         rows.append({"name": name, "evaluations": ours.evaluations, "fit_posterior": ours.elbo, **elbos})
         print(f"{name}: {ours.elbo:.2f}", *(f"{guide} {elbo:.2f}" for guide, elbo in elbos.items()), flush=True)

@@ -1,4 +1,4 @@
-"""POWER, household electricity: test log-likelihoods of MAF, RealNVP and a spline flow after equal time."""
+"""POWER, household electricity: test log-likelihoods of MAF, RealNVP and spline flows after equal time."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ from pyroflows import FitOptions, StudentT, fit, maf, nsf, realnvp
 from pyroflows.data import load_power
 
 # Published, in nats: MAF of 10 layers 0.24, RQ-NSF 0.64 to 0.66. The affine flows have a prior with heavy tails: ten
-# layers can throw a row from a gap in the data so far out that under a Gaussian it ruins the mean of all rows.
+# layers can map a row from a gap in the data so far out that its log-density under a Gaussian dominates the mean.
 FLOWS = {
     "maf": lambda: maf(6, num_layers=10, prior=StudentT(6, df=10.0, learnable=True)),
     "realnvp": lambda: realnvp(6, num_layers=10, residual=True, prior=StudentT(6, df=10.0, learnable=True)),

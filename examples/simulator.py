@@ -1,4 +1,4 @@
-"""An epidemic that can be simulated, but has no tractable density: its posterior for any data, and its calibration."""
+"""A simulator of an epidemic, without a tractable density: its posterior for any data, and its calibration."""
 
 import argparse
 from pathlib import Path
@@ -18,7 +18,7 @@ NAMES = {"r0": "infections by one case", "days": "days infectious", "reported": 
 
 
 def epidemic() -> Tensor:
-    """Draw an epidemic: who is infected and who recovers on each day are sites too, and are averaged over."""
+    """Simulate an epidemic: the infections and recoveries of each day are sites too, and are marginalised."""
     r0 = pyro.sample("r0", dist.LogNormal(0.7, 0.4))
     days = pyro.sample("days", dist.LogNormal(1.4, 0.3))
     reported = pyro.sample("reported", dist.Beta(4.0, 4.0))
@@ -40,9 +40,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # networks this small are slower on more
+    torch.set_num_threads(1)  # with more, networks this small are slower
 
-    # Simulations are cheap here; of few, seen often, the flow learns some by heart, and its intervals are too short.
+    # Simulations are cheap here; with fewer, seen more often, the flow overfits and its intervals are too short.
     settings = {"num_simulations": 1000 if options.quick else 200_000, "epochs": 2 if options.quick else 5}
     posterior = fit_amortized(epidemic, "cases", latents=list(NAMES), seed=options.seed, progress=False, **settings)
     print(posterior)
@@ -51,8 +51,7 @@ def main() -> None:
 
     truth = {"r0": 2.5, "days": 4.0, "reported": 0.4}
     torch.manual_seed(options.seed)
-    given = pyro.condition(epidemic, {name: torch.tensor(value) for name, value in truth.items()})
-    cases = given()
+    cases = pyro.condition(epidemic, {name: torch.tensor(value) for name, value in truth.items()})()
     draws = posterior.draws(4000, cases, seed=options.seed)
     figure = Figure(figsize=(11, 5.5), layout="constrained")
     above, below = figure.subplots(2, 4)
@@ -70,7 +69,7 @@ def main() -> None:
     above[0].legend(loc="lower center"), below[0].legend(), above[3].axis("off")
     below[3].bar(range(DAYS), cases.numpy(), color=COLORS[1])
     below[3].set(title="the data", xlabel="day", ylabel="reported cases")
-    figure.suptitle("An epidemic's posterior: calibration over simulations, and the answer for one data set")
+    figure.suptitle("Posterior of an epidemic: calibration over simulations, and the posterior of one data set")
     figure.savefig(options.output / "simulator.png", dpi=110)
     print(f"smallest chi-square p-value of the ranks: {result.p_values.min():.3f}")
 

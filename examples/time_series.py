@@ -1,4 +1,4 @@
-"""An autoregressive flow p(x_t | last m values) of household power by the minute, beside a linear Gaussian one."""
+"""An autoregressive flow p(x_t | last m values) of household power by the minute, and a linear Gaussian model."""
 
 import argparse
 from pathlib import Path
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from pyroflows import ElementwiseAffine, FitOptions, Flow, StandardNormal, fit, nsf
 from pyroflows.plots import COLORS
 
-M = 32  # minutes looked back, of which two convolutions leave 5
+M = 32  # minutes of context, of which two convolutions leave 5
 
 
 def load(path: Path | None, rows: int) -> Tensor:
-    """Give log kilowatts by the minute; without a file a simulated series of two levels, to see that it runs."""
+    """Return log kilowatts by the minute; without a file a simulated series of two levels, to see that it runs."""
     random = np.random.default_rng(0)
     if path is None:
         level = np.cumsum(random.random(rows) < 0.02) % 2
@@ -41,8 +41,8 @@ def main() -> None:
     x = load(options.data, rows)
     x = (x - x[:first].mean()) / x[:first].std()
     past, future = x.unfold(0, M + 1, 1).split([M, 1], 1)
-    # In order of time: to fit to, to stop by, and to report on, without a value in two of them.
-    train, held, test = slice(0, first - M), slice(first, second - M), slice(second, None)
+    # Training, validation and test in order of time, without a value in two of them.
+    train, held_out, test = slice(0, first - M), slice(first, second - M), slice(second, None)
     design = torch.cat([past, torch.ones(len(past), 1)], 1).double()
     residuals = future.double() - design @ torch.linalg.lstsq(design[train], future[train].double()).solution
     linear = torch.distributions.Normal(0.0, residuals[train].std()).log_prob(residuals[test])[:, 0]
@@ -51,13 +51,9 @@ def main() -> None:
     splines = nsf(1, autoregressive=True, context_features=32, num_layers=2, hidden_features=(64, 64), bound=5.0)
     location = ElementwiseAffine(1, context_features=32, hidden_features=(64,))
     flow = Flow(StandardNormal(1), [*splines.layers, location], embedding=embedding)
-    settings = {
-        "epochs": 2 if options.quick else 10,
-        "learning_rate": 2e-3,
-        "options": FitOptions(ema_decay=0.999),
-        "seed": 0,
-    }
-    fit(flow, future[train], context=past[train], validation=(future[held], past[held]), progress=False, **settings)
+    validation, epochs = (future[held_out], past[held_out]), 2 if options.quick else 10
+    settings = {"learning_rate": 2e-3, "options": FitOptions(ema_decay=0.999), "seed": 0, "progress": False}
+    fit(flow, future[train], context=past[train], validation=validation, epochs=epochs, **settings)
     gain = flow.log_prob(future[test], past[test]).detach() - linear
     blocks = gain[: len(gain) // 240 * 240].view(-1, 240).mean(1)  # of four hours: neighbouring minutes are alike
     print(f"linear Gaussian {linear.mean():.3f}, flow {(linear + gain).mean():.3f} nats a minute, {len(gain)} minutes")
@@ -68,14 +64,13 @@ def main() -> None:
             series = torch.cat([series, flow.sample((), series[:, -M:])], 1)
         for tail, alpha in ((0.05, 0.25), (0.25, 0.45)):
             low, high = np.quantile(series[:, M:].numpy(), [tail, 1 - tail], axis=0)
-            band = f"{1 - 2 * tail:.0%} band"
-            ax.fill_between(range(60), low, high, color=COLORS[0], alpha=alpha, lw=0, label=band)
-        ax.plot(range(-M, 60), x[start - M : start + 60].numpy(), color=COLORS[6], label="what came")
+            ax.fill_between(range(60), low, high, color=COLORS[0], alpha=alpha, lw=0, label=f"{1 - 2 * tail:.0%} band")
+        ax.plot(range(-M, 60), x[start - M : start + 60].numpy(), color=COLORS[6], label="observed")
         ax.set(title=f"an hour from minute {start}", xlabel="minutes ahead", ylabel="log power, standardised")
     ax.legend()
     figure.savefig(options.output / "time_series.png", dpi=110)
     error = blocks.std() / len(blocks) ** 0.5
-    print(f"flow above linear Gaussian, standard error {error:.3f}: {gain.mean():.3f} nats per minute")
+    print(f"gain of the flow over the linear Gaussian, standard error {error:.3f}: {gain.mean():.3f} nats per minute")
 
 
 if __name__ == "__main__":

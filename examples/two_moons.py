@@ -1,4 +1,4 @@
-"""Glow of ten steps on two moons, with a Gaussian prior and with a mixture of two, against the exact density."""
+"""Glow of ten steps on two moons, with a Gaussian and with a mixture prior, against the exact density."""
 
 import argparse
 from pathlib import Path
@@ -21,7 +21,7 @@ def main() -> None:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
-    torch.set_num_threads(1)  # networks this small are slower on more
+    torch.set_num_threads(1)  # with more, networks this small are slower
 
     moons = TwoMoons(noise=0.05)
     x = moons.sample(3_000 if options.quick else 200_000, seed=options.seed)
@@ -35,7 +35,7 @@ def main() -> None:
     columns = [("truth", moons.log_prob, fresh[:3000])]
     for name, prior in priors.items():
         flow = glow(2, num_steps=10, hidden_features=(64, 64), prior=prior)
-        # A high rate pays here: 1e-3 needs three times the steps. The longer warm-up keeps its start from blowing up.
+        # A learning rate of 1e-3 needs three times the steps. This high one needs the longer warm-up not to diverge.
         result = fit(
             flow,
             x,

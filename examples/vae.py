@@ -15,7 +15,7 @@ from pyroflows.data import load_table
 
 LATENTS = 8
 SMALL = {"hidden_features": (64,), "permutation": "reverse", "norm": "none"}
-FLOWS = {  # each begins with the diagonal Gaussian that the encoder gives
+FLOWS = {  # each follows a diagonal Gaussian whose parameters come from the encoder
     "diagonal": None,
     "planar": partial(planar, num_layers=8),
     "iaf": partial(iaf, num_layers=4, **SMALL),
@@ -63,14 +63,14 @@ def main() -> None:
     digits = load_table("digits", standardize=False)
     train, test = ((part > 7.5).float() for part in (torch.cat([digits.train, digits.validation]), digits.test))
     print(f"{len(train)} training and {len(test)} test images; nats per image, {seeds} seeds, {epochs} epochs")
-    found = {}
+    elbos = {}
     for name, builder in FLOWS.items():
         start = time.perf_counter()
-        found[name] = torch.tensor([test_elbo(builder, train, test, epochs, seed) for seed in range(seeds)])
-        gain = found[name] - found["diagonal"]
-        mean, above = (f"{t.mean():.2f} +- {t.std() / seeds**0.5:.2f}" for t in (found[name], gain))
+        elbos[name] = torch.tensor([test_elbo(builder, train, test, epochs, seed) for seed in range(seeds)])
+        gain = elbos[name] - elbos["diagonal"]
+        mean, above = (f"{t.mean():.2f} +- {t.std() / seeds**0.5:.2f}" for t in (elbos[name], gain))
         print(f"{name:<9} test ELBO {mean}, above diagonal {above}, {time.perf_counter() - start:.0f} s", flush=True)
-    print(f"IAF above diagonal: {(found['iaf'] - found['diagonal']).mean():.3f} nats per image")
+    print(f"IAF above diagonal: {(elbos['iaf'] - elbos['diagonal']).mean():.3f} nats per image")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from inspect import signature
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 from torch import Size, Tensor, broadcast_shapes
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "check_context",
     "check_counts",
     "check_event",
+    "check_finite",
     "check_names",
     "check_number",
     "check_option",
@@ -115,14 +117,64 @@ def check_names(given: dict[str, Any], takes: Callable[..., Any], *, but: Iterab
             raise TypeError(f"expected options among {', '.join(offered)}; got {name!r}")
 
 
-def check_varying(constant: Sequence[int], names: Sequence[Any] | None = None) -> None:
-    """Refuse constant columns, given by their numbers, or by names where there are any."""
-    if len(constant):
-        shown = [str(column) if names is None else repr(names[column]) for column in constant[:10]]
-        more = ", ..." if len(constant) > 10 else ""
+def check_finite(
+    name: str, numbers: Any, columns: Sequence[Any] | None = None, *, first_row: int = 0, source: Any = None
+) -> None:
+    """Refuse numbers that are not finite, naming the row and the column of the first.
+
+    Args:
+        name: what the numbers are.
+        numbers: a tensor or an array; the first dimension counts rows.
+        columns: the names of columns, if they have any.
+        first_row: the number of the first row.
+        source: the numbers before a conversion to a dtype that may not hold them.
+    """
+    finite = numbers.isfinite() if isinstance(numbers, Tensor) else np.isfinite(numbers)
+    if finite.all():
+        return
+    places = np.argwhere(~_as_array(finite))
+    row, *column = places[0].tolist()
+    value = float((numbers if source is None else source)[(row, *column)])
+    where = f"row {first_row + row}"
+    if column:
+        where += f", column {', '.join(map(str, column)) if columns is None else repr(columns[column[0]])}"
+    got = "NaN" if math.isnan(value) else value
+    beyond = f", beyond the range of {numbers.dtype}" if math.isfinite(value) else ""
+    raise ValueError(
+        f"expected finite numbers in {name}; got {got} in {where}{beyond} ({len(places)} such numbers in all)"
+    )
+
+
+def check_varying(
+    rows: Any, columns: Sequence[Any] | None = None, *, among: Any = None, chunk_rows: int | None = None
+) -> None:
+    """Refuse constant columns, which have no density.
+
+    Args:
+        rows: a tensor or an array; the first dimension counts rows.
+        columns: the names of columns, if they have any.
+        among: a mask of the columns to look at; by default all.
+        chunk_rows: rows to read at a time; by default all.
+    """
+    constant = None
+    for start in range(0, len(rows), chunk_rows or len(rows)):
+        same = _as_array((rows[start : start + (chunk_rows or len(rows))] == rows[:1]).all(0))
+        constant = same if constant is None else constant & same
+        if not constant.any():
+            return
+    if constant is None:
+        return
+    places = np.flatnonzero(constant if among is None else constant & _as_array(among))
+    if len(places):
+        names = [str(place) if columns is None else repr(columns[place]) for place in places[:10]]
+        more = ", ..." if len(places) > 10 else ""
         raise ValueError(
-            f"expected columns that vary, since a constant one has no density; got column {', '.join(shown)}{more}"
+            f"expected columns that vary, since a constant one has no density; got column {', '.join(names)}{more}"
         )
+
+
+def _as_array(values: Any) -> np.ndarray[Any, Any]:
+    return np.asarray(values.cpu() if isinstance(values, Tensor) else values)
 
 
 def batched_shape(shape: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""Context managers for seeding and module modes, and the state of torch's random numbers."""
+"""Context managers for seeding and module modes, and the state of torch's random number generators."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ __all__ = ["evaluating", "random_state", "seeded", "set_random_state"]
 
 @contextmanager
 def seeded(seed: int | None, device: torch.device | None = None) -> Iterator[None]:
-    """Seed torch, and give its random state back afterwards; None leaves it be. A GPU's is minded where it is named."""
+    """Seed torch in a block and restore its generators afterwards, a GPU's too; None leaves them alone.
+
+    With a device only the generators of the CPU and of this device are restored, which is faster with several GPUs.
+    """
     if seed is None:
         yield
         return
@@ -29,7 +32,7 @@ def seeded(seed: int | None, device: torch.device | None = None) -> Iterator[Non
 
 @contextmanager
 def evaluating(module: Any) -> Iterator[None]:
-    """Put a module, where it is one, and all within it in evaluation mode, and each back in its own afterwards."""
+    """Put a module and its submodules in evaluation mode, and restore each one's mode; other objects are left alone."""
     modes = [(part, part.training) for part in module.modules()] if isinstance(module, nn.Module) else []
     for part, _ in modes:
         part.training = False
@@ -41,7 +44,7 @@ def evaluating(module: Any) -> Iterator[None]:
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """Give the state of torch's random numbers, on the CPU and on the device."""
+    """Return the state of torch's generators on the CPU and on the device."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -49,7 +52,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
-    """Go on with the random numbers of a state."""
+    """Restore the state of torch's generators."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)

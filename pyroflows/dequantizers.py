@@ -303,6 +303,11 @@ class ColumnDequantizer(Dequantizer):
         offset = torch.where(whole, (shift.round() - shift) / factor, 0.0)
         return cls(steps.to(dtype), offset.to(dtype))
 
+    @property
+    def discrete(self) -> Tensor:
+        """Which columns are dequantized, shape ``(features,)``; the others are continuous."""
+        return self.steps > 0
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check_call(x)
         x = x.to(self.steps)

@@ -1,4 +1,4 @@
-"""The processes that torchrun has started: what each works on, sums over all of them, and their random numbers."""
+"""Data-parallel work under torchrun: ranks, collectives, and random numbers that are shared or each rank's own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import atexit
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ __all__ = [
     "all_reduce",
     "broadcast",
     "broadcast_",
+    "choose_device",
     "in_turn",
-    "launch",
+    "initialize",
     "on_first_rank",
     "rank",
     "rank_random_state",
@@ -35,151 +37,159 @@ __all__ = [
     "world_size",
 ]
 
-# Only inside `together` do layers and objectives look beyond their own process: elsewhere, as where one process alone
-# looks at a flow, the others would never answer.
+# The functions below reach other processes only within `together`: elsewhere, as in evaluation by one process alone,
+# the others would never answer.
 _together = False
-_random: _Random | None = None
+_streams: _Streams | None = None
 
 
-def launch(accelerator: str, device: torch.device, precision: str) -> Any:
-    """Give the Lightning Fabric of this process: one of several under torchrun, else one alone."""
-    from lightning_fabric import Fabric
+def choose_device(name: str | torch.device = "auto", near: torch.device | None = None) -> torch.device:
+    """Return the device of a name, "auto" being the accelerator if torch sees one.
 
-    world = int(os.environ.get("WORLD_SIZE", 1)) if dist.is_available() and dist.is_torchelastic_launched() else 1
-    if world == 1:
-        devices = [device.index] if device.type == "cuda" and accelerator in ("auto", "cuda", "gpu") else 1
-        return Fabric(accelerator=accelerator, devices=devices, precision=precision)
-    here = int(os.environ["LOCAL_WORLD_SIZE"])
-    fabric = Fabric(accelerator=accelerator, devices=here, num_nodes=world // here, strategy="ddp", precision=precision)
-    if not int(os.environ.get("LT_CLI_USED", 0)):  # `fabric run` has done it
-        if world == here and not dist.is_initialized():
-            _connect(fabric.device)
-        fabric.launch()
-    return fabric
-
-
-def _connect(device: torch.device) -> None:
-    """Find the other processes of this machine in a store of this attempt alone.
-
-    In the one that torchrun keeps there are still the addresses of those that died before a restart (PyTorch's issue
-    135712). Over several machines the attempts have no number in common; there an option of torchrun's, which the
-    README names, gives each attempt its own store.
+    Its index is the local rank under torchrun, else that of the name, else that of ``near``, where the work is now.
     """
-    store, rank, world = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    try:
+        device = (accelerator or torch.device("cpu")) if name == "auto" else torch.device(name)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"expected device to be 'auto' or one that torch knows, such as 'cpu'; got {name!r}") from None
+    if device.type == "cpu":
+        return device
+    index = int(os.environ["LOCAL_RANK"]) if _launched() else device.index
+    if index is None and near is not None and near.type == device.type:
+        index = near.index
+    if accelerator is None or accelerator.type != device.type or (index or 0) >= torch.accelerator.device_count():
+        got = device.type if index is None else f"{device.type}:{index}"
+        raise ValueError(f"expected a device that torch sees; got {got!r}, of which there is none")
+    return torch.device(device.type, torch.accelerator.current_device_index() if index is None else index)
+
+
+def initialize(device: torch.device) -> None:
+    """Join the process group of the processes that torchrun has started; do nothing in a process alone."""
+    if not _launched() or dist.is_initialized():
+        return
     if device.type == "cuda":
-        dist.init_process_group("nccl", store=store, rank=rank, world_size=world, device_id=device)
-        atexit.register(dist.destroy_process_group)  # or it warns at the end
-    else:
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+        torch.cuda.set_device(device)
+    options: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
+    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+        # Torchrun's store still has the addresses of processes that died before a restart (PyTorch's issue 135712), so
+        # each attempt gets keys of its own. On several machines the attempts have no number in common; there an option
+        # of torchrun, which the README names, gives each attempt a store.
+        store, options["rank"], options["world_size"] = next(dist.rendezvous("env://"))
+        options["store"] = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
+    if device.type == "cuda":
+        atexit.register(dist.destroy_process_group)  # or NCCL warns at exit
+
+
+def _launched() -> bool:
+    return dist.is_available() and dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
 
 
 @contextmanager
 def together(device: torch.device, streams: Any = None) -> Iterator[Any]:
-    """Work on one thing with all processes for the length of a block.
+    """Let all processes work on the same thing in a block: the functions below then reach all of them.
 
-    The random numbers of the first process are those of all, but for what is drawn :func:`rank_rng`. The block gets the
-    streams of random numbers, with which another can go on.
+    The first process's random numbers become those of all, except for what is drawn within :func:`rank_rng`. Yields
+    the streams of random numbers, with which a later block can continue.
     """
-    global _together, _random, _outside_compiled
+    global _together, _streams, _var_mean_uncompiled
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         yield None
         return
-    before = _together, _random
+    before = _together, _streams
     _together = True
-    _outside_compiled = torch.compiler.disable(_var_mean)  # here, as the compiler takes seconds to import
+    _var_mean_uncompiled = torch.compiler.disable(_var_mean)  # only here, as it imports the compiler
     try:
         if streams is None:
             set_random_state(broadcast(random_state(device)), device)
-            streams = _Random(device)
-        _random = streams
+            streams = _Streams(device)
+        _streams = streams
         yield streams
     finally:
-        _together, _random = before
+        _together, _streams = before
 
 
 def world_size() -> int:
-    """Give the number of processes that work together; 1 outside of :func:`together`."""
+    """Return the number of processes that work together; 1 outside :func:`together`."""
     return dist.get_world_size() if _together else 1
 
 
 def rank() -> int:
-    """Give the number of this process among those that work together."""
+    """Return this process's number among those that work together."""
     return dist.get_rank() if _together else 0
 
 
 def rank_slice(rows: int) -> slice:
-    """Give this process its part of so many rows; the parts of all are in order, and differ by one row at most."""
-    size, more = divmod(rows, world_size())
-    start = rank() * size + min(rank(), more)
-    return slice(start, start + size + (rank() < more))
+    """Return this rank's slice of rows; slices follow one another, and differ by one row at most."""
+    size, remainder = divmod(rows, world_size())
+    start = rank() * size + min(rank(), remainder)
+    return slice(start, start + size + (rank() < remainder))
 
 
-# What all processes know
+# Collectives
 
 
 def all_reduce(x: Tensor) -> Tensor:
-    """Give the sum over the processes, in place."""
+    """Sum a tensor over the ranks, in place, and return it."""
     if _together:
         dist.all_reduce(x)
     return x
 
 
-def broadcast(thing: Any) -> Any:
-    """Give what the first process has."""
+def broadcast(value: Any) -> Any:
+    """Return the first rank's value, of any type that can be pickled."""
     if not _together:
-        return thing
-    things = [thing]
-    dist.broadcast_object_list(things)
-    return things[0]
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
 
 
 @torch.no_grad()
 def broadcast_(x: Tensor) -> None:
-    """Put the first process's numbers into a tensor."""
+    """Overwrite a tensor with the first rank's."""
     if _together:
         dist.broadcast(x, 0)
 
 
-def all_gather(thing: Any) -> list[Any]:
-    """Give what each process has, in order."""
+def all_gather(value: Any) -> list[Any]:
+    """Return each rank's value, in order."""
     if not _together:
-        return [thing]
-    things: list[Any] = [None] * world_size()
-    dist.all_gather_object(things, thing)
-    return things
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
-def on_first_rank(method: Callable[[], Any]) -> Any:
-    """Give what the first process finds; an error that it meets is raised by all."""
-    if not _together:
-        return method()
-    found = error = None
+def on_first_rank(function: Callable[[], Any]) -> Any:
+    """Call a function on the first rank, and return its result, or raise its error, on all."""
+    result = error = None
     if rank() == 0:
         try:
-            found = method()
+            result = function()
         except Exception as caught:
             error = caught
-    found, error = broadcast((found, error))
+    result, error = broadcast((result, error))
     if error is not None:
         raise error
-    return found
+    return result
 
 
 @torch.no_grad()
 def synchronize(module: nn.Module) -> None:
-    """Give the module the parameters and buffers that it has in the first process."""
+    """Overwrite a module's parameters and buffers with the first rank's."""
     if not _together:
         return
     state = module.state_dict()
     for value in state.values():
         if isinstance(value, Tensor):
             broadcast_(value)
-    module.load_state_dict(state)  # for what a module keeps beside its tensors
+    module.load_state_dict(state)  # for modules that read more from a state than its tensors
 
 
-class _Sum(torch.autograd.Function):
-    """The sum over the processes, whose gradient is the sum of the gradients that they have."""
+class _AllReduce(torch.autograd.Function):
+    """Differentiable all-reduce; its gradient is the sum of the ranks' gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -187,95 +197,85 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        found: Tensor = _Sum.apply(gradient)
-        return found
+        return _AllReduce.apply(gradient)
 
 
 def var_mean(x: Tensor, dims: list[int] | tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Give variance and mean over these dimensions and over the processes, as ``torch.var_mean`` without correction."""
+    """Compute variance and mean over dimensions and ranks, as ``torch.var_mean`` does without Bessel's correction."""
     if not _together or inside_functorch():
         return torch.var_mean(x, dims, correction=0)
-    return _outside_compiled(x, tuple(dims))
+    return _var_mean_uncompiled(x, tuple(dims))
 
 
 def _var_mean(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     sums = x.sum(dims, keepdim=True)
-    found = _Sum.apply(torch.cat([sums.flatten(), x.new_tensor([x.numel() / max(1, sums.numel())])]))
-    mean = (found[:-1] / found[-1]).view_as(sums)
-    variance = _Sum.apply((x - mean).square().sum(dims, keepdim=True)) / found[-1]
+    totals = _AllReduce.apply(torch.cat([sums.flatten(), x.new_tensor([x.numel() / max(1, sums.numel())])]))
+    mean = (totals[:-1] / totals[-1]).view_as(sums)
+    variance = _AllReduce.apply((x - mean).square().sum(dims, keepdim=True)) / totals[-1]
     return variance.squeeze(dims), mean.squeeze(dims)
 
 
-_outside_compiled = _var_mean
+_var_mean_uncompiled = _var_mean
 
 
 # Random numbers
 
 
-class _Random:
-    """Two streams of random numbers: one that all processes have alike, in place, and one of this process's own."""
+class _Streams:
+    """Two streams of random numbers: one shared by all ranks, which is in use, and this rank's own."""
 
     def __init__(self, device: torch.device):
-        self.device = device
-        common = random_state(device)
+        self.device, self.own_in_use = device, False
+        shared = random_state(device)
         torch.manual_seed(int(torch.randint(2**62, ())) + rank())
         self.other = random_state(device)
-        self.is_apart = False
-        set_random_state(common, device)
+        set_random_state(shared, device)
+
+    def _swap(self) -> None:
+        in_use = random_state(self.device)
+        set_random_state(self.other, self.device)
+        self.other, self.own_in_use = in_use, not self.own_in_use
 
     @contextmanager
-    def swapped(self) -> Iterator[None]:
-        self._swap()
+    def use(self, *, own: bool) -> Iterator[None]:
+        swap = own != self.own_in_use
+        if swap:
+            self._swap()
         try:
             yield
         finally:
-            self._swap()
-
-    def _swap(self) -> None:
-        in_place = random_state(self.device)
-        set_random_state(self.other, self.device)
-        self.other, self.is_apart = in_place, not self.is_apart
+            if swap:
+                self._swap()
 
 
 def rank_rng() -> Any:
-    """Give a context in which each process draws random numbers of its own."""
-    return nullcontext() if _random is None or _random.is_apart else _random.swapped()
+    """Return a context in which each rank draws random numbers of its own."""
+    return nullcontext() if _streams is None else _streams.use(own=True)
 
 
 def shared_rng() -> Any:
-    """Give a context, also within :func:`rank_rng`, in which all processes draw the same random numbers."""
-    return _random.swapped() if _random is not None and _random.is_apart else nullcontext()
+    """Return a context in which all ranks draw the same random numbers, also within :func:`rank_rng`."""
+    return nullcontext() if _streams is None else _streams.use(own=False)
 
 
 def rank_random_state() -> dict[str, Tensor] | None:
-    """Give the state of this process's own random numbers; None where it is alone. To be called outside of apart."""
-    return None if _random is None else _random.other
+    """Return the state of this rank's own random numbers, outside :func:`rank_rng`; None in a process alone."""
+    return None if _streams is None else _streams.other
 
 
 def set_rank_random_state(state: dict[str, Tensor] | None) -> None:
-    """Go on with this process's own random numbers."""
-    if _random is not None and state is not None:
-        _random.other = state
+    """Continue this rank's own random numbers from a state."""
+    if _streams is not None and state is not None:
+        _streams.other = state
 
 
-# Work on a stream
+def in_turn(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """Map a function over items, which the ranks take in turn; the first rank yields the results, in order.
 
-
-def in_turn(function: Callable[[Any], Any], things: Iterable[Any]) -> Iterator[Any]:
-    """Give the function of each thing, in order, on the first process; each process computes its share of them.
-
-    All processes go through the things, of which there are few at a time in memory.
+    All ranks iterate over the items, and hold one for each rank at a time.
     """
-    group: list[Any] = []
-    for thing in things:
-        group.append(thing)
-        if len(group) == world_size():
-            yield from _computed(function, group)
-            group = []
-    if group:
-        yield from _computed(function, group)
-
-
-def _computed(function: Callable[[Any], Any], group: list[Any]) -> list[Any]:
-    found = all_gather(function(group[rank()]) if rank() < len(group) else None)
-    return found[: len(group)] if rank() == 0 else []
+    items = iter(items)
+    while group := list(islice(items, world_size())):
+        results = all_gather(function(group[rank()]) if rank() < len(group) else None)
+        if rank() == 0:
+            yield from results[: len(group)]

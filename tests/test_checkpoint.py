@@ -10,17 +10,17 @@ import textwrap
 
 import pytest
 import torch
-from test_training import Stream, affine, failing, gaussian, same, small
+from fits import Stream, affine, failing, fit, gaussian, same, small
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyroflows import Permutation, fit, realnvp
+from pyroflows import Permutation, realnvp
 from pyroflows.training.checkpoint import Checkpoint
 
-OPTIONS = {"epochs": 6, "batch_size": 32, "learning_rate": 1e-2, "seed": 0, "accelerator": "cpu"}
+OPTIONS = {"epochs": 6, "batch_size": 32, "learning_rate": 1e-2, "seed": 0, "device": "cpu"}
 CASES = {
     "plain": {},
-    "averaged": {"average": 0.9, "optimizer": "adamax", "recompute": True},
-    "parts": {"accumulate": 3, "steps_per_epoch": 4, "average": 0.99},
+    "averaged": {"ema_decay": 0.9, "optimizer": "adamax", "activation_checkpointing": True},
+    "parts": {"accumulate": 3, "steps_per_epoch": 4, "ema_decay": 0.99},
     "unseeded": {"seed": None, "validation": 0.2},
     "mixed": {"precision": "bf16-mixed", "validation": None},
 }
@@ -188,13 +188,13 @@ def test_a_shuffled_data_loader_goes_on_to_the_same_numbers(tmp_path):
         ({"batch_size": 64}, "of a fit with batch_size=64; got 32"),
         ({"learning_rate": 0.1}, "of a fit with learning_rate=0.1; got 0.01"),
         ({"optimizer": "adamax"}, "of a fit with optimizer='adamax'; got 'adam'"),
-        ({"average": 0.9}, "of a fit with average=0.9; got 0.0"),
+        ({"ema_decay": 0.9}, "of a fit with ema_decay=0.9; got 0.0"),
         ({"accumulate": 2}, "of a fit with accumulate=2; got 1"),
         ({"schedule": "constant"}, "of a fit with schedule='constant'; got 'cosine'"),
         ({"seed": 1}, "of a fit with seed=1; got 0"),
         ({"validation": 0.3}, "of a fit with steps_per_epoch=4; got 5"),
         ({"augment": abs}, "of a fit with augment='abs'; got None"),
-        ({"clip_norm": None}, "of a fit with clip_norm=inf; got 5.0"),
+        ({"max_grad_norm": None}, "of a fit with max_grad_norm=None; got 5.0"),
     ],
 )
 def test_a_checkpoint_of_another_fit_is_refused(tmp_path, options, message):
@@ -216,6 +216,28 @@ def test_a_checkpoint_of_another_flow_or_other_data_is_refused(tmp_path):
         fit(resumable(), gaussian(seed=1), checkpoint=path, **OPTIONS)
 
 
+def test_a_fit_with_weights_resumes_and_only_with_the_same(tmp_path):
+    path, weights, (whole, flow) = tmp_path / "fit.pt", torch.rand(200), (resumable(), resumable())
+
+    def objective(at=None):
+        likelihood = Interrupted(at, interrupt)
+
+        def weighted(flow, x, context, weights):
+            return likelihood(flow, x, context) * weights.mean()
+
+        return weighted
+
+    expected = fit(whole, gaussian(), weights=weights, objective=objective(), **OPTIONS)
+    with pytest.raises(KeyboardInterrupt):
+        fit(flow, gaussian(), weights=weights, objective=objective(13), checkpoint=path, **OPTIONS)
+    for other in (None, torch.ones(200)):
+        with pytest.raises(ValueError, match="the checkpoint of a fit of this data; got that of another"):
+            fit(resumable(), gaussian(), weights=other, objective=objective(), checkpoint=path, **OPTIONS)
+    result = fit(flow, gaussian(), weights=weights, objective=objective(), checkpoint=path, **OPTIONS)
+    same_results(expected, result)
+    assert same(whole, flow)
+
+
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     path = tmp_path / "fit.pt"
     fit(resumable(), gaussian(), checkpoint=path, **{**OPTIONS, "epochs": 1})
@@ -225,13 +247,15 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     for content in contents:
         path.write_bytes(content)
         with pytest.raises(
-            ValueError, match="expected the checkpoint of a fit; got .*fit.pt, which is none of this version, or is cut"
+            ValueError,
+            match="got .*fit.pt, which is not one of this version, or truncated",
         ):
             fit(resumable(), gaussian(), checkpoint=path, **OPTIONS)
     for other in (resumable().state_dict(), [1, 2], {"format": "another"}, torch.zeros(3)):
         torch.save(other, path)
         with pytest.raises(
-            ValueError, match="expected the checkpoint of a fit; got .*fit.pt, which is none of this version, or is cut"
+            ValueError,
+            match="got .*fit.pt, which is not one of this version, or truncated",
         ):
             fit(resumable(), gaussian(), checkpoint=path, **OPTIONS)
 

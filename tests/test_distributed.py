@@ -15,23 +15,24 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from fits import fit
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from pyroflows import AutoFlow, DistributedELBO, distributed, fit, fit_posterior, glow, maf, realnvp
+from pyroflows import AutoFlow, DistributedELBO, distributed, fit_posterior, glow, maf, realnvp
 from pyroflows.data import ParquetBatches
 from pyroflows.dequantizers import UniformDequantizer
 from pyroflows.inference.fitting import GuideFit
 from pyroflows.inference.posterior import require_log_joint
 from pyroflows.training import negative_log_likelihood
-from pyroflows.training.batches import Mapped
+from pyroflows.training.batches import MappedArray
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
 # The optimizer divides a gradient by its own size: one that is zero but for rounding, as that of a shift in front of a
 # norm, would move a weight by rounding alone. The decay gives every weight a gradient of its own.
-OPTIONS = {"batch_size": 32, "learning_rate": 1e-3, "weight_decay": 0.1, "seed": 0, "accelerator": "cpu"}
+OPTIONS = {"batch_size": 32, "learning_rate": 1e-3, "weight_decay": 0.1, "seed": 0, "device": "cpu"}
 FIFTY = {"epochs": 5, "steps_per_epoch": 10, **OPTIONS}
 
 
@@ -128,7 +129,7 @@ def spread():
             numbers["own"] = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in flow.parameters())
         return negative_log_likelihood(flow, x, context)
 
-    options = {**FIFTY, "epochs": 2, "average": 0.9, "strategy": "fsdp", "objective": objective}
+    options = {**FIFTY, "epochs": 2, "ema_decay": 0.9, "strategy": "fsdp", "objective": objective}
     found = result_of(flow, fit(flow, pictures().double(), **options))
     share = numbers["own"] / sum(p.numel() for p in flow.parameters())
     assert share == 1 if processes() == 1 else 0.4 < share < 0.6
@@ -138,6 +139,11 @@ def spread():
 def parts():
     flow = small("none")
     return result_of(flow, fit(flow, table(), **{**OPTIONS, "epochs": 2, "accumulate": 3, "batch_size": 31}))
+
+
+def weighted():
+    flow, weights = small(), torch.rand(300, generator=torch.Generator().manual_seed(1))
+    return result_of(flow, fit(flow, table(), weights=weights, **{**OPTIONS, "epochs": 2}))
 
 
 def loader():
@@ -181,6 +187,7 @@ COMPARED = {
     "channels last float64": lambda _: fifty_steps("glow", torch.float64, channels_last=True),
     "spread float64": lambda _: spread(),
     "parts float64": lambda _: parts(),
+    "weighted float64": lambda _: weighted(),
     "loader float64": lambda _: loader(),
     "mapped float64": mapped,
     "stopped early float64": lambda _: stopped_early(),
@@ -281,7 +288,7 @@ def different(folder):
 
 def interrupted(folder, strategy="ddp"):
     """Stop in the middle of the second epoch, and go on from the checkpoint."""
-    options = {**OPTIONS, "batch_size": 64, "epochs": 2, "strategy": strategy, "average": 0.9}
+    options = {**OPTIONS, "batch_size": 64, "epochs": 2, "strategy": strategy, "ema_decay": 0.9}
 
     def fitted(at=None, **more):
         left = [at]
@@ -430,7 +437,7 @@ def test_processes_about_different_fits_are_refused(two):
             "expected the same data in every process; got another in process 1 than in 0",
             "expected the same flow in every process; got another in process 1 than in 0",
             "expected the same learning_rate in every process; got another in process 1 than in 0",
-            "expected at least a row a batch for each process; got batch_size=1",
+            "expected at least one row of a batch for each process; got batch_size=1",
         ]
 
 
@@ -472,15 +479,15 @@ def test_mapped_data_are_those_in_memory(folder):
 
 
 def test_mapped_data_are_read_a_few_rows_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("pyroflows.training.batches._CHECKED_NUMBERS", 60)
-    most, read = [0], Mapped.__getitem__
+    monkeypatch.setattr("pyroflows.training.prepare._CHECKED_NUMBERS", 60)
+    most, read = [0], MappedArray.__getitem__
 
     def counted(self, rows):
         found = read(self, rows)
         most[0] = max(most[0], len(found))
         return found
 
-    monkeypatch.setattr(Mapped, "__getitem__", counted)
+    monkeypatch.setattr(MappedArray, "__getitem__", counted)
     array = np.lib.format.open_memmap(tmp_path / "x.npy", mode="w+", dtype=np.float32, shape=(1000, 3))
     array[:] = torch.randn(1000, 3).numpy()
     fit(small(dtype=torch.float32), array, **{**OPTIONS, "epochs": 1, "validation": 0.05})
@@ -490,12 +497,12 @@ def test_mapped_data_are_read_a_few_rows_at_a_time(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (lambda x: x.__setitem__((777, 1), np.nan), "expected finite numbers in data; got nan in row 777, column 1 "),
+        (lambda x: x.__setitem__((777, 1), np.nan), "expected finite numbers in data; got NaN in row 777, column 1 "),
         (lambda x: x.__setitem__((slice(None), 2), 3.0), "since a constant one has no density; got column 2"),
     ],
 )
 def test_what_is_wrong_in_mapped_data_is_named(tmp_path, monkeypatch, spoil, message):
-    monkeypatch.setattr("pyroflows.training.batches._CHECKED_NUMBERS", 60)
+    monkeypatch.setattr("pyroflows.training.prepare._CHECKED_NUMBERS", 60)
     array = np.lib.format.open_memmap(tmp_path / "x.npy", mode="w+", dtype=np.float64, shape=(1000, 3))
     array[:] = torch.randn(1000, 3).numpy()
     spoil(array)
@@ -589,8 +596,8 @@ def test_parquet_batches_of_columns_and_context(folder):
     "options, message",
     [
         ({"strategy": "dp"}, "expected strategy to be one of 'auto', 'ddp', 'fsdp'; got 'dp'"),
-        ({"strategy": "fsdp", "compile": True}, "expected strategy='fsdp' without compile and channels_last"),
-        ({"checkpoint_steps": 3}, "expected checkpoint_steps beside a checkpoint; got 3 alone"),
+        ({"strategy": "fsdp", "compile": True}, "strategy='fsdp' cannot be combined with compile=True"),
+        ({"checkpoint_steps": 3}, "expected checkpoint_steps only with a checkpoint; got 3 without"),
     ],
 )
 def test_messages_of_options(options, message):
@@ -666,7 +673,7 @@ def die_while_saving(number, share):
 
 def run_to(path, kills, **options):
     flow = small("batchnorm", torch.float32, dropout=0.1)
-    fit(flow, table(), average=0.9, **{**OPTIONS, "epochs": 3 * kills}, **options)
+    fit(flow, table(), ema_decay=0.9, **{**OPTIONS, "epochs": 3 * kills}, **options)
     torch.save(flow.state_dict(), path)
 
 

@@ -6,15 +6,14 @@ import ast
 import json
 import math
 import re
-import subprocess
-import sys
-from pathlib import Path
 
+import numpy as np
 import pytest
-from test_data import write_power
+from scripts import EXAMPLES, run_example
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-SCRIPTS = {path.stem: path.read_text() for path in sorted(EXAMPLES.glob("*.py")) if not path.stem.endswith("_models")}
+from pyroflows.data.power import COLUMNS
+
+SCRIPTS = {path.stem: path.read_text() for path in sorted(EXAMPLES.glob("*.py"))}
 # What a quick run writes into its --output folder, and the bounds of its last number; without an entry, any number.
 QUICK = {
     "affine": ([], 0.0, 0.05),
@@ -38,9 +37,8 @@ RUN = [name for name, text in SCRIPTS.items() if name in QUICK or ('"--quick"' i
 @pytest.mark.parametrize("name", RUN)
 def test_it_runs_and_ends_with_a_number(name, tmp_path):
     files, low, high = QUICK.get(name, ([], -math.inf, math.inf))
-    command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--quick"]
-    command += ["--output", str(tmp_path / "new")] if '"--output"' in SCRIPTS[name] else []
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False)
+    output = ["--output", tmp_path / "new"] if '"--output"' in SCRIPTS[name] else []
+    done = run_example(name, "--quick", *output, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     last = done.stdout.splitlines()[-1]
@@ -53,10 +51,10 @@ def test_it_runs_and_ends_with_a_number(name, tmp_path):
 
 
 def test_power_runs_on_a_file_of_the_same_layout(tmp_path):
-    write_power(tmp_path / "power.npz", 2000)
-    command = [sys.executable, str(EXAMPLES / "power.py"), "--data", "power.npz", "--flows", "maf", "nsf-ar"]
-    command += ["--minutes", "0.03", "--no-compile", "--batch-size", "64", "--output", "power.json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False)
+    random = np.random.default_rng(0)
+    np.savez(tmp_path / "power.npz", **{name: random.integers(0, 200, 2000).astype(np.uint16) for name in COLUMNS})
+    options = ["--flows", "maf", "nsf-ar", "--minutes", 0.03, "--no-compile", "--batch-size", 64]
+    done = run_example("power", "--data", "power.npz", *options, "--output", "power.json", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "power.json").read_text())["results"]
     assert set(results) == {"maf", "nsf-ar"}

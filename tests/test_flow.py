@@ -314,7 +314,7 @@ def test_a_context_that_an_embedding_cannot_take_is_refused(context, error, mess
 
 
 def test_import_loads_little():
-    heavy = ("matplotlib", "sklearn", "arviz", "torchvision", "lightning_fabric", "scipy.stats", "torch._dynamo")
+    heavy = ("matplotlib", "sklearn", "arviz", "torchvision", "scipy.stats", "torch._dynamo")
     code = f"import sys, pyroflows; print([name for name in {heavy!r} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

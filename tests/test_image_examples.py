@@ -5,23 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
+from scripts import run_example
 
 
 def run(name, folder, *options):
-    command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--quick", "--output", str(folder / "out"), *options]
     environment = {**os.environ, "PYROFLOWS_DATA": ""}
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=folder, timeout=300, check=False, env=environment
-    )
+    options = "--quick", "--output", folder / "out", *options
+    return run_example(name, *options, folder=folder, environment=environment)
 
 
 def last_number(done):

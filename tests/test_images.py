@@ -45,7 +45,7 @@ def flow():
     images[..., 4:] += 12
     torch.manual_seed(0)
     flow = glow(SHAPE, num_levels=2, num_steps=2, hidden_channels=8, alpha=0.01, dequantizer=_dequantizer())
-    fit(flow, images, epochs=15, batch_size=64, learning_rate=1e-2, seed=0, progress=False, accelerator="cpu")
+    fit(flow, images, epochs=15, batch_size=64, learning_rate=1e-2, seed=0, progress=False, device="cpu")
     return flow
 
 
@@ -65,7 +65,7 @@ def labelled():
         learning_rate=1e-2,
         seed=0,
         progress=False,
-        accelerator="cpu",
+        device="cpu",
     )
     return flow
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -14,13 +11,16 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from scipy.integrate import trapezoid
 from scipy.stats import beta, binom, chisquare, kstest, norm
+from scripts import EXAMPLES, run_example
 
 from pyroflows import (
     ElementwiseAffine,
     Flow,
     LULinear,
     StandardNormal,
+    UniformDequantizer,
     glow,
     interpolate,
     maf,
@@ -29,11 +29,18 @@ from pyroflows import (
     plots,
     realnvp,
 )
-from pyroflows.dequantizers import UniformDequantizer
-from pyroflows.diagnostics import normal_quantiles
-from pyroflows.diagnostics.calibration import calibration, expected_band, pit, rank_counts, sbc_p_values
-from pyroflows.diagnostics.samples import kde
-from pyroflows.diagnostics.weights import khat_by_size, khat_threshold, psis
+from pyroflows.diagnostics import (
+    calibration,
+    expected_band,
+    kde,
+    khat_by_size,
+    khat_threshold,
+    normal_quantiles,
+    pit,
+    psis,
+    rank_counts,
+    sbc_p_values,
+)
 
 FINITE = np.random.default_rng(7).normal(size=(60, 2))
 GIVEN = {"draws": np.random.default_rng(8).normal(size=(40, 19, 2)), "truth": np.zeros((40, 2))}
@@ -44,6 +51,7 @@ IMAGES = torch.randint(17, (3, 4, 1, 8, 8), generator=torch.Generator().manual_s
 @pytest.fixture(autouse=True)
 def _agg():
     mpl.use("agg")
+    plt.close("all")  # figures that other tests left
     yield
     plt.close("all")
 
@@ -366,7 +374,7 @@ def test_the_band_of_quantiles_holds_what_it_says():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"z": np.zeros((0, 2))}, r"expected at least one row and one feature; got shape \(0, 2\)"),
+        ({"z": np.zeros((0, 2))}, r"expected z of at least one row and one column; got shape \(0, 2\)"),
         ({"z": FINITE, "level": 1.0}, r"expected level in \(0, 1\); got 1.0"),
         ({"z": np.full((2, 1), np.inf)}, r"expected finite numbers in z; got inf at \(0, 0\)"),
     ],
@@ -473,7 +481,7 @@ def test_coverage_is_drawn_by_level():
 
 @pytest.mark.parametrize("draw", [plots.rank_histograms, plots.coverage_curves])
 def test_calibration_alone_is_drawn(draw):
-    with pytest.raises(TypeError, match=r"expected a Calibration, as calibration\(\) gives it; got ndarray"):
+    with pytest.raises(TypeError, match=r"expected a Calibration, as calibration\(\) returns it; got ndarray"):
         draw(FINITE)
     with pytest.raises(ValueError, match=r"expected level in \(0, 1\); got 2"):
         draw(RESULT, level=2)
@@ -491,7 +499,7 @@ def test_a_density_of_draws_is_that_of_all_draws(rng):
     assert grid[0] >= -1
     assert grid[-1] <= 2
     share = ((x >= -1) & (x <= 2)).mean()
-    assert np.trapezoid(density, grid) == pytest.approx(share, abs=0.02)
+    assert trapezoid(density, grid) == pytest.approx(share, abs=0.02)
     with pytest.raises(ValueError, match="expected at least two different draws; got 1"):
         kde(np.ones(10))
     with pytest.raises(ValueError, match="expected at least two different draws from 8 to 9; got 0"):
@@ -599,14 +607,12 @@ def test_khats_refused(values, error, message):
 @pytest.mark.slow
 def test_the_gallery_has_a_dozen_small_pictures(tmp_path):
     """About three minutes."""
-    script = Path(__file__).parents[1] / "examples" / "gallery.py"
-    command = [sys.executable, "-W", "error", str(script), "--output", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    done = run_example("gallery", "--output", tmp_path, folder=tmp_path, timeout=900)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert 0 < float(done.stdout.split()[-2]) < 0.1
     pictures = sorted(tmp_path.iterdir())
-    assert [path.name for path in pictures] == sorted(path.name for path in (script.parent / "gallery").iterdir())
+    assert [path.name for path in pictures] == sorted(path.name for path in (EXAMPLES / "gallery").iterdir())
     assert len(pictures) <= 12
     for path in pictures:
         assert path.stat().st_size < 80_000

@@ -18,7 +18,7 @@ from scipy.integrate import solve_ivp
 from test_data import FOLDER, real_files
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from posteriordb_models import MODELS, SCHOOLS, Posterior, filtered, load_posterior
+from common.posteriordb_models import MODELS, SCHOOLS, Posterior, filtered, load_posterior
 
 CENTERED = "eight_schools-eight_schools_centered"
 LYNX = "hudson_lynx_hare-lotka_volterra"

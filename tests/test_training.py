@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pandas
@@ -12,7 +15,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 import tqdm.auto
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from fits import Stream, affine, failing, fit, gaussian, same, small
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.data import DataLoader, TensorDataset
 
 from pyroflows import (
     ActNorm,
@@ -25,32 +30,13 @@ from pyroflows import (
     LULinear,
     Permutation,
     StandardNormal,
-    fit,
     glow,
     maf,
     realnvp,
 )
+from pyroflows.training import optimizers
 from pyroflows.training.batches import Rows
-from pyroflows.training.modes import laid_out, mixed, recomputing
-
-
-def affine(features=2, **options):
-    return Flow(StandardNormal(features), [LULinear(features), ElementwiseAffine(features, **options)])
-
-
-def small(**options):
-    return realnvp(2, num_layers=2, hidden_features=(8,), **options)
-
-
-def gaussian(rows=200, features=2, seed=0):
-    return 3 + 2 * torch.randn(rows, features, generator=torch.Generator().manual_seed(seed))
-
-
-def same(first, second):
-    return all(
-        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
-    )
-
+from pyroflows.training.modes import activation_checkpointing, bf16_networks, channels_last
 
 # Bookkeeping
 
@@ -140,13 +126,13 @@ def test_weight_decay_shrinks_the_weights():
     assert norms[1] < norms[0]
 
 
-def test_clip_norm_bounds_the_gradient():
+def test_max_grad_norm_bounds_the_gradient():
     def objective(flow, x, context):
         return -1e3 * flow.log_prob(x).mean()
 
     seen = []
     flow = affine()
-    step = torch.optim.Adam.step
+    step = optimizers.Adam.step
 
     def watched(self, *args, **kwargs):
         gradients = [p.grad for group in self.param_groups for p in group["params"]]
@@ -154,9 +140,9 @@ def test_clip_norm_bounds_the_gradient():
         return step(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim.Adam, "step", watched)
-        result = fit(flow, gaussian(), epochs=5, clip_norm=0.5, objective=objective, validation=None, seed=0)
-        fit(affine(), gaussian(), epochs=5, clip_norm=None, objective=objective, validation=None, seed=0)
+        patch.setattr(optimizers.Adam, "step", watched)
+        result = fit(flow, gaussian(), epochs=5, max_grad_norm=0.5, objective=objective, validation=None, seed=0)
+        fit(affine(), gaussian(), epochs=5, max_grad_norm=None, objective=objective, validation=None, seed=0)
     assert max(seen[:5]) <= 0.5 + 1e-5
     assert min(seen[5:]) > 10
     assert min(result.history["gradient_norm"]) > 10
@@ -301,21 +287,96 @@ def test_own_objective_sees_batches():
     assert seen == [((40, 2), (40, 1)), ((40, 2), (40, 1)), ((20, 2), (20, 1))]
 
 
+# Weights of rows
+
+
+def weighted(rows=200, seed=0):
+    """Rows, weights that are whole numbers, and the rows repeated as often."""
+    x = gaussian(rows, seed=seed).double()
+    weights = torch.randint(0, 4, (rows,), generator=torch.Generator().manual_seed(seed))
+    return x, weights, x.repeat_interleave(weights, 0)
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 3}, {"ema_decay": 0.9}, {"steps_per_epoch": 2}])
+@pytest.mark.parametrize("form", [lambda w: w, lambda w: 7.5 * w.double().numpy()])
+def test_a_weight_is_a_row_so_many_times(options, form):
+    x, weights, repeated = weighted()
+    held_x, held_weights, held_repeated = weighted(50, seed=1)
+    flows, results = [], []
+    for rows, w, validation in (
+        (x, form(weights), (held_x, None, form(held_weights))),
+        (repeated, None, held_repeated),
+    ):
+        torch.manual_seed(0)
+        flows.append(small(norm="none").double())
+        fixed = {"epochs": 4, "batch_size": len(rows), "learning_rate": 1e-2, "seed": 0}
+        results.append(fit(flows[-1], rows, weights=w, validation=validation, **fixed, **options))
+    for name in ("train", "validation", "gradient_norm"):
+        assert results[0].history[name] == pytest.approx(results[1].history[name], rel=1e-9), name
+    for a, b in zip(*(flow.parameters() for flow in flows), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7)
+
+
+def test_weights_go_with_the_rows_and_contexts_held_out_and_reach_an_objective():
+    x = torch.arange(1.0, 101)[:, None].repeat(1, 2)
+    seen = {True: [], False: []}
+
+    def objective(flow, x, context, weights):
+        assert torch.equal(context, x[:, :1])
+        seen[flow.training] += [x[:, 0] / weights]
+        return -(weights * flow.log_prob(x, context)).mean()
+
+    flow = small(context_features=1)
+    fit(flow, x, context=x[:, :1], weights=x[:, 0], objective=objective, batch_size=20, epochs=1, seed=0)
+    for batches in seen.values():
+        ratios = torch.cat(batches)
+        torch.testing.assert_close(ratios, ratios[:1].expand(len(ratios)))
+    assert sum(map(len, seen[True])) == 80
+    assert sum(map(len, seen[False])) == 10
+
+
+def test_held_out_rows_have_their_own_weights_or_none():
+    x, weights, _ = weighted()
+    flow, seen = small().double(), []
+
+    def objective(flow, *batch):
+        seen.append((flow.training, len(batch)))
+        return -flow.log_prob(*batch[:2]).mean()
+
+    fit(flow, x, weights=weights, validation=(x, None), objective=objective, epochs=1, batch_size=200)
+    fit(flow, x, validation=(x, None, weights), objective=objective, epochs=1, batch_size=200)
+    assert seen == [(True, 3), (False, 2), (True, 2), (False, 3)]
+
+
+@pytest.mark.parametrize(
+    "weights, error, message",
+    [
+        (torch.ones(199), ValueError, r"expected weights of shape \(200,\), one for each row of data; got \(199,\)"),
+        (torch.ones(200, 1), ValueError, r"expected weights of shape \(200,\).*got \(200, 1\)"),
+        (-torch.arange(200.0), ValueError, "expected weights of data that are at least 0; got -1.0 in row 1"),
+        (torch.arange(200) / 0.0, ValueError, "expected finite numbers in weights of data; got NaN in row 0"),
+        (torch.zeros(200), ValueError, "expected a weight above 0 among those of the held-out rows; got zeros only"),
+        (["a"] * 200, TypeError, "expected weights of data as a tensor or an array of numbers; got list"),
+    ],
+)
+def test_messages_of_weights(weights, error, message):
+    with pytest.raises(error, match=message):
+        fit(small(), gaussian(), weights=weights)
+
+
+def test_more_messages_of_weights():
+    x, ones = gaussian(), torch.ones(200)
+    with pytest.raises(ValueError, match="among those of the training rows; got zeros only"):
+        fit(small(), x, weights=0 * ones, validation=None)
+    with pytest.raises(ValueError, match="among those of validation data; got zeros only"):
+        fit(small(), x, validation=(x, None, 0 * ones))
+    with pytest.raises(ValueError, match="one for each row of validation data; got"):
+        fit(small(), x, validation=(x, None, ones[:3]))
+    with pytest.raises(ValueError, match="expected weights only with a tensor or an array; got it with list"):
+        fit(small(), [x], weights=ones)
+
+
 # Steps that are not finite
-
-
-def failing(when):
-    count = [0]
-
-    def objective(flow, x, context):
-        loss = -flow.log_prob(x, context).mean()
-        if torch.is_grad_enabled():
-            count[0] += 1
-            if when(count[0]):
-                loss = loss * math.nan
-        return loss
-
-    return objective
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted():
@@ -385,12 +446,12 @@ def spoiled(value, row, column):
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        (lambda: fit(small(), spoiled(math.nan, 7, 1)), ValueError, r"got nan in row 7, column 1 \(1 such"),
+        (lambda: fit(small(), spoiled(math.nan, 7, 1)), ValueError, r"got NaN in row 7, column 1 \(1 such"),
         (lambda: fit(small(), spoiled(-math.inf, 3, 0)), ValueError, "got -inf in row 3, column 0"),
         (
             lambda: fit(small(), gaussian(), validation=spoiled(math.nan, 2, 1)),
             ValueError,
-            "validation data; got nan in row 2",
+            "validation data; got NaN in row 2",
         ),
         (
             lambda: fit(small(context_features=2), gaussian(), context=spoiled(math.inf, 9, 1)),
@@ -400,7 +461,7 @@ def spoiled(value, row, column):
         (
             lambda: fit(small(), [gaussian(20), spoiled(math.nan, 4, 0)]),
             ValueError,
-            "batch 1; got nan in row 4, column 0",
+            "batch 1; got NaN in row 4, column 0",
         ),
         (
             lambda: fit(realnvp(3), torch.cat([gaussian(), torch.ones(200, 1)], 1)),
@@ -469,7 +530,11 @@ def spoiled(value, row, column):
             r"expected learning_rate in \(0, inf\); got -1",
         ),
         (lambda: fit(small(), gaussian(), learning_rate=math.nan), ValueError, r"learning_rate in \(0, inf\); got nan"),
-        (lambda: fit(small(), gaussian(), clip_norm=0.0), ValueError, r"expected clip_norm in \(0, inf\); got 0.0"),
+        (
+            lambda: fit(small(), gaussian(), max_grad_norm=0.0),
+            ValueError,
+            r"expected max_grad_norm in \(0, inf\); got 0.0",
+        ),
         (lambda: fit(small(), gaussian(), max_seconds=-1), ValueError, r"expected max_seconds in \(0, inf\); got -1"),
         (lambda: fit(small(), gaussian(), max_skipped=0), ValueError, "max_skipped to be a positive integer; got 0"),
         (
@@ -541,10 +606,14 @@ def test_progress_bar_does_not_break():
             ValueError,
             "one row of validation data; got none",
         ),
-        (lambda: fit(small(), gaussian(), validation=(1, 2, 3)), ValueError, r"as \(data, context\); got 3 items"),
+        (
+            lambda: fit(small(), gaussian(), validation=(1, 2, 3, 4)),
+            ValueError,
+            r"\(data, context, weights\); got 4 items",
+        ),
         (lambda: fit(small(), gaussian(), seed="a"), TypeError, "expected seed to be an integer; got 'a'"),
         (lambda: fit(small(), gaussian(), learning_rate="a"), TypeError, r"learning_rate in \(0, inf\); got 'a'"),
-        (lambda: fit(small(), gaussian(), objective=lambda *_: 1.0), TypeError, "gives a scalar tensor.*; got float"),
+        (lambda: fit(small(), gaussian(), objective=lambda *_: 1.0), TypeError, "returns a scalar tensor.*; got float"),
         (lambda: fit(small(), gaussian(), objective=lambda f, x, c: f.log_prob(x)), TypeError, "got a tensor of shape"),
     ],
 )
@@ -572,11 +641,6 @@ def test_a_fit_that_blows_up_at_once_keeps_the_first_weights():
     assert all(torch.equal(value, before[name]) for name, value in flow.state_dict().items())
 
 
-class Stream(IterableDataset):
-    def __iter__(self):
-        yield from gaussian().split(20)
-
-
 @pytest.mark.parametrize("batches", [DataLoader(Stream(), batch_size=None), (b for b in gaussian().split(20))])
 def test_a_stream_without_a_length_trains_at_its_rate(batches):
     result = fit(affine(), batches, epochs=1, learning_rate=1e-2, warmup=0.0)
@@ -590,9 +654,11 @@ def test_the_rate_of_a_stream_falls_once_its_length_is_known():
 
 
 @pytest.mark.parametrize("precision", ["64-true", "16-mixed", "bf16-true", "half"])
-def test_a_precision_that_is_not_the_flows_is_refused(precision):
-    with pytest.raises(ValueError, match=f"its own or 'bf16-mixed'; got a flow of torch.float32 and '{precision}'"):
+def test_a_precision_that_is_not_offered_is_refused(precision):
+    with pytest.raises(ValueError, match=f"expected precision to be None or 'bf16-mixed'; got '{precision}'"):
         fit(affine(), gaussian(), precision=precision)
+    with pytest.raises(ValueError, match="expected a flow of float32 or float64; got torch.bfloat16"):
+        fit(affine().bfloat16(), gaussian())
 
 
 def test_mixed_precision_trains_and_validates_in_full():
@@ -633,7 +699,8 @@ def test_a_flow_of_two_dtypes_is_refused():
         fit(flow, gaussian())
 
 
-def test_compiled_fit_gives_the_same_result_and_leaves_the_flow_as_it_was(monkeypatch):
+@pytest.mark.parametrize("precision", [None, "bf16-mixed"])
+def test_compiled_fit_gives_the_same_result_and_leaves_the_flow_as_it_was(monkeypatch, precision):
     compiled, compile = [], torch.compile
 
     def with_eager_backend(method, **options):
@@ -645,10 +712,64 @@ def test_compiled_fit_gives_the_same_result_and_leaves_the_flow_as_it_was(monkey
     for option in (False, True):
         torch.manual_seed(0)
         flow = small()
-        losses.append(fit(flow, gaussian(), epochs=2, batch_size=50, compile=option, seed=0).best_loss)
+        losses.append(
+            fit(flow, gaussian(), epochs=2, batch_size=50, compile=option, precision=precision, seed=0).best_loss
+        )
         assert "log_prob" not in vars(flow)
     assert compiled == ["log_prob", "dequantized_log_prob", "rsample_and_log_prob", "rsample_and_score"]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_a_first_fit_imports_no_compiler():
+    script = """
+import sys, torch, pyroflows
+for optimizer in ("adam", "adamax"):
+    options = pyroflows.FitOptions(ema_decay=0.9, accumulate=2, precision="bf16-mixed", optimizer=optimizer)
+    pyroflows.fit(pyroflows.realnvp(2, num_layers=2), torch.randn(100, 2), epochs=2, options=options)
+print([name for name in ("torch._dynamo", "sympy", "lightning_fabric") if name in sys.modules])
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert ended.stdout == "[]\n", ended.stderr
+
+
+@pytest.mark.parametrize("kind", ["Adam", "Adamax"])
+def test_the_optimizers_are_those_of_torch(kind):
+    counted, results = [], []
+    with contextlib.closing(contextlib.ExitStack()) as stack:
+        handle = register_optimizer_step_post_hook(lambda *_: counted.append(1))
+        stack.callback(handle.remove)
+        for module in (torch.optim, optimizers):
+            weights = torch.nn.Parameter(torch.arange(1.0, 5.0))
+            optimizer = getattr(module, kind)([weights], 0.1, weight_decay=0.1)
+            for _ in range(5):
+                optimizer.zero_grad()
+                weights.pow(3).sum().backward()
+                optimizer.step()
+            again = getattr(module, kind)([weights], 1.0)
+            again.load_state_dict(optimizer.state_dict())
+            again.step()
+            results.append(weights.detach())
+    assert torch.equal(*results)
+    assert len(counted) == 12
+    assert isinstance(optimizer, getattr(torch.optim, kind))
+
+
+@pytest.mark.parametrize(
+    "device, message",
+    [
+        ("gpu", "expected device to be 'auto' or one that torch knows, such as 'cpu'; got 'gpu'"),
+        (3.0, "expected device to be 'auto' or one that torch knows, such as 'cpu'; got 3.0"),
+        ("meta", "expected a device that torch sees; got 'meta', of which there is none"),
+        ("cuda:99", "expected a device that torch sees; got 'cuda:99', of which there is none"),
+    ],
+)
+def test_messages_of_devices(device, message):
+    with pytest.raises(ValueError, match=message):
+        fit(small(), gaussian(), device=device)
+
+
+def test_a_device_may_be_an_object():
+    assert fit(small(), gaussian(), device=torch.device("cpu"), epochs=1).steps == 1
 
 
 # An embedding of the context
@@ -694,7 +815,7 @@ def test_an_embedding_of_integers_trains():
     [
         (None, "expected a context for the embedding; got none"),
         (torch.zeros(399, 1, 7), r"a context for each of 400 rows; got \(399, 1, 7\)"),
-        (torch.full((400, 1, 7), math.nan), "finite numbers in context of data; got nan in row 0, column 0, 0"),
+        (torch.full((400, 1, 7), math.nan), "finite numbers in context of data; got NaN in row 0, column 0, 0"),
     ],
 )
 def test_a_context_for_an_embedding_is_checked(context, message):
@@ -717,19 +838,19 @@ class Seen:
         return loss * math.nan if len(self.weights) - 1 in self.bad else loss
 
 
-def fitted(average, bad=(), **options):
+def fitted(ema_decay, bad=(), **options):
     torch.manual_seed(0)
     flow, seen = affine(), Seen(bad)
     x = gaussian(40)
-    fit(flow, x, objective=seen, epochs=6, batch_size=10, learning_rate=0.05, average=average, seed=0, **options)
+    fit(flow, x, objective=seen, epochs=6, batch_size=10, learning_rate=0.05, ema_decay=ema_decay, seed=0, **options)
     return flow, seen
 
 
-@pytest.mark.parametrize("average", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize("ema_decay", [0.5, 0.9, 0.99])
 @pytest.mark.parametrize("bad", [(), (3, 7)])
-def test_averaged_weights_are_a_moving_average_by_hand(average, bad):
+def test_averaged_weights_are_a_moving_average_by_hand(ema_decay, bad):
     plain, seen = fitted(0.0, bad, validation=None)
-    flow, also_seen = fitted(average, bad, validation=None)
+    flow, also_seen = fitted(ema_decay, bad, validation=None)
     # The average is taken beside the training, which it does not change.
     for a, b in zip(seen.weights, also_seen.weights, strict=True):
         assert all(map(torch.equal, a, b))
@@ -737,7 +858,7 @@ def test_averaged_weights_are_a_moving_average_by_hand(average, bad):
     assert len(after) == 24
     wanted = after[0]
     for step, weights in enumerate(after[1:], 1):
-        share = max(1 - average, 5 / (step + 5))
+        share = max(1 - ema_decay, 5 / (step + 5))
         wanted = [(1 - share) * mean + share * weight for mean, weight in zip(wanted, weights, strict=True)]
     for found, by_hand in zip(flow.parameters(), wanted, strict=True):
         torch.testing.assert_close(found.detach(), by_hand, rtol=1e-5, atol=1e-6)
@@ -747,7 +868,7 @@ def test_averaged_weights_are_a_moving_average_by_hand(average, bad):
 def test_averaged_weights_are_what_is_evaluated_and_kept():
     held = gaussian(100, seed=1)
     flow = affine()
-    result = fit(flow, gaussian(60), validation=held, epochs=20, learning_rate=5e-2, average=0.9, seed=0)
+    result = fit(flow, gaussian(60), validation=held, epochs=20, learning_rate=5e-2, ema_decay=0.9, seed=0)
     assert -flow.log_prob(held).mean().item() == pytest.approx(result.best_loss, abs=1e-5)
     assert result.best_loss == min(result.history["validation"])
 
@@ -756,11 +877,11 @@ def test_averaged_weights_of_a_noisy_fit_are_nearer():
     x = gaussian(4000)
     wanted = dist.MultivariateNormal(x.mean(0), x.T.cov()).log_prob(x).mean().item()
     gaps = []
-    for average in (0.0, 0.99):
+    for ema_decay in (0.0, 0.99):
         torch.manual_seed(0)
         flow = affine()
         options = {"batch_size": 10, "schedule": "constant", "validation": None, "seed": 0}
-        fit(flow, x, epochs=2, learning_rate=5e-2, average=average, **options)
+        fit(flow, x, epochs=2, learning_rate=5e-2, ema_decay=ema_decay, **options)
         gaps.append(wanted - flow.log_prob(x).mean().item())
     assert gaps[1] < gaps[0] / 3
 
@@ -770,15 +891,15 @@ def test_averaged_weights_leave_frozen_ones():
     frozen = [p.requires_grad_(False) for p in flow.layers[0].parameters()]
     before = [p.clone() for p in frozen]
     moving = [p.clone() for p in flow.parameters() if p.requires_grad]
-    fit(flow, gaussian(), epochs=3, average=0.9, seed=0)
+    fit(flow, gaussian(), epochs=3, ema_decay=0.9, seed=0)
     assert all(map(torch.equal, frozen, before))
     assert not all(map(torch.equal, (p for p in flow.parameters() if p.requires_grad), moving))
 
 
-@pytest.mark.parametrize("average, error", [(1.0, ValueError), (-0.1, ValueError), ("most", TypeError)])
-def test_an_average_out_of_range_is_refused(average, error):
-    with pytest.raises(error, match=r"expected average in \[0, 1\); got"):
-        fit(small(), gaussian(), average=average)
+@pytest.mark.parametrize("ema_decay, error", [(1.0, ValueError), (-0.1, ValueError), ("most", TypeError)])
+def test_an_average_out_of_range_is_refused(ema_decay, error):
+    with pytest.raises(error, match=r"expected ema_decay in \[0, 1\); got"):
+        fit(small(), gaussian(), ema_decay=ema_decay)
 
 
 @pytest.mark.parametrize(
@@ -852,12 +973,12 @@ def test_discrete_data_in_batches():
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamax"])
-@pytest.mark.parametrize("average", [0.0, 0.9])
-def test_a_step_left_out_leaves_weights_and_optimizer_as_they_were(monkeypatch, optimizer, average):
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_a_step_left_out_leaves_weights_and_optimizer_as_they_were(monkeypatch, optimizer, ema_decay):
     made = []
     for name in ("Adam", "Adamax"):
-        kind = getattr(torch.optim, name)
-        monkeypatch.setattr(torch.optim, name, lambda *a, kind=kind, **k: made.append(kind(*a, **k)) or made[-1])
+        kind = getattr(optimizers, name)
+        monkeypatch.setattr(optimizers, name, lambda *a, kind=kind, **k: made.append(kind(*a, **k)) or made[-1])
 
     torch.manual_seed(0)
     flow, seen, states = affine(), [], []
@@ -872,7 +993,7 @@ def test_a_step_left_out_leaves_weights_and_optimizer_as_they_were(monkeypatch, 
         gaussian(40),
         objective=objective,
         optimizer=optimizer,
-        average=average,
+        ema_decay=ema_decay,
         batch_size=10,
         epochs=2,
         validation=None,
@@ -896,13 +1017,13 @@ def test_adamax_learns():
 
 
 @pytest.mark.parametrize("accumulate", [2, 3, 50])
-@pytest.mark.parametrize("average", [0.0, 0.9])
-def test_parts_of_a_batch_give_its_step(accumulate, average):
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_parts_of_a_batch_give_its_step(accumulate, ema_decay):
     flows, results = [], []
     for number in (1, accumulate):
         torch.manual_seed(0)
         flows.append(small(norm="none").double())
-        options = {"batch_size": 50, "epochs": 4, "average": average, "accumulate": number, "seed": 0}
+        options = {"batch_size": 50, "epochs": 4, "ema_decay": ema_decay, "accumulate": number, "seed": 0}
         results.append(fit(flows[-1], gaussian().double(), **options))
     assert results[0].history["train"] == pytest.approx(results[1].history["train"], rel=1e-10)
     assert results[0].history["gradient_norm"] == pytest.approx(results[1].history["gradient_norm"], rel=1e-10)
@@ -942,8 +1063,8 @@ def test_a_part_that_is_not_finite_leaves_the_whole_step_out():
 
 
 def test_steps_of_a_running_shuffle_see_all_rows_before_one_again():
-    rows = Rows(torch.arange(10.0)[:, None], None, 4, steps=3)
-    seen = [x.flatten().tolist() for _ in range(5) for x, *_ in rows.after(0)]
+    rows = Rows(torch.arange(10.0)[:, None], batch_size=4, steps=3)
+    seen = [x.flatten().tolist() for _ in range(5) for x, *_ in rows.epoch()]
     assert len(seen) == 15
     assert all(len(batch) == 4 for batch in seen)
     flat = [value for batch in seen for value in batch]
@@ -959,10 +1080,11 @@ def test_steps_per_epoch():
 
 
 def test_evaluation_takes_fewer_rows_of_larger_events():
-    sizes = {shape: Rows(torch.zeros(20_000, *shape), None, 1).slices()[0].stop for shape in ((2,), (64,), (3, 16, 16))}
+    sizes = {shape: Rows(torch.zeros(20_000, *shape)).slices()[0].stop for shape in ((2,), (64,), (3, 16, 16))}
     assert sizes == {(2,): 8192, (64,): 8192, (3, 16, 16): 682}
-    assert Rows(torch.zeros(2, 2**20), None, 1).slices() == [slice(0, 1), slice(1, 2)]
-    covered = torch.cat([x for x, _ in Rows(torch.arange(20_000.0)[:, None], None, 1).chunks()])
+    assert Rows(torch.zeros(2, 2**20)).slices() == [slice(0, 1), slice(1, 2)]
+    rows = Rows(torch.arange(20_000.0)[:, None])
+    covered = torch.cat([rows[part].x for part in rows.slices()])
     assert torch.equal(covered.flatten(), torch.arange(20_000.0))
 
 
@@ -1021,7 +1143,7 @@ def gradients(flow, x, *, recompute, kept=None):
 
     flow.zero_grad()
     torch.manual_seed(3)
-    with recomputing(flow) if recompute else torch.enable_grad():
+    with activation_checkpointing(flow) if recompute else torch.enable_grad():
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             loss = -flow.log_prob(x).mean() + flow.rsample_and_log_prob((5,))[1].mean()
         loss.backward()
@@ -1042,7 +1164,7 @@ def test_recomputation_gives_the_same_gradients(dropout, started):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
         assert torch.equal(a, b)
-    assert not any(getattr(part, "recompute", False) for part in second.modules())
+    assert not any(getattr(part, "activation_checkpointing", False) for part in second.modules())
 
 
 def test_recomputation_keeps_the_inputs_of_steps_alone():
@@ -1064,31 +1186,31 @@ def test_recomputation_leaves_running_averages_as_they_are():
     for recompute in (False, True):
         torch.manual_seed(0)
         flow = small(norm="batchnorm")
-        fit(flow, [gaussian()], epochs=3, recompute=recompute, seed=0)
+        fit(flow, [gaussian()], epochs=3, activation_checkpointing=recompute, seed=0)
         buffers.append([b.clone() for b in flow.buffers()])
     assert all(map(torch.equal, *buffers))
 
 
 def test_the_stacks_that_recompute():
     flow = nested()
-    with recomputing(flow):
+    with activation_checkpointing(flow):
         outer = flow.bijection
-        assert outer.recompute
-        assert outer[0].recompute
-        assert outer[0][0].recompute
-        assert not outer[0][0][0].recompute
+        assert outer.activation_checkpointing
+        assert outer[0].activation_checkpointing
+        assert outer[0][0].activation_checkpointing
+        assert not outer[0][0][0].activation_checkpointing
     flat = small()
-    with recomputing(flat):
-        assert flat.bijection.recompute
-    flat.bijection.recompute = True
-    with recomputing(flat):
+    with activation_checkpointing(flat):
+        assert flat.bijection.activation_checkpointing
+    flat.bijection.activation_checkpointing = True
+    with activation_checkpointing(flat):
         pass
-    assert flat.bijection.recompute  # as its owner had it
+    assert flat.bijection.activation_checkpointing  # as its owner had it
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"accumulate": 2}, {"average": 0.9, "optimizer": "adamax"}, {"precision": "bf16-mixed"}],
+    [{}, {"accumulate": 2}, {"ema_decay": 0.9, "optimizer": "adamax"}, {"precision": "bf16-mixed"}],
 )
 def test_recomputation_in_a_fit_is_the_same_fit(options):
     flows, results = [], []
@@ -1096,7 +1218,7 @@ def test_recomputation_in_a_fit_is_the_same_fit(options):
         torch.manual_seed(0)
         flow = nested(dropout=0.2).float()
         x = torch.randn(200, 8, generator=torch.Generator().manual_seed(1))
-        results.append(fit(flow, x, epochs=3, batch_size=45, recompute=recompute, seed=0, **options))
+        results.append(fit(flow, x, epochs=3, batch_size=45, activation_checkpointing=recompute, seed=0, **options))
         flows.append(flow)
     assert results[0].history["train"] == pytest.approx(results[1].history["train"], abs=1e-6)
     for a, b in zip(*(flow.state_dict().values() for flow in flows), strict=True):
@@ -1147,7 +1269,7 @@ def picture_flow():
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_channels_last_is_the_same_fit_in_another_layout(recompute, accumulate):
     results, flows = [], []
-    for channels_last in (False, True):
+    for last in (False, True):
         seen = []
 
         def objective(flow, x, context):
@@ -1155,16 +1277,26 @@ def test_channels_last_is_the_same_fit_in_another_layout(recompute, accumulate):
             return -flow.log_prob(x).mean()
 
         flow = picture_flow()
-        options = {"recompute": recompute, "accumulate": accumulate, "channels_last": channels_last}
+        options = {"activation_checkpointing": recompute, "accumulate": accumulate, "channels_last": last}
         results.append(fit(flow, pictures(), objective=objective, epochs=2, batch_size=9, seed=0, **options))
-        assert set(seen) == {channels_last}
+        assert set(seen) == {last}
         conv = flow.layers[0][0][0].conditioner
         assert conv.first.weight.is_contiguous()
-        assert {layout for _, _, layout in conv.seen} == {channels_last}
+        assert {layout for _, _, layout in conv.seen} == {last}
         flows.append(flow)
     assert results[0].history["train"] == pytest.approx(results[1].history["train"], rel=1e-4)
     for a, b in zip(*(flow.parameters() for flow in flows), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_an_interrupt_within_a_network_leaves_full_precision():
+    flow = picture_flow()
+    network = flow.layers[0][0][0].conditioner
+    network.last.register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt), bf16_networks(flow.train()):
+        flow.log_prob(pictures())
+    assert not torch.is_autocast_enabled("cpu")
+    assert not network._forward_hooks
 
 
 def test_channels_last_is_of_images_alone():
@@ -1172,7 +1304,7 @@ def test_channels_last_is_of_images_alone():
         fit(small(), gaussian(), channels_last=True)
     flow = picture_flow()
     weight = flow.layers[0][0][0].conditioner.first.weight
-    with laid_out(flow):
+    with channels_last(flow):
         assert weight.is_contiguous(memory_format=torch.channels_last)
     assert weight.is_contiguous()
 
@@ -1181,9 +1313,12 @@ def test_channels_last_is_of_images_alone():
 def test_mixed_precision_is_of_networks_in_training(recompute):
     flow = picture_flow()
     conv = flow.layers[0][0][0].conditioner
-    result = fit(flow, pictures(), precision="bf16-mixed", epochs=1, batch_size=9, recompute=recompute, seed=0)
+    result = fit(
+        flow, pictures(), precision="bf16-mixed", epochs=1, batch_size=9, activation_checkpointing=recompute, seed=0
+    )
     assert {(training, dtype) for training, dtype, _ in conv.seen} == {(True, torch.bfloat16), (False, torch.float32)}
-    assert "forward" not in vars(conv)
+    assert not conv._forward_pre_hooks
+    assert not conv._forward_hooks
     assert flow.dtype == torch.float32
     assert math.isfinite(result.best_loss)
     assert not torch.is_autocast_enabled("cpu")
@@ -1194,11 +1329,9 @@ def test_mixed_precision_takes_the_embedding_and_leaves_the_maps():
     x, context = sets(20)
     fit(flow, x, context=context, epochs=20, learning_rate=1e-2, seed=0)
     flow.train()
-    with mixed(flow):
+    with bf16_networks(flow):
         assert flow.embedding(context).dtype == torch.float32
         rough = flow.log_prob(x, context)
-        again = flow.embedding.forward
-    assert flow.embedding.forward is not again
     exact = flow.log_prob(x, context)
     assert rough.dtype == torch.float32
     assert 0 < (rough - exact).abs().max() < 0.05
@@ -1215,14 +1348,22 @@ def test_mixed_precision_takes_the_embedding_and_leaves_the_maps():
         ({"accumulate": 9, "batch_size": 8}, ValueError, "expected at least accumulate=9 rows a batch; got 8"),
         ({"steps_per_epoch": 0}, ValueError, "expected steps_per_epoch to be a positive integer; got 0"),
         ({"augment": 3}, TypeError, "expected augment to be a function; got int"),
-        ({"augment": lambda x: x[:5]}, TypeError, r"augment to give torch.float32 of \(180, 2\), as .*got .*\(5, 2\)"),
-        ({"augment": lambda x: x.tolist()}, TypeError, "augment to give torch.float32 of .*got list"),
-        ({"augment": lambda x: x.double()}, TypeError, "augment to give torch.float32 of .*got torch.float64"),
+        (
+            {"augment": lambda x: x[:5]},
+            TypeError,
+            r"augment to return torch.float32 of \(180, 2\), .*got .*\(5, 2\)",
+        ),
+        ({"augment": lambda x: x.tolist()}, TypeError, "augment to return torch.float32 of .*got list"),
+        ({"augment": lambda x: x.double()}, TypeError, "augment to return torch.float32 of .*got torch.float64"),
         ({"checkpoint": 3}, TypeError, "expected checkpoint as the path of a file; got int"),
         ({"checkpoint": "/no/such/folder/fit.pt"}, ValueError, "in a folder that exists; got /no/such/folder/fit.pt"),
         ({"checkpoint": "/"}, ValueError, "expected checkpoint as the path of a file in a folder that exists; got /"),
-        ({"checkpoint_seconds": 3}, ValueError, "expected checkpoint_seconds beside a checkpoint; got 3 alone"),
-        ({"compile": True, "recompute": True}, ValueError, "expected compile or recompute, .*; got both"),
+        ({"checkpoint_seconds": 3}, ValueError, "expected checkpoint_seconds only with a checkpoint; got 3 without"),
+        (
+            {"compile": True, "activation_checkpointing": True},
+            ValueError,
+            "compile=True cannot be combined with activation_",
+        ),
     ],
 )
 def test_messages_of_the_options_for_large_flows(options, error, message):
@@ -1231,9 +1372,7 @@ def test_messages_of_the_options_for_large_flows(options, error, message):
 
 
 def test_messages_of_options_that_need_an_array():
-    with pytest.raises(
-        ValueError, match="expected steps_per_epoch beside a tensor or an array alone; got it beside list"
-    ):
+    with pytest.raises(ValueError, match="expected steps_per_epoch only with a tensor or an array; got it with list"):
         fit(small(), [gaussian()], steps_per_epoch=3)
     with pytest.raises(ValueError, match="expected data for augment; got none"):
         fit(small(), objective=lambda f, x, c: f.rsample_and_log_prob((8,))[1].mean(), augment=abs)
@@ -1253,7 +1392,7 @@ def test_labels_in_a_column_are_refused():
 
 def test_a_copy_made_in_mixed_precision_has_networks_of_its_own():
     flow, x = small(), gaussian(20)
-    with mixed(flow):
+    with bf16_networks(flow):
         copied, stored = copy.deepcopy(flow).eval(), pickle.loads(pickle.dumps(flow)).eval()
         wanted = copied.log_prob(x)
         with torch.no_grad():
@@ -1265,7 +1404,7 @@ def test_a_copy_made_in_mixed_precision_has_networks_of_its_own():
 
 def test_messages_of_labels_where_none_are_taken():
     x, labels = gaussian(20), torch.arange(20)
-    with pytest.raises(ValueError, match="expected no context, or labels, beside batch 0, since .*; got one"):
+    with pytest.raises(ValueError, match="expected no context or labels with batch 0, since .*; got one"):
         fit(small(), DataLoader(TensorDataset(x, labels), batch_size=10), epochs=1)
     with pytest.raises(TypeError, match=r"context of data .*got torch.int64: convert them, or give .* an embedding"):
         fit(small(context_features=1), x, context=labels[:, None], epochs=1)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyroflows.data.table_files import TableFile, open_table
-from pyroflows.distributed import launch
+from pyroflows.distributed import choose_device, initialize
 from pyroflows.flow import Flow, load
 
 __all__ = [
@@ -170,7 +170,9 @@ def model_file(path: str) -> Iterator[Path]:
 def device_of(name: str) -> torch.device:
     """Give the device of an option, "auto" that of a GPU where there is one; of several processes each has its own."""
     check_device(name)
-    return torch.device(launch(name, torch.device("cpu"), "32-true").device)
+    device = choose_device(name)
+    initialize(device)
+    return device
 
 
 def check_device(name: str) -> None:

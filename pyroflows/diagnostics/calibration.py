@@ -1,4 +1,4 @@
-"""Calibration by simulation: ranks, coverage, and what chance allows."""
+"""Calibration by simulation: ranks, coverage, and the band of chance."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pyroflows.arguments import check_number, check_sizes
-from pyroflows.diagnostics.arrays import Array, NumPyArray, as_array, table_text
+from pyroflows.diagnostics.arrays import Array, NumPyArray, as_array, column_names, table_text
 
 __all__ = [
     "Calibration",
@@ -21,18 +21,20 @@ __all__ = [
     "sbc_ranks",
 ]
 
+_LEVELS = (0.5, 0.8, 0.9, 0.95)
+
 
 def sbc_ranks(draws: Array, truth: Array) -> NumPyArray:
-    r"""Give the ranks of the true values among posterior draws, for simulation-based calibration.
+    r"""Compute the ranks of true values among posterior draws, for simulation-based calibration.
 
     .. math:: r_{sj} = \#\{l : \theta^{(l)}_{sj} < \theta^*_{sj}\}
 
-    With the truth from the prior, data from the model given it, and independent draws from the right posterior, each
-    rank is uniform on ``0, ..., num_draws``.
+    If the true values are drawn from the prior, the data from the model given them, and the draws independently from
+    the exact posterior, then each rank is uniform on ``0, ..., num_draws``.
 
     Args:
         draws: posterior draws for each simulated data set.
-        truth: the values each data set was simulated from.
+        truth: the values from which each data set was simulated.
 
     Shapes:
         draws: ``(simulations, num_draws, d)``; truth: ``(simulations, d)``.
@@ -57,26 +59,13 @@ def sbc_ranks(draws: Array, truth: Array) -> NumPyArray:
 
 
 def sbc_p_values(ranks: Array, num_draws: int, *, num_bins: int | None = None) -> NumPyArray:
-    """Test whether ranks are uniform, by the chi-square test, column by column.
+    """Test whether ranks are uniform by a chi-square test of each column.
 
     Args:
-        ranks: of simulation-based calibration.
-        num_draws: the posterior draws among which they were counted.
-        num_bins: of the histogram; by default such that a bin expects 25 simulations, but at most 40.
-
-    Shapes:
-        ranks: ``(simulations, d)``, integers from 0 to ``num_draws``.
+        ranks, num_draws, num_bins: as in :func:`rank_counts`, which says what is refused.
 
     Returns:
         A p-value for each column, shape ``(d,)``.
-
-    Raises:
-        TypeError: not numbers.
-        ValueError: another shape, a rank out of range, fewer than 10 simulations, or more bins than ranks.
-
-    References:
-        Validating Bayesian Inference Algorithms with Simulation-Based Calibration, Talts et al., 2018
-        (arXiv:1804.06788).
 
     Example:
         >>> ranks = np.random.default_rng(0).integers(0, 100, size=(1000, 1))
@@ -90,15 +79,15 @@ def sbc_p_values(ranks: Array, num_draws: int, *, num_bins: int | None = None) -
 
 
 def rank_counts(ranks: Array, num_draws: int, *, num_bins: int | None = None) -> tuple[NumPyArray, NumPyArray]:
-    """Count ranks in the bins of a histogram, column by column, and say how many each bin expects of uniform ranks.
+    """Count ranks in the bins of a histogram, column by column, and compute the counts expected of uniform ranks.
 
-    Bins may hold one rank more or less than others where their number does not divide the ranks', and expect as much
-    more.
+    If the number of bins does not divide the number of ranks, some bins hold one rank more than others, and their
+    expected count is larger.
 
     Args:
-        ranks: of simulation-based calibration.
-        num_draws: the posterior draws among which they were counted.
-        num_bins: of the histogram; by default such that a bin expects 25 simulations, but at most 40.
+        ranks: from :func:`sbc_ranks`.
+        num_draws: posterior draws for each simulation.
+        num_bins: of the histogram; by default with 25 simulations expected in a bin, but at most 40 bins.
 
     Shapes:
         ranks: ``(simulations, d)``, integers from 0 to ``num_draws``.
@@ -116,40 +105,39 @@ def rank_counts(ranks: Array, num_draws: int, *, num_bins: int | None = None) ->
         (array([4, 3, 3]), array([4., 3., 3.]))
     """
     check_sizes(num_draws=num_draws)
-    counted = as_array("ranks", ranks, 2)
-    if len(counted) < 10:
-        raise ValueError(f"expected at least 10 simulations; got {len(counted)}")
-    if counted.min() < 0 or counted.max() > num_draws:
-        raise ValueError(f"expected ranks from 0 to {num_draws}; got {counted.min():g} to {counted.max():g}")
+    ranks = as_array("ranks", ranks, 2)
+    if len(ranks) < 10:
+        raise ValueError(f"expected at least 10 simulations; got {len(ranks)}")
+    if ranks.min() < 0 or ranks.max() > num_draws:
+        raise ValueError(f"expected ranks from 0 to {num_draws}; got {ranks.min():g} to {ranks.max():g}")
     if num_bins is None:
-        num_bins = min(max(2, min(40, len(counted) // 25)), num_draws + 1)
+        num_bins = min(max(2, min(40, len(ranks) // 25)), num_draws + 1)
     check_sizes(num_bins=num_bins)
     if not 2 <= num_bins <= num_draws + 1:
         raise ValueError(f"expected 2 to {num_draws + 1} bins, one for each rank at most; got {num_bins}")
     bin_of_rank = np.arange(num_draws + 1) * num_bins // (num_draws + 1)
-    expected = np.bincount(bin_of_rank, minlength=num_bins) * (len(counted) / (num_draws + 1))
-    bins = bin_of_rank[counted.astype(int)]
+    expected = np.bincount(bin_of_rank, minlength=num_bins) * (len(ranks) / (num_draws + 1))
+    bins = bin_of_rank[ranks.astype(int)]
     return np.stack([np.bincount(column, minlength=num_bins) for column in bins.T], 1), expected
 
 
 def pit(draws: Array, truth: Array) -> NumPyArray:
-    r"""Give the probability integral transform of true values, by draws of what predicts them.
+    r"""Compute the probability integral transform of true values from draws of their predictive distributions.
 
     .. math:: u_{sj} = \frac{r_{sj} + 1/2}{n + 1}, \qquad r_{sj} = \#\{l : \theta^{(l)}_{sj} < \theta^*_{sj}\}
 
     Args:
         draws: of each prediction: posterior draws for a simulated data set, or samples of a flow given a row's context.
-        truth: the values that came.
+        truth: the true values.
 
     Shapes:
         draws: ``(simulations, num_draws, d)``; truth: ``(simulations, d)``.
 
     Returns:
-        Numbers in (0, 1), shape ``(simulations, d)``; of right predictions, uniform up to steps of ``1 / (n + 1)``.
+        Numbers in (0, 1), shape ``(simulations, d)``; for exact predictions uniform up to steps of ``1 / (n + 1)``.
 
     Raises:
-        TypeError: not numbers.
-        ValueError: shapes that do not match, or numbers that are not finite.
+        TypeError, ValueError: as in :func:`sbc_ranks`.
 
     References:
         Present Position and Potential Developments: The Prequential Approach, Dawid, 1984.
@@ -158,25 +146,25 @@ def pit(draws: Array, truth: Array) -> NumPyArray:
         >>> pit(np.array([[[1.0], [2.0], [3.0]]]), np.array([[2.5]]))
         array([[0.625]])
     """
-    num_draws = int(np.shape(draws)[1]) if np.ndim(draws) == 3 else 0
-    return (sbc_ranks(draws, truth) + 0.5) / (num_draws + 1)
+    draws, truth = _simulations(draws, truth)
+    return (sbc_ranks(draws, truth) + 0.5) / (draws.shape[1] + 1)
 
 
 def expected_band(shares: Array | Sequence[float], num: int, *, level: float = 0.99) -> tuple[NumPyArray, NumPyArray]:
-    """Give the band in which observed shares of independent trials lie by chance: a binomial's central interval.
+    """Compute the central intervals of observed shares of independent trials, from the binomial distribution.
 
-    It holds for each share alone, so that of a hundred shares one may be outside.
+    The level holds for each share alone: one of a hundred shares may be outside by chance.
 
     Args:
-        shares: the true ones, such as nominal coverages or a bin's share of ranks.
-        num: of trials.
-        level: the probability with which an observed share is in the band.
+        shares: the expected ones, such as nominal coverages or a bin's share of ranks.
+        num: the number of trials.
+        level: the probability that an observed share is within its interval.
 
     Shapes:
         shares: ``(k,)``.
 
     Returns:
-        The lowest and the highest share, each of shape ``(k,)``.
+        The lower and the upper ends, each of shape ``(k,)``.
 
     Raises:
         TypeError: not numbers.
@@ -191,30 +179,25 @@ def expected_band(shares: Array | Sequence[float], num: int, *, level: float = 0
 
     check_sizes(num=num)
     check_number("level", level, "(0, 1)")
-    true = as_array("shares", shares, 1)
-    if ((true < 0) | (true > 1)).any():
-        raise ValueError(f"expected shares from 0 to 1; got {true.min():g} to {true.max():g}")
-    low, high = binom.interval(level, num, true)
+    shares = as_array("shares", shares, 1)
+    if ((shares < 0) | (shares > 1)).any():
+        raise ValueError(f"expected shares from 0 to 1; got {shares.min():g} to {shares.max():g}")
+    low, high = binom.interval(level, num, shares)
     return low / num, high / num
 
 
-def coverage(draws: Array, truth: Array, levels: Sequence[float] = (0.5, 0.8, 0.9, 0.95)) -> NumPyArray:
-    """Give how often central posterior intervals hold the true value.
+def coverage(draws: Array, truth: Array, levels: Sequence[float] = _LEVELS) -> NumPyArray:
+    """Compute how often central posterior intervals hold the true value.
 
     Args:
-        draws: posterior draws for each simulated data set.
-        truth: the values each data set was simulated from.
+        draws, truth: as in :func:`sbc_ranks`.
         levels: the probabilities of the intervals.
 
-    Shapes:
-        draws: ``(simulations, num_draws, d)``; truth: ``(simulations, d)``.
-
     Returns:
-        Shares of the simulations, shape ``(levels, d)``; of a right posterior, the levels up to chance.
+        Shares of the simulations, shape ``(levels, d)``; for exact posteriors, the levels up to chance.
 
     Raises:
-        TypeError: not numbers.
-        ValueError: shapes that do not match, numbers that are not finite, or a level that is no probability.
+        TypeError, ValueError: as in :func:`sbc_ranks`, or a level is no probability.
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -231,15 +214,15 @@ def coverage(draws: Array, truth: Array, levels: Sequence[float] = (0.5, 0.8, 0.
 
 @dataclass(frozen=True)
 class Calibration:
-    """What simulation-based calibration found.
+    """Results of simulation-based calibration.
 
     Args:
         names: of the columns.
         ranks: of the true values among the draws, shape ``(simulations, d)``.
-        num_draws: the draws of each posterior.
-        p_values: of the chi-square test that the ranks are uniform, one a column.
+        num_draws: posterior draws for each simulation.
+        p_values: of the chi-square test of uniform ranks, one for each column.
         levels: probabilities of central intervals.
-        coverage: how often each holds the truth, shape ``(levels, d)``.
+        coverage: how often each holds the true value, shape ``(levels, d)``.
     """
 
     names: tuple[str, ...]
@@ -251,7 +234,7 @@ class Calibration:
 
     @property
     def ok(self) -> bool:
-        """Whether no column's ranks are far from uniform: the smallest p-value, times the columns, is above 0.01."""
+        """Whether the ranks look uniform: the smallest p-value, times the number of columns, is above 0.01."""
         return bool(self.p_values.min() * len(self.names) > 0.01)
 
     def __str__(self) -> str:
@@ -262,46 +245,26 @@ class Calibration:
 
 
 def calibration(
-    draws: Array,
-    truth: Array,
-    names: Sequence[str] | None = None,
-    *,
-    levels: Sequence[float] = (0.5, 0.8, 0.9, 0.95),
+    draws: Array, truth: Array, names: Sequence[str] | None = None, *, levels: Sequence[float] = _LEVELS
 ) -> Calibration:
-    """Do simulation-based calibration: ranks, the test of their uniformity, and the coverage of central intervals.
+    """Run simulation-based calibration: ranks, the test of their uniformity, and the coverage of central intervals.
 
     Args:
-        draws: posterior draws for each simulated data set.
-        truth: the values each data set was simulated from.
+        draws, truth: as in :func:`sbc_ranks`.
         names: of the columns.
         levels: the probabilities of the intervals.
 
-    Shapes:
-        draws: ``(simulations, num_draws, d)``; truth: ``(simulations, d)``.
-
-    Returns:
-        A result that prints, with ``ok``.
-
     Raises:
-        TypeError: not numbers.
-        ValueError: shapes that do not match, numbers that are not finite, fewer than 10 simulations, or a level that is
-            no probability.
-
-    References:
-        Validating Bayesian Inference Algorithms with Simulation-Based Calibration, Talts et al., 2018
-        (arXiv:1804.06788).
+        TypeError, ValueError: as in :func:`coverage`, or there are fewer than 10 simulations.
 
     Example:
         >>> rng = np.random.default_rng(0)
         >>> calibration(rng.normal(size=(400, 99, 1)), rng.normal(size=(400, 1)), ["mu"]).ok
         True
     """
-    ranks = sbc_ranks(draws, truth)
-    names = [f"x[{i}]" for i in range(ranks.shape[1])] if names is None else names
-    names = tuple(map(str, names))
-    if len(names) != ranks.shape[1]:
-        raise ValueError(f"expected a name for each of {ranks.shape[1]} columns; got {len(names)}")
-    num_draws = int(draws.shape[1])
+    draws, truth = _simulations(draws, truth)
+    names = column_names(names, [f"x[{i}]" for i in range(truth.shape[1])])
+    ranks, num_draws = sbc_ranks(draws, truth), draws.shape[1]
     p_values = sbc_p_values(ranks, num_draws)
     return Calibration(names, ranks, num_draws, p_values, tuple(map(float, levels)), coverage(draws, truth, levels))
 

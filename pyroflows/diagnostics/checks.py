@@ -1,10 +1,10 @@
-"""Checks of a flow: does it invert, are its log-determinants those of its Jacobian, is its latent normal?"""
+"""Checks of a flow: whether it inverts, whether its log-determinants are right, and whether its latent is normal."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyroflows.arguments import check_number, check_sizes
 from pyroflows.bijection import Bijection
+from pyroflows.diagnostics.arrays import Array, NumPyArray, as_rows
 from pyroflows.flow import Flow
 
 __all__ = ["CheckReport", "NormalQuantiles", "check", "normal_quantiles"]
@@ -19,15 +20,15 @@ __all__ = ["CheckReport", "NormalQuantiles", "check", "normal_quantiles"]
 
 @dataclass(frozen=True)
 class CheckReport:
-    """The errors that :func:`check` found, each the largest over the rows.
+    """Errors measured by :func:`check`, each the largest over the rows.
 
     Args:
         data_error: of ``forward(inverse(x))``, relative to ``1 + |x|``.
         latent_error: of ``inverse(forward(z))``, relative to ``1 + |z|``.
         forward_log_det_error: against autograd, absolute, in nats.
         inverse_log_det_error: against autograd, absolute, in nats.
-        tolerance: what each may be.
-        rows: the rows looked at.
+        tolerance: the largest error allowed.
+        rows: the number of rows checked.
     """
 
     data_error: float
@@ -51,26 +52,26 @@ class CheckReport:
         }
 
     def __str__(self) -> str:
+        head = f"check of {self.rows} rows, tolerance {self.tolerance:g}: {'ok' if self.ok else 'FAILS'}"
         lines = [
             f"{name:<26}{error:10.2e}  {'ok' if error <= self.tolerance else 'FAILS'}"
             for name, error in self._errors().items()
         ]
-        head = f"check of {self.rows} rows, tolerance {self.tolerance:g}: {'ok' if self.ok else 'FAILS'}"
         return "\n".join([head, *lines])
 
 
 def check(
     flow: Flow | Bijection, x: Tensor, *, context: Tensor | None = None, tolerance: float | None = None
 ) -> CheckReport:
-    """Check that a flow inverts and that its log-determinants are right, on the user's own data.
+    """Check on data that a flow inverts and that its log-determinants are right.
 
-    The flow is looked at in evaluation mode and in its own precision, and is left as it was. The Jacobian comes
-    from autograd, row by row; hand over tens of rows, not millions.
+    The check runs on a copy of the flow, in evaluation mode and in the flow's precision. The Jacobian comes from
+    autograd, row by row: pass tens of rows, not millions.
 
     Args:
         flow: a flow or a bijection.
-        x: data; rows to check.
-        context: the context of each row, where the flow takes one.
+        x: the data.
+        context: of each row, if the flow takes a context.
         tolerance: the largest error allowed; by default 1e-6 in float64, 1e-3 in float32.
 
     Shapes:
@@ -78,73 +79,84 @@ def check(
         flow's embedding maps to that.
 
     Returns:
-        A report that prints, and whose ``ok`` says whether all is well.
+        A report that prints, and whose ``ok`` says whether every error is within the tolerance.
 
     Raises:
-        TypeError, ValueError: ``x`` or ``context`` does not fit the flow.
+        TypeError: ``flow`` is neither a flow nor a bijection, or ``x`` or ``context`` has another dtype than the flow.
+        ValueError: ``x`` or ``context`` does not fit the flow, or there is no row.
 
     Example:
         >>> from pyroflows import check, realnvp
         >>> check(realnvp(2), torch.randn(10, 2)).ok
         True
     """
-    bijection = flow.bijection if isinstance(flow, Flow) else flow
-    if not isinstance(bijection, Bijection):
+    if not isinstance(flow, Flow | Bijection):
         raise TypeError(f"expected a Flow or a Bijection; got {type(flow).__name__}")
-    if not isinstance(x, Tensor) or x.dim() != 1 + len(bijection.data_shape):
+    shape = flow.event_shape if isinstance(flow, Flow) else flow.data_shape
+    if not isinstance(x, Tensor) or x.dim() != 1 + len(shape):
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"expected rows of shape (rows, {', '.join(map(str, bijection.data_shape))}); got {got}")
+        raise ValueError(f"expected rows of shape (rows, {', '.join(map(str, shape))}); got {got}")
     if len(x) == 0:
         raise ValueError("expected at least one row; got none")
-    if isinstance(flow, Flow):
-        flow.check_input(data=x, context=context)
-    flow = copy.deepcopy(flow).eval()
-    bijection = flow.bijection if isinstance(flow, Flow) else flow
-    with torch.no_grad():
-        if isinstance(flow, Flow):
-            context = flow.embed(context)
-        z, inverse_log_det = bijection.inverse_and_log_det(x, context)
-        back, forward_log_det = bijection.forward_and_log_det(z, context)
-        z_back, _ = bijection.inverse_and_log_det(back, context)
     if tolerance is None:
         tolerance = 1e-6 if x.dtype == torch.float64 else 1e-3
+    if isinstance(flow, Flow):
+        flow.check_input(data=x, context=context)
+    copied = copy.deepcopy(flow).eval()
+    bijection = copied.bijection if isinstance(copied, Flow) else copied
+    with torch.no_grad():
+        if isinstance(copied, Flow):
+            context = copied.embed(context)
+        z, inverse_log_det = bijection.inverse_and_log_det(x, context)
+        x_back, forward_log_det = bijection.forward_and_log_det(z, context)
+        z_back, _ = bijection.inverse_and_log_det(x_back, context)
     contexts = [None] * len(x) if context is None else list(context.expand(len(x), -1))
-    forward_jacobian, inverse_jacobian = [], []
-    for z_row, x_row, c in zip(z, x, contexts, strict=True):
-        forward_jacobian.append(_slogdet(lambda v, c=c: bijection.forward_and_log_det(v, c)[0], z_row))
-        inverse_jacobian.append(_slogdet(lambda v, c=c: bijection.inverse_and_log_det(v, c)[0], x_row))
+    forward, inverse = [], []
+    for x_row, z_row, c in zip(x, z, contexts, strict=True):
+        forward.append(_log_abs_det(bijection.forward_and_log_det, z_row, c))
+        inverse.append(_log_abs_det(bijection.inverse_and_log_det, x_row, c))
     return CheckReport(
-        data_error=_relative(back, x),
-        latent_error=_relative(z_back, z),
-        forward_log_det_error=_largest(forward_log_det - torch.stack(forward_jacobian)),
-        inverse_log_det_error=_largest(inverse_log_det - torch.stack(inverse_jacobian)),
+        data_error=_largest((x_back - x) / (1 + x.abs())),
+        latent_error=_largest((z_back - z) / (1 + z.abs())),
+        forward_log_det_error=_largest(forward_log_det - torch.stack(forward)),
+        inverse_log_det_error=_largest(inverse_log_det - torch.stack(inverse)),
         tolerance=tolerance,
         rows=len(x),
     )
 
 
+def _log_abs_det(direction: Callable[..., tuple[Tensor, Tensor]], row: Tensor, context: Tensor | None) -> Tensor:
+    """Return the log-determinant of one direction at one row, from its Jacobian by autograd."""
+    jacobian = torch.autograd.functional.jacobian(lambda v: direction(v, context)[0], row)
+    return torch.linalg.slogdet(jacobian.reshape(row.numel(), row.numel())).logabsdet
+
+
+def _largest(errors: Tensor) -> float:
+    return float(errors.abs().max())
+
+
 @dataclass(frozen=True)
 class NormalQuantiles:
-    """What :func:`normal_quantiles` found.
+    """Quantiles of a latent and of a standard normal, from :func:`normal_quantiles`.
 
     Args:
-        expected: the medians of order statistics of a standard normal sample, ``(points,)``.
-        observed: those of the latent, ``(points, features)``.
-        low: below which chance takes them seldom, ``(points,)``.
-        high: above which it takes them seldom, ``(points,)``.
-        distance: Kolmogorov and Smirnov's, of each feature from the normal, ``(features,)``.
-        level: the probability with which each is between ``low`` and ``high``.
+        expected: medians of the order statistics of a standard normal sample, ``(points,)``.
+        observed: order statistics of the latent, ``(points, features)``.
+        low: lower ends of the band, ``(points,)``.
+        high: upper ends of the band, ``(points,)``.
+        distance: Kolmogorov-Smirnov distance of each feature from the normal, ``(features,)``.
+        level: the probability that an order statistic of a normal sample is within the band.
     """
 
-    expected: np.ndarray[Any, Any]
-    observed: np.ndarray[Any, Any]
-    low: np.ndarray[Any, Any]
-    high: np.ndarray[Any, Any]
-    distance: np.ndarray[Any, Any]
+    expected: NumPyArray
+    observed: NumPyArray
+    low: NumPyArray
+    high: NumPyArray
+    distance: NumPyArray
     level: float
 
 
-def normal_quantiles(z: Tensor | np.ndarray[Any, Any], *, points: int = 200, level: float = 0.99) -> NormalQuantiles:
+def normal_quantiles(z: Array, *, points: int = 200, level: float = 0.99) -> NormalQuantiles:
     r"""Compare the quantiles of a latent with those of a standard normal, feature by feature.
 
     The k-th smallest of n standard normal numbers is
@@ -153,8 +165,8 @@ def normal_quantiles(z: Tensor | np.ndarray[Any, Any], *, points: int = 200, lev
 
     Args:
         z: the latent of data, such as ``flow.encode(x)``, of a flow whose prior is a standard normal.
-        points: order statistics to look at, at most: all, or spread evenly over the normal's range.
-        level: the probability with which each one of a normal latent is in the band.
+        points: the largest number of order statistics: all, or spread evenly over the range of the normal.
+        level: the probability that an order statistic of a normal latent is within the band.
 
     Shapes:
         z: ``(rows, features)``.
@@ -164,37 +176,21 @@ def normal_quantiles(z: Tensor | np.ndarray[Any, Any], *, points: int = 200, lev
         ValueError: another shape, no rows, numbers that are not finite, or a level that is no probability.
 
     Example:
-        >>> found = normal_quantiles(np.random.default_rng(0).normal(size=(1000, 2)))
-        >>> found.observed.shape, bool((found.distance < 0.05).all())
+        >>> quantiles = normal_quantiles(np.random.default_rng(0).normal(size=(1000, 2)))
+        >>> quantiles.observed.shape, bool((quantiles.distance < 0.05).all())
         ((160, 2), True)
     """
     from scipy.stats import beta, norm
 
-    from pyroflows.diagnostics.arrays import as_array
-
     check_sizes(points=points)
     check_number("level", level, "(0, 1)")
-    rows = np.sort(as_array("z", z, 2), axis=0)
-    if 0 in rows.shape:
-        raise ValueError(f"expected at least one row and one feature; got shape {rows.shape}")
+    rows = np.sort(as_rows("z", z), axis=0)
     num = len(rows)
-    far = norm.isf(0.5 / num) if num > 1 else 0.0
-    ranks = np.arange(num) if num <= points else np.rint(norm.cdf(np.linspace(-far, far, points)) * num - 0.5)
+    extreme = norm.isf(0.5 / num) if num > 1 else 0.0
+    ranks = np.arange(num) if num <= points else np.rint(norm.cdf(np.linspace(-extreme, extreme, points)) * num - 0.5)
     ranks = np.unique(ranks.astype(int))
-    quantiles = norm.ppf(beta.ppf(np.array([[0.5], [(1 - level) / 2], [(1 + level) / 2]]), ranks + 1, num - ranks))
+    tail = (1 - level) / 2
+    expected, low, high = norm.ppf(beta.ppf(np.array([[0.5], [tail], [1 - tail]]), ranks + 1, num - ranks))
     cdf, steps = norm.cdf(rows), np.arange(num + 1)[:, None] / num
     distance = np.maximum(steps[1:] - cdf, cdf - steps[:-1]).max(0)
-    return NormalQuantiles(quantiles[0], rows[ranks], quantiles[1], quantiles[2], distance, level)
-
-
-def _slogdet(function, row: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-    jacobian = torch.autograd.functional.jacobian(function, row)
-    return torch.linalg.slogdet(jacobian.reshape(row.numel(), row.numel())).logabsdet
-
-
-def _relative(found: Tensor, wanted: Tensor) -> float:
-    return _largest((found - wanted) / (1 + wanted.abs()))
-
-
-def _largest(errors: Tensor) -> float:
-    return float(errors.abs().max())
+    return NormalQuantiles(expected, rows[ranks], low, high, distance, level)

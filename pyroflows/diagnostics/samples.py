@@ -10,26 +10,30 @@ from importlib import import_module
 import numpy as np
 
 from pyroflows.arguments import check_sizes
-from pyroflows.diagnostics.arrays import Array, NumPyArray, Values, as_array, as_columns, table_text
+from pyroflows.diagnostics.arrays import (
+    Array,
+    NumPyArray,
+    Values,
+    as_array,
+    as_columns,
+    as_rows,
+    column_names,
+    table_text,
+)
 
-__all__ = [
-    "MomentTable",
-    "kde",
-    "moment_table",
-    "sliced_wasserstein",
-]
+__all__ = ["MomentTable", "kde", "moment_table", "sliced_wasserstein"]
 
 _PROJECTIONS_AT_ONCE = 16
 
 
 def sliced_wasserstein(x: Array, y: Array, *, num_projections: int = 128, seed: int = 0) -> float:
-    r"""Give the sliced Wasserstein-1 distance of a sample to a reference, in the reference's standard deviations.
+    r"""Compute the sliced Wasserstein-1 distance of a sample to a reference, in standard deviations of the reference.
 
     .. math:: \frac{1}{K} \sum_k \int_0^1 |F_{\theta_k^\top x}^{-1}(u) - F_{\theta_k^\top y}^{-1}(u)| \, du
 
     Both samples are standardised by the reference's mean and standard deviation, column by column, and projected on
-    the same random directions. Even two samples of one distribution are apart: that floor is the distance between two
-    halves of the reference.
+    the same random directions. The distance between two samples of one distribution is not zero: compare with the
+    distance between two halves of the reference.
 
     Args:
         x: the sample.
@@ -40,12 +44,9 @@ def sliced_wasserstein(x: Array, y: Array, *, num_projections: int = 128, seed: 
     Shapes:
         x: ``(n, d)``; y: ``(m, d)``.
 
-    Returns:
-        The mean over the directions.
-
     Raises:
         TypeError: not numbers.
-        ValueError: another shape, numbers that are not finite, or a column of the reference that is constant.
+        ValueError: another shape, numbers that are not finite, or a constant column of the reference.
 
     References:
         Sliced and Radon Wasserstein Barycenters of Measures, Bonneel et al., 2015.
@@ -56,28 +57,28 @@ def sliced_wasserstein(x: Array, y: Array, *, num_projections: int = 128, seed: 
         0.5
     """
     check_sizes(num_projections=num_projections)
-    x, y = as_array("x", x, 2), as_array("y", y, 2)
-    if x.shape[1] != y.shape[1] or 0 in x.shape or 0 in y.shape:
-        raise ValueError(f"expected samples of shapes (n, d) and (m, d), not empty; got {x.shape} and {y.shape}")
+    x, y = as_rows("x", x), as_rows("y", y)
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"expected samples of shapes (n, d) and (m, d); got {x.shape} and {y.shape}")
     scale = _scale("y", y)
     x, y = (x - y.mean(0)) / scale, (y - y.mean(0)) / scale
     directions = np.random.default_rng(seed).normal(size=(num_projections, x.shape[1]))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-    # Between two levels of this grid neither quantile function jumps, so that the integral is a finite sum.
+    # Between two levels of this grid neither quantile function jumps, so the integral is a finite sum.
     levels = np.union1d(np.arange(len(x) + 1) / len(x), np.arange(len(y) + 1) / len(y))
     widths, middles = np.diff(levels), (levels[1:] + levels[:-1]) / 2
-    of_x = np.minimum((middles * len(x)).astype(int), len(x) - 1)
-    of_y = np.minimum((middles * len(y)).astype(int), len(y) - 1)
+    x_index = np.minimum((middles * len(x)).astype(int), len(x) - 1)
+    y_index = np.minimum((middles * len(y)).astype(int), len(y) - 1)
     total = 0.0
-    for some in np.split(directions, range(_PROJECTIONS_AT_ONCE, num_projections, _PROJECTIONS_AT_ONCE)):
-        gaps = np.sort(x @ some.T, axis=0)[of_x] - np.sort(y @ some.T, axis=0)[of_y]
+    for chunk in np.split(directions, range(_PROJECTIONS_AT_ONCE, num_projections, _PROJECTIONS_AT_ONCE)):
+        gaps = np.sort(x @ chunk.T, axis=0)[x_index] - np.sort(y @ chunk.T, axis=0)[y_index]
         total += float((widths @ np.abs(gaps)).sum())
     return total / num_projections
 
 
 @dataclass(frozen=True)
 class MomentTable:
-    """Means and standard deviations of draws beside those of reference draws, column by column.
+    """Means and standard deviations of draws and of reference draws, column by column.
 
     Args:
         names: of the columns.
@@ -100,7 +101,7 @@ class MomentTable:
 
     @property
     def sd_ratio(self) -> NumPyArray:
-        """The standard deviations, as shares of the reference's."""
+        """The standard deviations, divided by those of the reference."""
         return self.sd / self.reference_sd
 
     @property
@@ -124,7 +125,7 @@ def moment_table(draws: Values, reference: Values, names: Sequence[str] | None =
 
     Args:
         draws: an array, or arrays by name.
-        reference: the reference draws, in the same columns; where both are given by name, the names are matched.
+        reference: the reference draws, in the same columns; if both are given by name, the names are matched.
         names: of the columns; by default those of the dicts with indices, such as ``theta[0]``, or ``x[0]``.
 
     Shapes:
@@ -145,32 +146,27 @@ def moment_table(draws: Values, reference: Values, names: Sequence[str] | None =
         tau  0.005496  0.002748   +0.003 1.992    0.9959 2.000
     """
     if isinstance(draws, Mapping) and isinstance(reference, Mapping):
-        missing = sorted(set(draws) ^ set(reference))
-        if missing:
-            raise ValueError(f"expected draws and reference of the same names; got {missing[0]!r} in one alone")
+        unmatched = sorted(set(draws) ^ set(reference))
+        if unmatched:
+            raise ValueError(f"expected draws and reference of the same names; got {unmatched[0]!r} in one alone")
         reference = {name: reference[name] for name in draws}
-    (found, found_names), (wanted, wanted_names) = as_columns("draws", draws), as_columns("reference", reference)
-    if found.shape[1] != wanted.shape[1]:
-        raise ValueError(f"expected as many columns as the reference's {wanted.shape[1]}; got {found.shape[1]}")
-    if names is None:
-        names = wanted_names if isinstance(reference, Mapping) else found_names
-    names = tuple(map(str, names))
-    if len(names) != found.shape[1]:
-        raise ValueError(f"expected a name for each of {found.shape[1]} columns; got {len(names)}")
-    for rows in (found, wanted):
-        if len(rows) < 2:
-            raise ValueError(f"expected at least 2 draws; got {len(rows)}")
-    scale = _scale("the reference", wanted)
-    return MomentTable(names, found.mean(0), found.std(0, ddof=1), wanted.mean(0), scale)
+    x, x_names = as_columns("draws", draws)
+    y, y_names = as_columns("reference", reference)
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"expected as many columns as the reference's {y.shape[1]}; got {x.shape[1]}")
+    names = column_names(names, y_names if isinstance(reference, Mapping) else x_names)
+    if min(len(x), len(y)) < 2:
+        raise ValueError(f"expected at least 2 draws; got {min(len(x), len(y))}")
+    return MomentTable(names, x.mean(0), x.std(0, ddof=1), y.mean(0), _scale("the reference", y))
 
 
 def kde(x: Array, *, points: int = 200, limits: tuple[float, float] | None = None) -> tuple[NumPyArray, NumPyArray]:
-    """Give a density of draws by ArviZ's kernel estimate, which knows of hard bounds at their ends.
+    """Estimate the density of draws by ArviZ's kernel estimate, which corrects for bounds of the support.
 
     Args:
         x: the draws.
         points: of the grid.
-        limits: where to estimate it, from the draws within; by default from the lowest draw to the highest.
+        limits: the ends of the grid, which also exclude the draws beyond; by default the lowest and the highest draw.
 
     Shapes:
         x: ``(n,)``.
@@ -192,18 +188,19 @@ def kde(x: Array, *, points: int = 200, limits: tuple[float, float] | None = Non
     low, high = (-math.inf, math.inf) if limits is None else limits
     within = draws[(draws >= low) & (draws <= high)]
     if len(np.unique(within)) < 2:
-        where = "" if limits is None else f" from {low:g} to {high:g}"
-        raise ValueError(f"expected at least two different draws{where}; got {len(np.unique(within))}")
+        interval = "" if limits is None else f" from {low:g} to {high:g}"
+        raise ValueError(f"expected at least two different draws{interval}; got {len(np.unique(within))}")
     try:
         estimate = import_module("arviz_stats.base").array_stats.kde
     except ImportError:
         estimate = import_module("arviz").kde
     grid, density = estimate(within)[:2]
-    finer = np.linspace(within.min(), within.max(), points)
-    return finer, np.interp(finer, grid, density) * (len(within) / len(draws))
+    even_grid = np.linspace(within.min(), within.max(), points)
+    return even_grid, np.interp(even_grid, grid, density) * (len(within) / len(draws))
 
 
 def _scale(name: str, rows: NumPyArray) -> NumPyArray:
+    """Return the standard deviations of columns that vary."""
     scale = rows.std(0, ddof=1) if len(rows) > 1 else np.zeros(rows.shape[1])
     constant = np.flatnonzero(~(scale > 0))
     if len(constant):

@@ -14,38 +14,33 @@ from torch import Tensor
 from pyroflows.arguments import check_sizes
 from pyroflows.diagnostics.arrays import Array, NumPyArray, as_array
 
-__all__ = [
-    "importance_ess",
-    "khat_by_size",
-    "khat_threshold",
-    "psis",
-]
+__all__ = ["importance_ess", "khat_by_size", "khat_threshold", "psis"]
 
-_FEWEST_DRAWS = 30  # a fifth of them is the tail, and ArviZ fits a generalised Pareto to six numbers or more
-_NEGLIGIBLE = -700.0  # exp of it is the smallest number ArviZ tells from zero
-_FLAT = 1e-4  # nats; tail weights closer than this differ by rounding, and have no tail to speak of
-Given = TypeVar("Given", NumPyArray, Tensor)
+_MIN_DRAWS = 30  # a fifth of them is the tail, and ArviZ fits a generalised Pareto to six numbers or more
+_NEGLIGIBLE = -700.0  # its exponential is the smallest number that ArviZ distinguishes from zero
+_FLAT = 1e-4  # nats; tail weights closer than this differ by rounding only
+AnyArray = TypeVar("AnyArray", NumPyArray, Tensor)
 
 
-def psis(log_weights: Given) -> tuple[Given, float]:
-    r"""Smooth the largest importance weights by a generalised Pareto distribution, and tell how heavy their tail is.
+def psis(log_weights: AnyArray) -> tuple[AnyArray, float]:
+    r"""Smooth the largest importance weights by a generalised Pareto distribution, and estimate its shape k-hat.
 
     .. math:: w_i = p(u_i) / q(u_i), \qquad u_i \sim q
 
-    The fit is ArviZ's, of whichever generation is installed. Below 0.7, and below ``1 - 1 / log10(n)`` for fewer than
-    2,200 draws, the smoothed weights can be trusted; one shape alone misleads, so look at the effective sample size.
+    The fit is ArviZ's. With k-hat below 0.7, and below ``1 - 1 / log10(n)`` for fewer than 2,200 draws, the smoothed
+    weights can be trusted. K-hat alone can mislead: look at the effective sample size too.
 
     Args:
-        log_weights: log densities of the target minus those of the guide, normalised or not; minus infinity is a
+        log_weights: log-densities of the target minus those of the guide, normalised or not; minus infinity is a
             weight of zero.
 
     Shapes:
         log_weights: ``(n,)``.
 
     Returns:
-        The smoothed log weights, whose exponentials sum to 1, as an array or tensor like the one given; and the shape,
-        k-hat. It is 0 where the largest weights are all equal, and infinite where it cannot be estimated: fewer than
-        30 weights above zero, or a few far above all others, which are equal.
+        The smoothed log weights, whose exponentials sum to 1, as an array or a tensor like ``log_weights``; and k-hat.
+        It is 0 if the largest weights are all equal, and infinite if it cannot be estimated: fewer than 30 weights
+        above zero, or a few far above all others, which are equal.
 
     Raises:
         TypeError: not numbers.
@@ -63,12 +58,12 @@ def psis(log_weights: Given) -> tuple[Given, float]:
         True
     """
     weights = _log_weights(log_weights)
-    if len(weights) < _FEWEST_DRAWS:
-        raise ValueError(f"expected log weights of at least {_FEWEST_DRAWS} draws; got {len(weights)}")
-    kept = weights > _NEGLIGIBLE
+    if len(weights) < _MIN_DRAWS:
+        raise ValueError(f"expected log weights of at least {_MIN_DRAWS} draws; got {len(weights)}")
+    positive = weights > _NEGLIGIBLE
     khat = math.inf
-    if kept.sum() >= _FEWEST_DRAWS:
-        weights[kept], khat = _smoothed(weights[kept])
+    if positive.sum() >= _MIN_DRAWS:
+        weights[positive], khat = _smoothed(weights[positive])
     weights = weights - np.logaddexp.reduce(weights)
     if isinstance(log_weights, Tensor):
         return torch.from_numpy(weights).to(log_weights), khat
@@ -76,7 +71,7 @@ def psis(log_weights: Given) -> tuple[Given, float]:
 
 
 def _smoothed(weights: NumPyArray) -> tuple[NumPyArray, float]:
-    """Smooth log weights whose largest is 0, through ArviZ; they come back on the scale they came in."""
+    """Smooth log weights whose largest is 0 by ArviZ, and return them on the same scale."""
     tail = np.sort(weights)[-math.floor(min(len(weights) / 5, 3 * len(weights) ** 0.5)) - 1 :]
     if tail[-1] - tail[0] < _FLAT:
         return weights, 0.0
@@ -85,29 +80,28 @@ def _smoothed(weights: NumPyArray) -> tuple[NumPyArray, float]:
     except ImportError:
         from arviz import psislw
 
-        with np.errstate(over="ignore"):  # of ArviZ, where the weights are nearly equal
+        with np.errstate(over="ignore"):  # in ArviZ, if the weights are nearly equal
             smoothed, khat = psislw(weights)
     else:
-        # From ArviZ 1 on the array interface takes the logs of the inverse weights.
-        smoothed, khat = stats.psislw(-weights)
+        smoothed, khat = stats.psislw(-weights)  # from ArviZ 1 on it takes the logarithms of the inverse weights
     khat = float(khat)
     if not math.isfinite(khat):
         return weights, math.inf
-    # Both give normalised weights: the body, which is not smoothed, tells by how much they were moved.
+    # ArviZ normalises the weights. The lowest is not smoothed, so that it shows the change of scale.
     lowest = weights.argmin()
     return smoothed + (weights[lowest] - smoothed[lowest]), khat
 
 
 def khat_threshold(num_draws: int) -> float:
-    r"""Give the k-hat up to which this many weighted draws can be trusted.
+    r"""Return the k-hat up to which ``num_draws`` weighted draws can be trusted.
 
     .. math:: \min(1 - 1 / \log_{10} n, \; 0.7)
 
     Args:
-        num_draws: of the target's guide.
+        num_draws: the number of draws.
 
     Raises:
-        ValueError: fewer than 30 draws, of which no k-hat is estimated.
+        ValueError: fewer than 30 draws, for which no k-hat is estimated.
 
     References:
         Pareto Smoothed Importance Sampling, Vehtari et al., 2024 (arXiv:1507.02646).
@@ -117,30 +111,28 @@ def khat_threshold(num_draws: int) -> float:
         (0.5, 0.7)
     """
     check_sizes(num_draws=num_draws)
-    if num_draws < _FEWEST_DRAWS:
-        raise ValueError(f"expected at least {_FEWEST_DRAWS} draws; got {num_draws}")
+    if num_draws < _MIN_DRAWS:
+        raise ValueError(f"expected at least {_MIN_DRAWS} draws; got {num_draws}")
     return min(1 - 1 / math.log10(num_draws), 0.7)
 
 
 def khat_by_size(log_weights: Array, sizes: Sequence[int] | None = None) -> dict[int, NumPyArray]:
-    """Give k-hat of as many sets of draws as there are, for each of several sizes of a set.
+    """Estimate k-hat from subsets of the draws, for several sizes of a subset.
 
-    A tail that is heavier than it looks shows itself as a k-hat that grows with the size.
+    If the tail is heavier than it looks, k-hat grows with the size.
 
     Args:
-        log_weights: as of :func:`psis`, in the order in which they were drawn.
-        sizes: draws of one set; by default 100 and its doublings, up to all draws.
+        log_weights: as in :func:`psis`, in the order in which they were drawn.
+        sizes: draws in a subset; by default 100 and its doublings, up to all draws.
 
     Shapes:
         log_weights: ``(n,)``.
 
     Returns:
-        For each size the k-hats of ``n // size`` sets that share no draw.
+        For each size, the k-hats of ``n // size`` disjoint subsets.
 
     Raises:
-        TypeError: not numbers.
-        ValueError: another shape, a size below 30 or above the number of draws, a weight that is NaN or infinite, or a
-            set without a weight above zero.
+        TypeError, ValueError: as in :func:`psis`, or a size is below 30 or above the number of draws.
 
     Example:
         >>> log_weights = np.random.default_rng(0).normal(size=400)
@@ -152,8 +144,8 @@ def khat_by_size(log_weights: Array, sizes: Sequence[int] | None = None) -> dict
         sizes = [100 * 2**i for i in range(max(0, int(math.log2(max(len(weights), 1) / 100))) + 1)]
     for size in sizes:
         check_sizes(size=size)
-        if not _FEWEST_DRAWS <= size <= len(weights):
-            raise ValueError(f"expected sizes from {_FEWEST_DRAWS} to the {len(weights)} draws; got {size}")
+        if not _MIN_DRAWS <= size <= len(weights):
+            raise ValueError(f"expected sizes from {_MIN_DRAWS} to the {len(weights)} draws; got {size}")
     return {
         int(size): np.array([psis(part)[1] for part in weights[: len(weights) // size * size].reshape(-1, size)])
         for size in sizes
@@ -161,22 +153,18 @@ def khat_by_size(log_weights: Array, sizes: Sequence[int] | None = None) -> dict
 
 
 def importance_ess(log_weights: Array) -> float:
-    r"""Give Kish's effective sample size of importance weights.
+    r"""Compute Kish's effective sample size of importance weights, a number from 1 to n.
 
     .. math:: \Big(\sum_i w_i\Big)^2 \Big/ \sum_i w_i^2
 
     Args:
-        log_weights: of the draws, normalised or not; minus infinity is a weight of zero.
+        log_weights: the log weight of each draw, normalised or not; minus infinity is a weight of zero.
 
     Shapes:
         log_weights: ``(n,)``.
 
-    Returns:
-        A number from 1 to n.
-
     Raises:
-        TypeError: not numbers.
-        ValueError: another shape, no draws, a weight that is NaN or infinite, or none above zero.
+        TypeError, ValueError: as in :func:`psis`, or there are no draws.
 
     References:
         Survey Sampling, Kish, 1965.
@@ -190,12 +178,12 @@ def importance_ess(log_weights: Array) -> float:
 
 
 def _log_weights(log_weights: Array) -> NumPyArray:
-    """Give a copy in float64 whose largest is 0, or say what is wrong."""
+    """Return a float64 copy, shifted so that the largest is 0."""
     weights = as_array("log weights", log_weights, 1, finite=False)
-    bad = np.isnan(weights) | (weights == math.inf)
-    if bad.any():
-        row = int(bad.argmax())
-        raise ValueError(f"expected log weights that are finite or -inf; got {weights[row]} at draw {row}")
+    invalid = np.isnan(weights) | (weights == math.inf)
+    if invalid.any():
+        draw = int(invalid.argmax())
+        raise ValueError(f"expected log weights that are finite or -inf; got {weights[draw]} at draw {draw}")
     if len(weights) == 0 or weights.max() == -math.inf:
         raise ValueError(f"expected at least one weight above zero; got none in {len(weights)} draws")
     return weights - weights.max()

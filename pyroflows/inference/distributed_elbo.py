@@ -87,7 +87,7 @@ class DistributedELBO(ELBO):
         device = device_of(args, kwargs)
         is_first = self._streams is None
         if is_first:
-            distributed.launch(device.type, device, "32-true")
+            distributed.initialize(device)
         with distributed.together(device, self._streams) as self._streams, _DistinctRows():
             if is_first and distributed.world_size() > 1:
                 self._synchronize(model, guide, args, kwargs, device)

@@ -100,7 +100,7 @@ def fit_posterior(
         check_number("max_seconds", max_seconds, "(0, inf)")
     began = time.perf_counter()
     device = device_of(args, kwargs)
-    distributed.launch(device.type, device, "32-true")
+    distributed.initialize(device)
     with seeded(seed), distributed.together(device):
         if num_draws < distributed.world_size():
             raise ValueError(f"expected at least one draw in a step for each process; got num_draws={num_draws}")

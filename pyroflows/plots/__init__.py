@@ -1,7 +1,7 @@
-"""Pictures of densities, samples, fits, posteriors and calibration: each draws on axes given or new, and returns them.
+"""Plots of densities, samples, fits, posteriors and calibration; each draws on new or existing axes and returns them.
 
-New figures have the width of one or two columns of a paper, and its sizes of type; on axes that are given a plot keeps
-to their figure's. The numbers come from :mod:`pyroflows.diagnostics`.
+New figures have the width of one or two columns of a paper, and its type sizes; other figures keep theirs. The numbers
+come from :mod:`pyroflows.diagnostics`.
 """
 
 from pyroflows.plots.calibration import coverage_curves, latent_normality, pit_ecdf, rank_histograms

@@ -1,4 +1,4 @@
-"""What pictures are drawn on: axes given or new, at the width and in the sizes of a paper's columns."""
+"""Axes to draw on: the caller's, or new ones at the width and type sizes of a paper's columns."""
 
 from __future__ import annotations
 
@@ -13,29 +13,31 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pyroflows.diagnostics.arrays import Array, NumPyArray, as_array
+from pyroflows.diagnostics.arrays import column_names
 
 __all__ = [
     "COLORS",
+    "COLUMN",
     "PAGE",
     "PAPER",
     "STYLES",
     "AxesArray",
+    "AxesLike",
+    "as_limits",
     "canvas",
-    "check_limits",
-    "column_names",
     "drawing",
+    "feature_names",
     "panels",
-    "rows_of",
 ]
 
 AxesArray = np.ndarray[Any, np.dtype[np.object_]]
+AxesLike = Axes | Sequence[Axes] | AxesArray
 
 COLORS: tuple[str, ...] = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's colours, which colour-blind readers tell apart."""
+"""Okabe and Ito's colours, which colour-blind readers can tell apart."""
 
 STYLES = ("-", "--", "-.", ":")
-COLUMN, PAGE = 3.3, 6.8  # inches, of a paper of two columns
+COLUMN, PAGE = 3.3, 6.8  # inches: the widths of a column and of a page with two columns
 PAPER: Any = {
     "font.size": 8.0,
     "axes.titlesize": 8.0,
@@ -47,20 +49,16 @@ PAPER: Any = {
     "lines.linewidth": 1.2,
     "lines.markersize": 4.0,
 }
-"""Matplotlib's settings of figures that the plots make; axes of other figures keep their own."""
+"""Matplotlib settings of new figures; other figures keep their own."""
 
-_OWN: WeakSet[Figure] = WeakSet()  # the figures made here, whose sizes hold for what is added to them later
+_PAPER_FIGURES: WeakSet[Figure] = WeakSet()  # made here: PAPER also holds for what is added to them later
 
 
 @contextmanager
 def canvas(
-    ax: Axes | Sequence[Axes] | AxesArray | None,
-    shape: tuple[int, int],
-    size: tuple[float, float],
-    *,
-    layout: Any = "constrained",
+    ax: AxesLike | None, shape: tuple[int, int], size: tuple[float, float], *, layout: Any = "constrained"
 ) -> Iterator[AxesArray]:
-    """Give an array of axes to draw on: those given, or those of a new figure.
+    """Yield an array of axes to draw on.
 
     Args:
         ax: the axes; new ones by default.
@@ -69,72 +67,53 @@ def canvas(
         layout: of a new figure.
     """
     if ax is not None:
-        given = np.asarray(ax, dtype=object).reshape(-1)
-        if given.size != math.prod(shape) or not all(isinstance(each, Axes) for each in given):
-            count = math.prod(shape)
-            wanted = "one Axes" if count == 1 else f"{count} Axes"
-            got = given.size if all(isinstance(each, Axes) for each in given) else type(ax).__name__
-            raise ValueError(f"expected ax of {wanted}; got {got}")
-        with plt.rc_context(PAPER if given[0].figure in _OWN else None):
-            yield given.reshape(shape)
+        axes = np.asarray(ax, dtype=object).reshape(-1)
+        count, are_axes = math.prod(shape), all(isinstance(each, Axes) for each in axes)
+        if axes.size != count or not are_axes:
+            expected = "one Axes" if count == 1 else f"{count} Axes"
+            raise ValueError(f"expected ax of {expected}; got {axes.size if are_axes else type(ax).__name__}")
+        with plt.rc_context(PAPER if axes[0].figure in _PAPER_FIGURES else None):
+            yield axes.reshape(shape)
         return
     with plt.rc_context(PAPER):
         figure = plt.figure(figsize=size, layout=layout)
-        _OWN.add(figure)
+        _PAPER_FIGURES.add(figure)
         yield figure.subplots(*shape, squeeze=False)
-        for each in figure.axes:  # ticks are made when they are drawn, after this block
+        for each in figure.axes:  # ticks are created when they are drawn, after this block
             each.tick_params(labelsize=PAPER["xtick.labelsize"])
 
 
 @contextmanager
 def drawing(ax: Axes | None, size: tuple[float, float] = (COLUMN, 2.6)) -> Iterator[Axes]:
-    """Give one axes to draw on."""
+    """Yield one axes to draw on."""
     with canvas(ax, (1, 1), size) as axes:
         yield axes[0, 0]
 
 
 @contextmanager
-def panels(
-    ax: Axes | Sequence[Axes] | AxesArray | None, count: int, *, across: int = 4, height: float = 1.8
-) -> Iterator[AxesArray]:
-    """Give as many axes as asked for, in one dimension; new ones are in rows of ``across`` at most."""
+def panels(ax: AxesLike | None, count: int) -> Iterator[AxesArray]:
+    """Yield ``count`` axes in one dimension; new ones stand in rows of at most four."""
     if ax is not None:
         with canvas(ax, (1, count), (0, 0)) as axes:
             yield axes[0]
         return
-    across = min(across, count)
+    across = min(4, count)
     down = -(-count // across)
-    width = COLUMN if across == 1 else PAGE * across / 4 if across < 4 else PAGE
-    with canvas(None, (down, across), (max(width, COLUMN), height * down + 0.3)) as axes:
-        for spare in axes.flat[count:]:
-            spare.set_axis_off()
+    with canvas(None, (down, across), (max(PAGE * across / 4, COLUMN), 1.8 * down + 0.3)) as axes:
+        for unused in axes.flat[count:]:
+            unused.set_axis_off()
         yield axes.reshape(-1)[:count]
 
 
-def rows_of(name: str, values: Array) -> NumPyArray:
-    """Give rows of columns as float64, or say what is wrong with them."""
-    rows = as_array(name, values, 2)
-    if 0 in rows.shape:
-        raise ValueError(f"expected {name} of at least one row and one column; got shape {rows.shape}")
-    return rows
+def feature_names(names: Sequence[str] | None, count: int) -> tuple[str, ...]:
+    """Return the names of features, by default x_1, x_2 and so on."""
+    return column_names(names, [f"$x_{{{i + 1}}}$" for i in range(count)])
 
 
-def column_names(names: Sequence[str] | None, columns: int) -> list[str]:
-    """Give a name for each column."""
-    if names is None:
-        return [f"$x_{{{i + 1}}}$" for i in range(columns)]
-    if len(names) != columns:
-        raise ValueError(f"expected a name for each of {columns} columns; got {len(names)}")
-    return [str(name) for name in names]
-
-
-def check_limits(limits: Sequence[float]) -> tuple[float, float, float, float]:
-    """Give ``(left, right, bottom, top)`` from itself or from ``(low, high)``."""
-    given = tuple(float(limit) for limit in limits)
-    if len(given) == 2:
-        given = given * 2
-    if len(given) != 4 or not (given[0] < given[1] and given[2] < given[3]):
-        raise ValueError(
-            f"expected limits (low, high) or (left, right, bottom, top), increasing; got {tuple(limits)!r}"
-        )
-    return given[0], given[1], given[2], given[3]
+def as_limits(limits: Sequence[float]) -> tuple[float, float, float, float]:
+    """Return ``(left, right, bottom, top)`` from these four or from ``(low, high)``."""
+    numbers = tuple(map(float, limits))
+    numbers = numbers * 2 if len(numbers) == 2 else numbers
+    if len(numbers) != 4 or not (numbers[0] < numbers[1] and numbers[2] < numbers[3]):
+        raise ValueError(f"expected limits (low, high) or (left, right, bottom, top), increasing; got {tuple(limits)}")
+    return numbers

@@ -1,4 +1,4 @@
-"""Fits: how the loss fell, and what the models score."""
+"""Fits: training curves and test scores."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["log_likelihoods", "training_curves"]
 def training_curves(
     results: Mapping[str, FitResult], ax: Axes | None = None, *, title: str = "Training", skip: int = 0
 ) -> Axes:
-    """Draw the loss of fits by epoch: validation rows where there are some, else training rows; a dot marks the best.
+    """Draw the loss of fits by epoch, on the validation rows if there are any; a dot marks the best epoch.
 
     Args:
         results: fits by name.
         ax: the axes; new ones by default.
         title: of the axes.
-        skip: epochs to leave out at the start, where the loss is so high that the rest looks flat; two always stay.
+        skip: epochs to leave out at the start, where high losses would flatten the rest; at least two are drawn.
 
     Raises:
         ValueError: there is no fit.
@@ -38,8 +38,8 @@ def training_curves(
     if not results:
         raise ValueError("expected at least one fit; got none")
     with drawing(ax) as ax:
-        for number, (name, result) in enumerate(results.items()):
-            color, style = COLORS[number % len(COLORS)], STYLES[number % len(STYLES)]
+        for i, (name, result) in enumerate(results.items()):
+            color, style = COLORS[i % len(COLORS)], STYLES[i % len(STYLES)]
             losses = result.history.get("validation") or result.history["train"]
             epochs, start = range(1, len(losses) + 1), max(0, min(skip, len(losses) - 2))
             ax.plot(epochs[start:], losses[start:], style, color=color, label=name)
@@ -54,7 +54,7 @@ def training_curves(
 def log_likelihoods(
     scores: Mapping[str, tuple[float, float]], ax: Axes | None = None, *, title: str = "Test log-likelihood"
 ) -> Axes:
-    """Draw a mean log-likelihood and its standard error for each model, the first on top.
+    """Draw the mean log-likelihood and its standard error for each model, the first on top.
 
     Args:
         scores: ``(mean, standard error)`` in nats per row, by the name of the model.
@@ -71,11 +71,11 @@ def log_likelihoods(
     if not scores:
         raise ValueError("expected at least one score; got none")
     with drawing(ax, (COLUMN, 0.7 + 0.35 * len(scores))) as ax:
-        places = list(range(len(scores)))[::-1]
-        for place, (mean, error), color in zip(places, scores.values(), COLORS * len(scores), strict=False):
-            ax.errorbar(mean, place, xerr=error, fmt="o", color=color, capsize=4)
-            ax.annotate(f"{mean:.2f}", (mean, place), xytext=(0, 7), textcoords="offset points", ha="center")
-        ax.set_yticks(places, list(scores))
+        heights = list(range(len(scores)))[::-1]
+        for i, (mean, error) in enumerate(scores.values()):
+            ax.errorbar(mean, heights[i], xerr=error, fmt="o", color=COLORS[i % len(COLORS)], capsize=4)
+            ax.annotate(f"{mean:.2f}", (mean, heights[i]), xytext=(0, 7), textcoords="offset points", ha="center")
+        ax.set_yticks(heights, list(scores))
         ax.set(title=title, xlabel="nats per row; higher is better", ylim=(-0.5, len(scores) - 0.4))
         ax.grid(axis="x", alpha=0.3)
     return ax

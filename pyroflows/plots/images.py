@@ -1,4 +1,4 @@
-"""Images: grids of them, and ways between them."""
+"""Images: grids and interpolations."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from pyroflows.plots.canvas import drawing
 
 __all__ = ["image_grid", "interpolations", "save_image_grid"]
 
-_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-
 
 def image_grid(
     images: Tensor, ax: Axes | None = None, *, columns: int = 8, num_levels: int = 256, title: str = ""
@@ -21,9 +19,9 @@ def image_grid(
     """Draw images in a grid, row by row.
 
     Args:
-        images: levels of pixels, of one channel or three.
+        images: levels of pixels, with one channel or three.
         ax: the axes; new ones by default.
-        columns: images a row.
+        columns: images in a row.
         num_levels: the number of levels; the highest is white.
         title: of the axes.
 
@@ -32,7 +30,7 @@ def image_grid(
 
     Raises:
         TypeError: not a tensor.
-        ValueError: there is no image, it has another number of channels, or a number is not positive.
+        ValueError: no image, another number of channels, or a number out of range.
 
     Example:
         >>> import torch
@@ -49,10 +47,10 @@ def image_grid(
 def interpolations(
     images: Tensor, ax: Axes | None = None, *, num_levels: int = 256, title: str = "Straight lines in the latent"
 ) -> Axes:
-    """Draw ways between images, one a row, as :func:`pyroflows.interpolate` gives them.
+    """Draw interpolations between images, one in each row, as :func:`pyroflows.interpolate` returns them.
 
     Args:
-        images: levels of pixels, of one channel or three; both ends of each way among them.
+        images: levels of pixels, with one channel or three; the first and the last in a row are the ends.
         ax: the axes; new ones by default.
         num_levels: the number of levels; the highest is white.
         title: of the axes.
@@ -61,7 +59,7 @@ def interpolations(
         images: ``(pairs, num, C, H, W)``.
 
     Raises:
-        ValueError: images of another shape, fewer than two on a way, or a number out of range.
+        ValueError: images of another shape, fewer than two in a row, or a number out of range.
 
     Example:
         >>> import torch
@@ -71,9 +69,10 @@ def interpolations(
     if not isinstance(images, Tensor) or images.dim() != 5 or images.shape[1] < 2:
         got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"expected images of shape (pairs, num, C, H, W), num of at least 2; got {got}")
-    num, width = images.shape[1], images.shape[-1] + 1  # of an image and the line beside it
+    num, width = images.shape[1], images.shape[-1] + 1  # of an image and the line between two
     ax = image_grid(images.flatten(0, 1), ax, columns=num, num_levels=num_levels, title=title)
-    ax.set_xticks([width * (0.5 + share * (num - 1)) for share in _SHARES], [f"{share:g}" for share in _SHARES])
+    shares = (0.0, 0.25, 0.5, 0.75, 1.0)
+    ax.set_xticks([width * (0.5 + share * (num - 1)) for share in shares], [f"{share:g}" for share in shares])
     ax.set_xlabel("share of the way")
     return ax
 
@@ -81,25 +80,24 @@ def interpolations(
 def save_image_grid(
     images: Tensor, path: str | Path, *, columns: int = 8, num_levels: int = 256, enlarge: int = 1
 ) -> None:
-    """Save images in a grid as a PNG of their own pixels.
+    """Save a grid of images as a PNG file.
 
     Args:
-        images: levels of pixels, of one channel or three.
+        images: levels of pixels, with one channel or three.
         path: the file.
-        columns: images a row.
+        columns: images in a row.
         num_levels: the number of levels; the highest is white.
-        enlarge: pixels of the file for one of the images, along each side.
+        enlarge: pixels of the file for one pixel of an image, along each side.
 
     Shapes:
         images: ``(num, C, H, W)``.
 
     Raises:
         TypeError: not a tensor.
-        ValueError: there is no image, it has another number of channels, or a number is not positive.
+        ValueError: no image, another number of channels, or a number out of range.
 
     Example:
-        >>> import torch
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_image_grid(torch.randint(256, (4, 3, 8, 8)), f"{folder}/grid.png")
     """

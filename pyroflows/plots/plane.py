@@ -1,4 +1,4 @@
-"""The plane: densities, samples, and what a flow makes of a grid."""
+"""The plane: densities, samples, and the latent grid after each layer of a flow."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from torch import Tensor
 
 from pyroflows.arguments import check_number, check_sizes
 from pyroflows.contexts import evaluating
+from pyroflows.diagnostics.arrays import Array
 from pyroflows.flow import Flow
-from pyroflows.plots.canvas import COLORS, AxesArray, check_limits, drawing, panels
+from pyroflows.plots.canvas import COLORS, AxesArray, AxesLike, as_limits, drawing, panels
 
 __all__ = ["deformed_grid", "density_2d", "samples_2d"]
 
-_ROWS = 2**14
-_POINTS = 200  # of a line of the grid
+_ROWS = 2**14  # evaluated at once
+_POINTS = 200  # in a line of the grid
 
 
 def density_2d(
@@ -35,12 +36,12 @@ def density_2d(
     """Draw a density in the plane, light where it is high.
 
     Args:
-        density: a flow of two features, which is evaluated as after training, or a function from rows to their
-            log-densities in nats.
+        density: a flow of two features, evaluated in evaluation mode, or a function that returns log-densities of rows
+            in nats.
         limits: ``(low, high)`` for both axes, or ``(left, right, bottom, top)``.
         ax: the axes; new ones by default.
         points: grid points along each axis.
-        max_density: the density drawn lightest, so that several pictures compare; by default the highest.
+        max_density: the density drawn lightest, for comparable pictures; by default the highest.
         colorbar: whether to draw the scale.
         title: of the axes.
 
@@ -55,23 +56,15 @@ def density_2d(
         >>> density_2d(StandardNormal(2).log_prob, (-3, 3), points=10).get_title()
         'Density'
     """
-    left, right, bottom, top = check_limits(limits)
+    left, right, bottom, top = as_limits(limits)
     if points < 2:
         raise ValueError(f"expected points of at least 2; got {points}")
-    log_prob = getattr(density, "log_prob", density)
-    parameter = next(density.parameters(), None) if isinstance(density, torch.nn.Module) else None
-    across, up = (
-        torch.linspace(low, high, points, dtype=torch.float64) for low, high in ((left, right), (bottom, top))
-    )
-    grid = torch.cartesian_prod(up, across).flip(-1)  # (points * points, 2), the rows of the picture one by one
-    grid = grid.to(torch.get_default_dtype()) if parameter is None else grid.to(parameter)
-    with torch.no_grad(), evaluating(density):
-        values = torch.cat([log_prob(part) for part in grid.split(_ROWS)]).double().exp().cpu()
-    # imshow, not pcolormesh: a grid of 40,000 cells as one small picture in PDF and SVG too.
-    half_x, half_y = (float(values_[1] - values_[0]) / 2 for values_ in (across, up))
+    values = _density_grid(density, (left, right, bottom, top), points)
+    half_x, half_y = (right - left) / (points - 1) / 2, (top - bottom) / (points - 1) / 2
     with drawing(ax) as ax:
+        # imshow, not pcolormesh, whose 40,000 cells would be separate shapes in PDF and SVG.
         image = ax.imshow(
-            values.reshape(points, points).numpy(),
+            values.numpy(),
             origin="lower",
             extent=(left - half_x, right + half_x, bottom - half_y, top + half_y),
             vmin=0,
@@ -81,14 +74,30 @@ def density_2d(
         )
         ax.set(title=title, xlabel="$x_1$", ylabel="$x_2$", xlim=(left, right), ylim=(bottom, top))
         if colorbar:
-            # Within the axes' own coordinates, it stays as tall as the picture.
+            # In the axes' own coordinates it stays as tall as the picture.
             bar = ax.figure.colorbar(image, cax=ax.inset_axes((1.04, 0, 0.05, 1)), label="density")
             bar.ax.tick_params(labelsize=plt.rcParams["ytick.labelsize"])
     return ax
 
 
+def _density_grid(
+    density: torch.nn.Module | Callable[[Tensor], Tensor], limits: tuple[float, float, float, float], points: int
+) -> Tensor:
+    """Return the density on a grid, ``(points, points)``, the lowest row first."""
+    left, right, bottom, top = limits
+    x1 = torch.linspace(left, right, points, dtype=torch.float64)
+    x2 = torch.linspace(bottom, top, points, dtype=torch.float64)
+    parameter = next(density.parameters(), None) if isinstance(density, torch.nn.Module) else None
+    grid = torch.cartesian_prod(x2, x1).flip(-1)  # (points * points, 2)
+    grid = grid.to(torch.get_default_dtype()) if parameter is None else grid.to(parameter)
+    log_prob = getattr(density, "log_prob", density)
+    with torch.no_grad(), evaluating(density):
+        values = torch.cat([log_prob(rows) for rows in grid.split(_ROWS)])
+    return values.double().exp().cpu().reshape(points, points)
+
+
 def samples_2d(
-    x: Tensor | np.ndarray,
+    x: Array,
     ax: Axes | None = None,
     *,
     limits: Sequence[float] | None = None,
@@ -97,14 +106,14 @@ def samples_2d(
     title: str = "Samples",
     names: Sequence[str] = ("$x_1$", "$x_2$"),
 ) -> Axes:
-    """Draw rows of two features as points; called again on the same axes it adds to them.
+    """Draw rows of two features as points; further calls add to the same axes.
 
     Args:
         x: the rows.
         ax: the axes; new ones by default.
         limits: ``(low, high)`` for both axes, or ``(left, right, bottom, top)``; by default those of the rows.
         color: of the points.
-        label: what the points are, for a legend.
+        label: of the points, for a legend.
         title: of the axes.
         names: of the two features.
 
@@ -121,43 +130,43 @@ def samples_2d(
     rows = x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
     if rows.ndim != 2 or rows.shape[1] != 2:
         raise ValueError(f"expected rows of shape (rows, 2); got {rows.shape}")
-    # Points that overlap must still show how many they are: the more, the smaller and fainter.
+    # The more points, the smaller and fainter, so that overlapping points still show how many they are.
     size, alpha = np.clip(6000 / max(len(rows), 1), 1.5, 14), np.clip(600 / max(len(rows), 1), 0.25, 0.8)
     with drawing(ax) as ax:
         ax.scatter(rows[:, 0], rows[:, 1], s=size, alpha=alpha, color=color, linewidths=0, label=label, rasterized=True)
         ax.set(title=title, xlabel=names[0], ylabel=names[1])
         if limits is not None:
-            left, right, bottom, top = check_limits(limits)
+            left, right, bottom, top = as_limits(limits)
             ax.set(xlim=(left, right), ylim=(bottom, top), aspect="equal")
     return ax
 
 
 def deformed_grid(
     flow: Flow,
-    ax: Axes | Sequence[Axes] | AxesArray | None = None,
+    ax: AxesLike | None = None,
     *,
     context: Tensor | None = None,
     extent: float = 2.5,
     lines: int = 11,
     max_panels: int = 8,
 ) -> AxesArray:
-    """Draw a grid of the latent plane, and what becomes of it after each layer, up to the data.
+    """Draw a grid of the latent plane and its image after each layer, up to the data.
 
-    Two circles go with it, which hold 39 % and 86 % of a standard normal.
+    Two circles are drawn with it, which hold 39 % and 86 % of a standard normal.
 
     Args:
         flow: a flow of two features.
         ax: an axes for each panel; new ones by default.
-        context: of one row, where the flow takes one.
+        context: a single one, if the flow takes a context.
         extent: of the grid, from the middle to each side.
         lines: of the grid in each direction.
-        max_panels: of more layers, this many panels are spread evenly, the latent and the data among them.
+        max_panels: the largest number of panels; with more layers, they are spread evenly from the latent to the data.
 
     Shapes:
         context: ``(context_features,)``, or what the flow's embedding maps to that, without a batch.
 
     Returns:
-        The axes, shape ``(panels,)``: the latent, and the layers', at most ``max_panels``.
+        The axes, shape ``(panels,)``: the latent, and the output of layers.
 
     Raises:
         TypeError: not a flow.
@@ -177,12 +186,7 @@ def deformed_grid(
     check_sizes(lines=lines, max_panels=max_panels)
     if lines < 2 or max_panels < 2:
         raise ValueError(f"expected at least 2 lines and 2 panels; got {lines} and {max_panels}")
-    along = torch.linspace(-extent, extent, _POINTS, dtype=torch.float64)
-    at = torch.linspace(-extent, extent, lines, dtype=torch.float64)
-    upright = torch.stack(torch.broadcast_tensors(at[:, None], along), -1)  # (lines, points, 2)
-    angle = torch.linspace(0, 2 * torch.pi, _POINTS, dtype=torch.float64)
-    circles = torch.tensor([1.0, 2.0])[:, None, None] * torch.stack([angle.cos(), angle.sin()], -1)
-    x = torch.cat([upright, upright.flip(-1), circles]).to(flow.device, flow.dtype).flatten(0, 1)
+    x = _grid_lines(extent, lines).to(flow.device, flow.dtype).flatten(0, 1)
     stages, titles = [x], ["latent"]
     with torch.no_grad(), evaluating(flow):
         embedded = flow.embed(context)
@@ -191,9 +195,9 @@ def deformed_grid(
             stages.append(x)
             titles.append(f"{number}: {type(layer).__name__}")
     titles[-1] = f"data, after {titles[-1]}"
-    shown = np.unique(np.rint(np.linspace(0, len(stages) - 1, min(max_panels, len(stages)))).astype(int))
-    with panels(ax, len(shown)) as axes:
-        for each, stage in zip(axes, shown, strict=True):
+    drawn = np.unique(np.rint(np.linspace(0, len(stages) - 1, min(max_panels, len(stages)))).astype(int))
+    with panels(ax, len(drawn)) as axes:
+        for each, stage in zip(axes, drawn, strict=True):
             curves = stages[stage].double().cpu().unflatten(0, (-1, _POINTS)).numpy()
             groups = np.split(curves, [lines, 2 * lines])
             for group, color, width in zip(groups, (COLORS[0], COLORS[1], COLORS[6]), (0.7, 0.7, 1.2), strict=True):
@@ -202,3 +206,13 @@ def deformed_grid(
             each.set(title=titles[stage], aspect="equal", adjustable="datalim")
             each.locator_params(nbins=4)
     return axes
+
+
+def _grid_lines(extent: float, lines: int) -> Tensor:
+    """Return vertical lines, horizontal lines and two circles, ``(2 * lines + 2, points, 2)``."""
+    along = torch.linspace(-extent, extent, _POINTS, dtype=torch.float64)
+    offsets = torch.linspace(-extent, extent, lines, dtype=torch.float64)
+    vertical = torch.stack(torch.broadcast_tensors(offsets[:, None], along), -1)  # (lines, points, 2)
+    angle = torch.linspace(0, 2 * torch.pi, _POINTS, dtype=torch.float64)
+    circles = torch.tensor([1.0, 2.0])[:, None, None] * torch.stack([angle.cos(), angle.sin()], -1)
+    return torch.cat([vertical, vertical.flip(-1), circles])

@@ -1,4 +1,4 @@
-"""Tables of data against samples: each column's distribution, and every pair of columns."""
+"""Tables of data against samples: the distribution of each column, and every pair of columns."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from pyroflows.diagnostics.arrays import Array, NumPyArray
-from pyroflows.plots.canvas import COLORS, PAGE, AxesArray, canvas, column_names, panels, rows_of
+from pyroflows.diagnostics.arrays import Array, NumPyArray, as_rows
+from pyroflows.plots.canvas import COLORS, COLUMN, PAGE, AxesArray, AxesLike, canvas, feature_names, panels
 
 __all__ = ["marginals", "pair_plot"]
 
-_POINTS = 3000  # drawn of each table in one scatter
+_POINTS = 3000  # drawn of each table in a scatter plot
 
 
 def marginals(
     data: Array,
     samples: Array,
-    ax: Axes | Sequence[Axes] | AxesArray | None = None,
+    ax: AxesLike | None = None,
     *,
     names: Sequence[str] | None = None,
     labels: tuple[str, str] = ("data", "samples"),
 ) -> AxesArray:
     """Draw histograms of each column of data, filled, and of samples, as a line, in the same bins.
 
-    The bins reach a little beyond the data, or are its whole numbers; both histograms are shares of all rows, so that
-    samples outside the bins are missing from the line, and their share is written where it is above 0.5 %, as "1% out".
+    The bins reach a little beyond the data, or are its integers. Both histograms are shares of all rows: samples
+    outside the bins are missing from the line, and their share is written if it is above 0.5 %, as "1% out".
 
     Args:
         data: rows of data.
-        samples: rows of as many columns, such as ``flow.sample(1000)``.
+        samples: rows of as many columns, such as ``flow.sample((1000,))``.
         ax: an axes for each column; new ones by default.
         names: of the columns, with their units.
-        labels: what the two tables are.
+        labels: of the two tables, for the legend.
 
     Shapes:
         data: ``(n, d)``; samples: ``(m, d)``.
@@ -55,10 +55,10 @@ def marginals(
     """
     data, samples, names = _tables(data, samples, names)
     with panels(ax, len(names)) as axes:
-        for column, (each, name) in enumerate(zip(axes, names, strict=True)):
+        for column, each in enumerate(axes):
             outside = _histograms(each, data[:, column], samples[:, column], _bins(data[:, column]), labels)
             each.set_title(outside and f"{outside} of {labels[1]} out", loc="right", size="small")
-            each.set(xlabel=name, ylabel="" if column else "density")
+            each.set(xlabel=names[column], ylabel="" if column else "density")
             each.locator_params(axis="x", nbins=4)
         axes[0].legend(frameon=False, handlelength=1.2)
     return axes
@@ -72,27 +72,20 @@ def pair_plot(
     ax: Sequence[Axes] | AxesArray | None = None,
     labels: tuple[str, str] = ("data", "samples"),
 ) -> AxesArray:
-    """Draw every pair of columns of data and samples as points, and each column's histograms on the diagonal.
+    """Draw every pair of columns of data and samples as points, and the histograms of each column on the diagonal.
 
-    At most 3,000 rows of each are drawn as points, evenly spread over the table; histograms are of all, as in
+    At most 3,000 rows of each are drawn as points, spread evenly over the table; histograms are of all rows, as in
     :func:`marginals`.
 
     Args:
-        data: rows of data.
-        samples: rows of as many columns, such as ``flow.sample(1000)``.
-        names: of the columns, with their units.
+        data, samples, names, labels: as in :func:`marginals`.
         ax: ``d * d`` axes, row by row; new ones by default. Those above the diagonal stay empty.
-        labels: what the two tables are.
-
-    Shapes:
-        data: ``(n, d)``; samples: ``(m, d)``.
 
     Returns:
         The axes, shape ``(d, d)``.
 
     Raises:
-        TypeError: not numbers.
-        ValueError: tables that do not match, are empty or not finite, or another number of names or axes.
+        TypeError, ValueError: as in :func:`marginals`.
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -101,16 +94,13 @@ def pair_plot(
     """
     data, samples, names = _tables(data, samples, names)
     count = len(names)
-    inches = float(np.clip(1.7 * count, 3.3, PAGE))
+    inches = float(np.clip(1.7 * count, COLUMN, PAGE))
     wrapped = [fill(name, max(9, round(11 * inches / count)), break_long_words=False) for name in names]
     ticks, size = (3, "medium") if count < 4 else (2, "medium" if count < 6 else "small")
-    few = [rows[:: -(-len(rows) // _POINTS)] for rows in (data, samples)]
-    # In random order, or the samples would hide the data.
-    order = np.random.default_rng(0).permutation(sum(map(len, few)))
-    points, colors = np.concatenate(few)[order], np.repeat(COLORS[:2], [len(rows) for rows in few])[order]
+    points, colors = _points(data, samples)
     alpha = float(np.clip(400 / len(points), 0.25, 0.7))
     edges = [_bins(column) for column in data.T]
-    # Without a layout by the labels' sizes, panels are all of one size.
+    # The constrained layout would give panels with labels another size.
     with canvas(ax, (count, count), (inches, inches), layout=None) as axes:
         for (row, column), each in np.ndenumerate(axes):
             if column > row:
@@ -118,10 +108,8 @@ def pair_plot(
                 continue
             if row == column:
                 outside = _histograms(each, data[:, row], samples[:, row], edges[row], labels)
-                if outside:
-                    each.text(
-                        0.98, 0.97, f"{outside} out", transform=each.transAxes, ha="right", va="top", size="small"
-                    )
+                note = f"{outside} out" if outside else ""
+                each.text(0.98, 0.97, note, transform=each.transAxes, ha="right", va="top", size="small")
                 each.set_yticks([])
             else:
                 each.scatter(*points[:, [column, row]].T, s=4, alpha=alpha, c=colors, linewidths=0, rasterized=True)
@@ -137,13 +125,23 @@ def pair_plot(
         figure = axes[0, 0].figure
         figure.align_ylabels(list(axes[:, 0]))
         if ax is None:
-            sides = {"left": 0.85 / inches, "bottom": 0.7 / inches, "right": 1 - 0.1 / inches, "top": 1 - 0.1 / inches}
-            figure.subplots_adjust(**sides, wspace=0.12, hspace=0.12)
+            margins = {"left": 0.85, "bottom": 0.7, "right": inches - 0.1, "top": inches - 0.1}
+            figure.subplots_adjust(
+                **{side: margin / inches for side, margin in margins.items()}, wspace=0.12, hspace=0.12
+            )
     return axes
 
 
+def _points(data: NumPyArray, samples: NumPyArray) -> tuple[NumPyArray, NumPyArray]:
+    """Return some rows of both tables and their colours, in random order, so that samples do not hide the data."""
+    subsets = [rows[:: -(-len(rows) // _POINTS)] for rows in (data, samples)]
+    colors = np.repeat(COLORS[:2], [len(rows) for rows in subsets])
+    order = np.random.default_rng(0).permutation(len(colors))
+    return np.concatenate(subsets)[order], colors[order]
+
+
 def _histograms(ax: Axes, data: NumPyArray, samples: NumPyArray, edges: NumPyArray, labels: tuple[str, str]) -> str:
-    """Draw both, and say what share of the samples the bins leave out."""
+    """Draw both, and return the share of the samples outside the bins as a text."""
     # Not numpy's density=True, which would spread the rows outside the bins over those within.
     heights = [np.histogram(values, edges)[0] / len(values) / np.diff(edges) for values in (data, samples)]
     ax.stairs(heights[0], edges, fill=True, color=COLORS[0], alpha=0.35, label=labels[0])
@@ -157,17 +155,13 @@ def _histograms(ax: Axes, data: NumPyArray, samples: NumPyArray, edges: NumPyArr
 def _bins(data: NumPyArray) -> NumPyArray:
     if (data == np.rint(data)).all() and 0 < np.ptp(data) <= 50:
         return np.arange(data.min() - 0.5, data.max() + 1)
-    return np.linspace(*_range(data), int(np.clip(2 * len(data) ** (1 / 3), 10, 50)) + 1)
+    low, high = np.quantile(data, [0.001, 0.999])  # one outlier would leave all other rows in one bin
+    margin = 0.08 * (high - low) or 0.5
+    return np.linspace(low - margin, high + margin, int(np.clip(2 * len(data) ** (1 / 3), 10, 50)) + 1)
 
 
-def _range(data: NumPyArray) -> tuple[float, float]:
-    low, high = np.quantile(data, [0.001, 0.999])  # a lone outlier would leave the others one bin
-    room = 0.08 * (high - low) or 0.5
-    return float(low - room), float(high + room)
-
-
-def _tables(data: Array, samples: Array, names: Sequence[str] | None) -> tuple[NumPyArray, NumPyArray, list[str]]:
-    data, samples = rows_of("data", data), rows_of("samples", samples)
+def _tables(data: Array, samples: Array, names: Sequence[str] | None) -> tuple[NumPyArray, NumPyArray, tuple[str, ...]]:
+    data, samples = as_rows("data", data), as_rows("samples", samples)
     if data.shape[1] != samples.shape[1]:
         raise ValueError(f"expected samples of the data's {data.shape[1]} columns; got {samples.shape[1]}")
-    return data, samples, column_names(names, data.shape[1])
+    return data, samples, feature_names(names, data.shape[1])

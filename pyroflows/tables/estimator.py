@@ -147,7 +147,7 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         x, y, weight = _merged(x, y, weight)
         if len(x) < 2:
             raise ValueError(f"expected at least 2 different rows of a weight above zero; got {len(x)}")
-        check_varying(np.flatnonzero((x == x[0]).all(0)).tolist(), getattr(self, "feature_names_in_", None))
+        check_varying(x, getattr(self, "feature_names_in_", None))
 
         rng = check_random_state(self.random_state)
         seed = int(rng.randint(np.iinfo(np.int32).max))

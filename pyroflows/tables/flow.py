@@ -82,7 +82,7 @@ def table_flow(
     features = x.shape[1]
     dequantizer = _dequantizer(x, integer_columns) if len(integer_columns) else None
     rows = x if dequantizer is None else dequantizer(x)[0]
-    check_varying((rows == rows[0]).all(0).nonzero()[:, 0].tolist())
+    check_varying(rows)
     outer: list[Bijection] = []
     if standardize:
         outer = [Standardize.from_data(rows) if standardize is True else standardize]

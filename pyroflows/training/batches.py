@@ -1,12 +1,10 @@
-"""What a fit takes its batches from: rows on the device, batches of the user's own, or no data at all."""
+"""Batches for training: rows of an array, batches of the user's own, or steps without data."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import copy
-from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,38 +12,77 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from pyroflows import distributed
-from pyroflows.arguments import check_number, check_sizes, check_varying
 from pyroflows.contexts import random_state, set_random_state
-from pyroflows.dequantizers import ColumnDequantizer
-from pyroflows.networks.one_hot import OneHot
+from pyroflows.training.options import FitOptions
 
-if TYPE_CHECKING:
-    from pyroflows.flow import Flow
-
-__all__ = ["Batches", "Mapped", "Rows", "Steps", "prepare"]
-
-Batch = tuple[Tensor | None, Tensor | None, float]
-"""Data and context, and the share of the whole batch's rows that this process has."""
+__all__ = ["Batch", "Batches", "MappedArray", "Rows", "Steps", "as_channels_last", "as_numbers", "parts_of"]
 
 _EVALUATION_ROWS = 8192
 _EVALUATION_NUMBERS = 2**19
-_CHECKED_NUMBERS = 2**22  # of a memory-mapped array at a time
 
 
-class Mapped:
-    """Rows of a memory-mapped array, of which only those that are asked for are read; a tensor's few uses of a fit."""
+class Batch(NamedTuple):
+    """A batch, or a part of it, with the part's share of the rows of the whole batch."""
+
+    x: Tensor | None
+    context: Tensor | None = None
+    weights: Tensor | None = None
+    share: float = 1.0
+
+    @property
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        """What an objective takes after the flow: data, context, and the weights of rows if there are any."""
+        return (self.x, self.context) if self.weights is None else (self.x, self.context, self.weights)
+
+
+def parts_of(batch: Batch, options: FitOptions) -> Iterator[Batch]:
+    """Augment a batch, and yield the parts of it that are run one after another."""
+    number, x = options.accumulate, batch.x
+    if x is None:
+        for _ in range(number):
+            yield Batch(None, share=1 / number)
+        return
+    if options.augment is not None:
+        shape, dtype = x.shape, x.dtype
+        x = options.augment(x)
+        if not isinstance(x, Tensor) or x.shape != shape or x.dtype != dtype:
+            got = f"{x.dtype} of {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"expected augment to return {dtype} of {tuple(shape)}, as it gets; got {got}")
+    batch = as_channels_last(batch._replace(x=x), options)
+    if number > 1:  # the same number on every rank, since norms in training sum over all ranks in each part
+        number = min(distributed.all_gather(min(number, len(x))))
+    columns = (batch.x, batch.context, batch.weights)
+    parts = [[None] * number if column is None else column.tensor_split(number) for column in columns]
+    for part, context, weights in zip(*parts, strict=True):
+        yield Batch(part, context, weights, len(part) / len(x))
+
+
+def as_channels_last(batch: Batch, options: FitOptions) -> Batch:
+    """Return a batch of images in the layout that the options ask for."""
+    if not options.channels_last or batch.x is None:
+        return batch
+    return batch._replace(x=batch.x.contiguous(memory_format=torch.channels_last))
+
+
+def as_numbers(array: np.ndarray[Any, Any]) -> Tensor:
+    """Return an array as a tensor, in the machine's byte order, the only one that torch takes."""
+    return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ("C", "W")))
+
+
+class MappedArray:
+    """A memory-mapped array that is indexed like a tensor, and read only where it is indexed."""
 
     def __init__(self, array: np.memmap[Any, Any], dtype: torch.dtype, device: torch.device):
         self.array, self.device = array, device
-        first = _numbers(np.array(array[:0]))
-        self.dtype = dtype if first.is_floating_point() else first.dtype
-        self.rows: Tensor | None = None  # where not all are meant
+        empty = as_numbers(np.array(array[:0]))
+        self.dtype = dtype if empty.is_floating_point() else empty.dtype
+        self.rows: Tensor | None = None  # a subset of the array's rows; None for all
 
-    def among(self, rows: Tensor) -> Mapped:
-        """Give these rows alone."""
-        part = copy(self)
-        part.rows = rows.cpu() if self.rows is None else self.rows[rows.cpu()]
-        return part
+    def subset(self, rows: Tensor) -> MappedArray:
+        """Return a view of these rows, without reading them."""
+        view = copy(self)
+        view.rows = rows.cpu() if self.rows is None else self.rows[rows.cpu()]
+        return view
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -55,73 +92,90 @@ class Mapped:
         return len(self.array) if self.rows is None else len(self.rows)
 
     def __getitem__(self, rows: Tensor | slice) -> Tensor:
-        wanted = rows if isinstance(rows, slice) else rows.cpu()
+        index = rows if isinstance(rows, slice) else rows.cpu()
         if self.rows is not None:
-            wanted = self.rows[wanted]
-        found = np.array(self.array[wanted if isinstance(wanted, slice) else wanted.numpy()])
-        return _numbers(found).to(self.device, self.dtype)
+            index = self.rows[index]
+        values = np.array(self.array[index if isinstance(index, slice) else index.numpy()])
+        return as_numbers(values).to(self.device, self.dtype)
 
 
 class Rows:
-    """Data that lie on the device, or in a memory-mapped file, in batches by index shuffle.
+    """Rows on the device, or in a memory-mapped file, in batches drawn by shuffling their indices.
 
-    An epoch is a whole pass, whose leftover rows wait for another shuffle; or, with ``steps``, so many steps of one
-    shuffle after another, each of which goes through all rows. Each process takes its part of every batch.
+    An epoch is a pass over the rows; those left over by its last batch wait for another shuffle. With ``steps``, an
+    epoch has this number of steps, and a shuffle runs on through epochs until all rows were seen. Each rank takes its
+    slice of every batch.
     """
 
-    def __init__(self, x: Tensor | Mapped, context: Tensor | Mapped | None, batch_size: int, steps: int | None = None):
-        self.x, self.context, self.batch_size = x, context, batch_size
+    def __init__(
+        self,
+        x: Tensor | MappedArray,
+        context: Tensor | MappedArray | None = None,
+        weights: Tensor | None = None,
+        *,
+        batch_size: int = 1,
+        steps: int | None = None,
+    ):
+        self.x, self.context, self.weights, self.batch_size = x, context, weights, batch_size
         self.steps = steps or len(x) // batch_size
-        self.runs_on = steps is not None
-        self.waiting = torch.empty(0, dtype=torch.long, device=x.device)  # the rows of a shuffle not seen yet
+        self.shuffle_runs_on = steps is not None
+        self.unseen = torch.empty(0, dtype=torch.long, device=x.device)  # what is left of a shuffle
 
-    def after(self, done: int) -> Iterator[Batch]:
-        """Give the batches of an epoch of which so many are done."""
-        if not self.runs_on and not done:
-            self.waiting = self.waiting[:0]
-        mine = distributed.rank_slice(self.batch_size)
-        share = (mine.stop - mine.start) / self.batch_size
-        for _ in range(self.steps - done):
-            while len(self.waiting) < self.batch_size:
-                self.waiting = torch.cat([self.waiting, torch.randperm(len(self.x), device=self.x.device)])
-            rows, self.waiting = self.waiting[: self.batch_size][mine], self.waiting[self.batch_size :]
-            yield self.x[rows], None if self.context is None else self.context[rows], share
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, rows: Tensor | slice) -> Batch:
+        context = None if self.context is None else self.context[rows]
+        return Batch(self.x[rows], context, None if self.weights is None else self.weights[rows])
+
+    def epoch(self, start: int = 0) -> Iterator[Batch]:
+        """Yield the batches of an epoch, from step ``start`` on."""
+        if not self.shuffle_runs_on and not start:
+            self.unseen = self.unseen[:0]
+        own = distributed.rank_slice(self.batch_size)
+        share = (own.stop - own.start) / self.batch_size
+        for _ in range(self.steps - start):
+            while len(self.unseen) < self.batch_size:
+                self.unseen = torch.cat([self.unseen, torch.randperm(len(self), device=self.x.device)])
+            rows, self.unseen = self.unseen[: self.batch_size][own], self.unseen[self.batch_size :]
+            yield self[rows]._replace(share=share)
 
     @property
-    def place(self) -> Tensor:
-        """Where in the data a fit is."""
-        return self.waiting
+    def position(self) -> Tensor:
+        """Where in the data a fit is, for its checkpoint."""
+        return self.unseen
 
-    def go_to(self, place: Tensor) -> None:
-        self.waiting = place.to(self.x.device)
+    def seek(self, position: Tensor) -> None:
+        self.unseen = position.to(self.x.device)
 
     def slices(self, part: slice = slice(None)) -> list[slice]:
-        """Parts to be evaluated at a time: fewer rows where a row is large, as an image's activations are larger."""
-        rows = max(1, min(_EVALUATION_ROWS, _EVALUATION_NUMBERS // max(1, self.x[:1].numel())))
-        start, stop, _ = part.indices(len(self.x))
-        return [slice(i, min(i + rows, stop)) for i in range(start, stop, rows)]
-
-    def chunks(self, part: slice = slice(None)) -> Iterator[tuple[Tensor, Tensor | None]]:
-        for rows in self.slices(part):
-            yield self.x[rows], None if self.context is None else self.context[rows]
+        """Return slices of rows to evaluate one at a time: fewer rows if a row is large, such as an image."""
+        size = max(1, min(_EVALUATION_ROWS, _EVALUATION_NUMBERS // max(1, self.x[:1].numel())))
+        start, stop, _ = part.indices(len(self))
+        return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
 
     def sample(self, most: int) -> Rows:
-        """Give so many rows, evenly spaced, where they are not in memory and more."""
-        if isinstance(self.x, Tensor) or len(self.x) <= most:
+        """Return at most this number of rows, evenly spaced, if they are in a file; else all."""
+        if isinstance(self.x, Tensor) or len(self) <= most:
             return self
-        rows = torch.linspace(0, len(self.x) - 1, most, dtype=torch.float64).long()
-        return Rows(self.x[rows], None if self.context is None else self.context[rows], 1)
+        rows = torch.linspace(0, len(self) - 1, most, dtype=torch.float64).long()
+        return Rows(*self[rows].inputs)  # type: ignore[arg-type]
 
 
 class Batches:
     """Batches that come from the user, such as a DataLoader's.
 
-    Each is the batch of all processes, of which each takes its part of the rows; unless they are sharded, so that each
-    process reads batches of its own.
+    Each is the batch of all ranks, of which each takes its slice of the rows; if the batches are sharded, each rank
+    reads batches of its own.
     """
 
-    def __init__(self, batches: Iterable[Any], flow: Flow, device: torch.device):
-        self.batches, self.flow, self.device = batches, flow, device
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        as_rows: Callable[[Any, Any, str], tuple[Tensor, Tensor | None]],
+        device: torch.device,
+    ):
+        self.batches, self.as_rows, self.device = batches, as_rows, device
         sampler = getattr(batches, "sampler", None)
         self.sampler = sampler if isinstance(sampler, DistributedSampler) else None
         self.sharded = bool(getattr(batches, "sharded", self.sampler is not None))
@@ -129,239 +183,64 @@ class Batches:
             self.steps: int | None = min(distributed.all_gather(len(batches)))  # type: ignore[arg-type]
         except TypeError:  # a stream, or a DataLoader over one
             self.steps = None
-        self.place: dict[str, Tensor] | None = None  # the random numbers at the start of the epoch
+        self.position: dict[str, Tensor] | None = None  # the random state at the start of the epoch
 
-    def go_to(self, place: dict[str, Tensor] | None) -> None:
-        self.place = place
+    def seek(self, position: dict[str, Tensor] | None) -> None:
+        self.position = position
 
-    def after(self, done: int) -> Iterator[Batch]:
-        """Give the batches of an epoch of which so many are done."""
-        now = random_state(self.device)
-        if done and self.place is not None:
-            set_random_state(self.place, self.device)  # so that the same batches come first
+    def epoch(self, start: int = 0) -> Iterator[Batch]:
+        """Yield the batches of an epoch, from step ``start`` on."""
+        state = random_state(self.device)
+        if start and self.position is not None:
+            set_random_state(self.position, self.device)  # so that the same batches come first
         else:
-            self.place = now
+            self.position = state
         if self.sampler is not None:
-            self.sampler.set_epoch(int(torch.randint(2**31, ())))  # or every epoch would have the order of the first
-        batches = self._shared(enumerate(self.batches)) if distributed.world_size() > 1 else self._whole()
-        for _ in range(done):
+            self.sampler.set_epoch(int(torch.randint(2**31, ())))  # or every epoch would have the same order
+        numbered = enumerate(self.batches)
+        whole = (self._slice(batch, number) for number, batch in numbered)
+        batches = self._slices(numbered) if distributed.world_size() > 1 else whole
+        for _ in range(start):
             next(batches, None)
-        if done:
-            set_random_state(now, self.device)
+        if start:
+            set_random_state(state, self.device)
         yield from batches
 
-    def _whole(self) -> Iterator[Batch]:
-        for number, batch in enumerate(self.batches):
-            yield *self._checked(batch, number), 1.0
-
-    def _shared(self, numbered: Iterator[tuple[int, Any]]) -> Iterator[Batch]:
-        """Give this process's parts; a batch that does not give every process a row is left out by all."""
+    def _slices(self, numbered: Iterator[tuple[int, Any]]) -> Iterator[Batch]:
+        """Yield this rank's slices; a batch with too few rows for all ranks is left out by all."""
         while True:
             number, batch = next(numbered, (0, None))
-            x = context = None
-            if batch is not None:
-                x, context = self._checked(batch, number)
-            rows = torch.tensor([batch is not None, x is not None and len(x) > 0, 0 if x is None else len(x)])
-            some, filled, total = distributed.all_reduce(rows.to(self.device)).tolist()
-            if some < distributed.world_size():
+            own = None if batch is None else self._slice(batch, number)
+            rows = 0 if own is None else len(own.x)  # type: ignore[arg-type]
+            counts = torch.tensor([own is not None, rows > 0, rows], device=self.device)
+            batches, filled, total = distributed.all_reduce(counts).tolist()
+            if batches < distributed.world_size():
                 return
-            if x is not None and filled == distributed.world_size():
-                yield x, context, len(x) / total
+            if own is not None and filled == distributed.world_size():
+                yield own._replace(share=rows / total)
 
-    def _checked(self, batch: Any, number: int) -> tuple[Tensor, Tensor | None]:
+    def _slice(self, batch: Any, number: int) -> Batch:
         x, context = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
         if isinstance(x, (tuple, list)) and len(x) == 1:
             x = x[0]
         if not isinstance(x, Tensor) and not hasattr(x, "__array__"):
             raise TypeError(f"expected batches that are tensors or arrays, or pairs of them; got {type(x).__name__}")
-        found, its_context = _data(self.flow, x, context, self.device, name=f"batch {number}")
-        mine = slice(None) if self.sharded else distributed.rank_slice(len(found))
-        return found[mine], None if its_context is None else its_context[mine]
+        x, context = self.as_rows(x, context, f"batch {number}")
+        own = slice(None) if self.sharded else distributed.rank_slice(len(x))
+        return Batch(x[own], None if context is None else context[own])
 
 
 class Steps:
     """Steps without data."""
 
-    place = None
+    position = None
 
     def __init__(self, steps: int):
         self.steps = steps
 
-    def go_to(self, place: None) -> None: ...
+    def seek(self, position: None) -> None: ...
 
-    def after(self, done: int) -> Iterator[Batch]:
-        """Give the batches of an epoch of which so many are done."""
-        for _ in range(self.steps - done):
-            yield None, None, 1 / distributed.world_size()
-
-
-def prepare(
-    flow: Flow,
-    x: Any,
-    context: Any,
-    validation: Any,
-    batch_size: int | None,
-    steps_per_epoch: int | None,
-    device: torch.device,
-) -> tuple[Rows | Batches | Steps, Rows | None]:
-    """Give what a fit trains on and what it validates on, or say what is wrong with the data."""
-    if batch_size is not None:
-        check_sizes(batch_size=batch_size)
-    share = 0.0
-    if isinstance(validation, (Real, bool)):
-        check_number("the share of validation rows", validation, "[0, 1)")
-        share, validation = float(validation), None
-    held_out = None
-    if isinstance(validation, tuple) and len(validation) != 2:
-        raise ValueError(f"expected validation as (data, context); got {len(validation)} items")
-    if validation is not None:
-        rows, its_context = validation if isinstance(validation, tuple) else (validation, None)
-        held_out = Rows(*_data(flow, rows, its_context, device, name="validation data"), 1)
-        if len(held_out.x) == 0:
-            raise ValueError("expected at least one row of validation data; got none")
-    if not isinstance(x, Tensor) and not hasattr(x, "__array__"):
-        alone = {"context": context, "batch_size": batch_size}
-        if x is not None:
-            alone["steps_per_epoch"] = steps_per_epoch
-        for name, given in alone.items():
-            if given is not None:
-                raise ValueError(f"expected {name} beside a tensor or an array alone; got it beside {type(x).__name__}")
-        if x is None:
-            return Steps(steps_per_epoch or 100), held_out
-        if not isinstance(x, Iterable) or isinstance(x, str):
-            raise TypeError(f"expected data as a tensor, an array or batches; got {type(x).__name__}")
-        return Batches(x, flow, device), held_out
-    data, its_context = _data(flow, x, context, device, name="data")
-    if len(data) < 2:
-        raise ValueError(f"expected at least 2 rows of data; got {len(data)}")
-    if flow.dequantizer is None:
-        _refuse_constant_columns(data)
-    elif isinstance(flow.dequantizer, ColumnDequantizer):
-        _refuse_constant_columns(data, flow.dequantizer.steps == 0)
-    if share and held_out is None:
-        # Drawn on the CPU, so that a fit that goes on elsewhere holds out the same rows.
-        order = torch.randperm(len(data)).to(device)
-        number = max(1, int(share * len(data)))
-        kept, held = order[number:], order[:number]
-        held_out = Rows(_among(data, held), None if its_context is None else _among(its_context, held), 1)
-        data, its_context = _among(data, kept), None if its_context is None else _among(its_context, kept)
-    if batch_size is None:
-        batch_size = min(256, len(data))
-    if len(data) < batch_size or len(data) == 0:
-        raise ValueError(f"expected at least batch_size={batch_size} training rows; got {len(data)}")
-    if batch_size < distributed.world_size():
-        raise ValueError(f"expected at least a row a batch for each process; got batch_size={batch_size}")
-    return Rows(data, its_context, batch_size, steps_per_epoch), held_out
-
-
-def _among(data: Tensor | Mapped, rows: Tensor) -> Tensor | Mapped:
-    return data.among(rows) if isinstance(data, Mapped) else data[rows]
-
-
-def _data(flow: Flow, x: Any, context: Any, device: torch.device, *, name: str, first: int = 0) -> tuple[Any, Any]:
-    """Give data and context on the device, numbers in the flow's dtype, or say what is wrong with them.
-
-    What is memory-mapped stays where it is, and is looked at in chunks; the first row's number is for messages.
-    """
-    if isinstance(x, np.memmap) and x.ndim > 1:
-        return _mapped(flow, x, context, device, name)
-    discrete = flow.dequantizer is not None
-    data = _as_tensor(x, flow, device, name, integers=discrete, first=first)
-    if data.shape[1:] != flow.event_shape:
-        expected = "(rows, " + ", ".join(map(str, flow.event_shape)) + ")"
-        raise ValueError(f"expected {name} of shape {expected}; got {tuple(data.shape)}")
-    shape = getattr(flow.dequantizer, "event_shape", flow.event_shape)
-    if shape != flow.event_shape:  # one of fewer dimensions would count the constants of these alone
-        raise ValueError(f"expected a dequantizer of the flow's shape {tuple(flow.event_shape)}; got {tuple(shape)}")
-    if discrete and hasattr(flow.dequantizer, "check"):
-        flow.dequantizer.check(data)  # type: ignore[union-attr, operator]
-    if not discrete:
-        _refuse_outside(flow, data, name, first)
-    embedded = flow.embedding is not None
-    if context is not None and not flow.context_features:
-        raise ValueError(f"expected no context, or labels, beside {name}, since context_features=0; got one")
-    given = (
-        None
-        if context is None
-        else _as_tensor(context, flow, device, f"context of {name}", integers=embedded, first=first)
-    )
-    if not embedded:
-        flow.bijection.broadcast_batch(data.shape[:1], given)
-    elif given is None:
-        flow.embed(None)  # says that it is missing
-    elif isinstance(flow.embedding, OneHot):
-        flow.embedding.check(given)  # a GPU would look a label up beyond the table, and be of no use from then on
-    if given is not None and given.shape[: 1 if embedded else -1] != data.shape[:1]:
-        raise ValueError(f"expected a context for each of {len(data)} rows; got {tuple(given.shape)}")
-    return data, given
-
-
-def _mapped(flow: Flow, x: Any, context: Any, device: torch.device, name: str) -> tuple[Any, Any]:
-    """Look at memory-mapped data, and a context beside them, chunk by chunk."""
-    if context is not None and not isinstance(context, np.memmap):
-        context = _as_tensor(context, flow, device, f"context of {name}", integers=flow.embedding is not None)
-    if context is not None and len(context) != len(x):
-        raise ValueError(f"expected a context for each of {len(x)} rows; got {tuple(context.shape)}")
-    size = max(1, _CHECKED_NUMBERS // max(1, math.prod(x.shape[1:])))
-    for start in range(0, len(x), size):
-        rows = slice(start, start + size)
-        _data(flow, np.array(x[rows]), None if context is None else context[rows], device, name=name, first=start)
-    context = Mapped(context, flow.dtype, device) if isinstance(context, np.memmap) else context
-    return Mapped(x, flow.dtype, device), context
-
-
-def _as_tensor(
-    x: Any, flow: Flow, device: torch.device, name: str, *, integers: bool = False, first: int = 0
-) -> Tensor:
-    try:
-        given = x.detach() if isinstance(x, Tensor) else _numbers(np.asarray(x))
-    except TypeError:
-        raise TypeError(f"expected {name} as a tensor or an array of numbers; got {type(x).__name__}") from None
-    if integers and not given.is_floating_point():
-        return given.to(device)
-    if not given.is_floating_point():
-        raise TypeError(
-            f"expected {name} of floating-point numbers; got {given.dtype}: "
-            f"convert them, or give the flow {'an embedding' if name.startswith('context') else 'a dequantizer'}"
-        )
-    tensor = given.to(device, flow.dtype)
-    finite = tensor.isfinite()
-    if not finite.all():
-        where = (~finite).nonzero()
-        row, *column = where[0].tolist()
-        number = given[(row, *column)]
-        raise ValueError(
-            f"expected finite numbers in {name}; got {float(number)} in row {first + row}, "
-            f"column {', '.join(map(str, column))}"
-            f"{f', beyond the range of {flow.dtype}' if number.isfinite() else ''} ({len(where)} such numbers in all)"
-        )
-    return tensor
-
-
-def _numbers(array: np.ndarray[Any, Any]) -> Tensor:
-    """Give an array's numbers, in the machine's order of bytes, which alone torch takes."""
-    return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ("C", "W")))
-
-
-def _refuse_outside(flow: Flow, data: Tensor, name: str, first: int) -> None:
-    """Refuse data outside the flow's support, such as pixels beyond [0, 1] of a flow with a logit."""
-    support = getattr(flow.bijection.codomain, "base_constraint", flow.bijection.codomain)
-    inside = support.check(data)
-    if not inside.all():
-        where = (~inside).nonzero()
-        row, *place = where[0].tolist()
-        raise ValueError(
-            f"expected {name} in the flow's support, {support}; got {float(data[(row, *place)]):.6g} "
-            f"in row {first + row} ({len(where)} such numbers in all)"
-        )
-
-
-def _refuse_constant_columns(data: Tensor | Mapped, of: Tensor | None = None) -> None:
-    size = len(data) if isinstance(data, Tensor) else max(1, _CHECKED_NUMBERS // max(1, data[:1].numel()))
-    first = data[:1]
-    same = (first == first)[0]
-    for start in range(0, len(data), size):
-        same &= (data[start : start + size] == first).all(0)
-        if not same.any():
-            return
-    check_varying((same if of is None else same & of.to(same.device)).flatten().nonzero()[:, 0].tolist())
+    def epoch(self, start: int = 0) -> Iterator[Batch]:
+        """Yield batches without data for the steps of an epoch, from ``start`` on."""
+        for _ in range(self.steps - start):
+            yield Batch(None, share=1 / distributed.world_size())

@@ -1,34 +1,47 @@
-"""The file from which a fit goes on after an interrupt."""
+"""Checkpoints: the file from which a fit resumes, and what must be the same when it does."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from pyroflows.files import replacing
+from pyroflows.flow import Flow
+from pyroflows.training.batches import Batches, Rows, Steps
+from pyroflows.training.options import FitOptions
 
-__all__ = ["Checkpoint", "fingerprint"]
+__all__ = ["Checkpoint", "must_match"]
 
-_FORMAT = "pyroflows fit 3"
+_FORMAT = "pyroflows fit 4"
+_MAY_CHANGE = {
+    "max_skipped",
+    "activation_checkpointing",
+    "compile",
+    "strategy",
+    "checkpoint_seconds",
+    "checkpoint_steps",
+}
 
 
 class Checkpoint:
-    """A file that holds the state of a fit, whole at any time.
+    """A file with the state of a fit, complete at any time.
 
     Args:
-        path: the file; its folder has to be there.
-        seconds: the time after which it is written again, at the next step.
-        steps: the steps after which it is written again; where neither is given, that is after each epoch.
+        path: path of the file, in a folder that exists.
+        seconds: seconds between two writes.
+        steps: steps between two writes; without either, the file is written after each epoch.
 
     Raises:
-        TypeError: the path is no path.
-        ValueError: there is no such folder, or the path is a folder itself.
+        TypeError: the path is not a path.
+        ValueError: the folder does not exist, or the path is a folder.
     """
 
     def __init__(self, path: str | os.PathLike[str], seconds: float | None = None, steps: int | None = None):
@@ -40,58 +53,86 @@ class Checkpoint:
         self.written = 0.0, 0  # the fit's seconds and steps at the last write
 
     def load(self) -> dict[str, Any] | None:
-        """Give the state, on the CPU; None where there is no file yet."""
+        """Return the saved state, on the CPU; None if there is no file yet."""
         name = re.escape(self.path.name[:100])
-        for left in self.path.parent.glob("*.tmp"):
-            if re.fullmatch(rf"{name}\.\d+\.tmp", left.name):
-                left.unlink(missing_ok=True)  # by a process that died while it wrote
+        for temporary in self.path.parent.glob("*.tmp"):
+            if re.fullmatch(rf"{name}\.\d+\.tmp", temporary.name):
+                temporary.unlink(missing_ok=True)  # left by a process that died while it wrote
         if not self.path.exists():
             return None
         with self.path.open("rb") as file:
             try:
                 state = torch.load(file, map_location="cpu", weights_only=True)
-            except Exception:  # what is raised depends on where the file is cut, or what it is
+            except Exception:  # of many types, by where the file is cut or what it is
                 state = None
         if not isinstance(state, dict) or state.get("format") != _FORMAT:
             raise ValueError(
-                f"expected the checkpoint of a fit; got {self.path}, which is none of this version, or is cut short"
+                f"expected the checkpoint of a fit; got {self.path}, which is not one of this version, or truncated"
             )
         return state
 
     def due(self, seconds: float, steps: int, *, epoch_ended: bool) -> bool:
-        """Whether the last write is long enough ago in a fit that has run for so long."""
+        """Whether a fit that has run for this long is to be written now."""
         if self.seconds is None and self.steps is None:
             return epoch_ended
         late = self.seconds is not None and seconds - self.written[0] >= self.seconds
         return late or (self.steps is not None and steps - self.written[1] >= self.steps)
 
     def save(self, state: dict[str, Any]) -> None:
-        """Put the state in the file's place at once: a process that dies while it writes leaves the last file."""
+        """Replace the file atomically: a process that dies while it writes leaves the previous one."""
         with replacing(self.path) as file:
             torch.save({"format": _FORMAT, **state}, file)
 
-    def check(self, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    def check(self, saved: dict[str, Any], expected: dict[str, Any]) -> None:
         """Refuse the checkpoint of a fit with other options, of another flow or of other data."""
         for name, value in expected.items():
-            got = found.get(name)
+            got = saved.get(name)
             if got != value and name in ("flow", "data"):
                 raise ValueError(f"expected the checkpoint of a fit of this {name}; got that of another in {self.path}")
             if got != value:
                 raise ValueError(f"expected the checkpoint of a fit with {name}={value!r}; got {got!r} in {self.path}")
 
 
-def fingerprint(*parts: Any) -> str:
-    """Give a text that tells a module's structure, or data, from others; of data it looks at 64 rows."""
-    mark = hashlib.blake2b(digest_size=16)
+def must_match(
+    options: FitOptions,
+    flow: Flow,
+    train: Rows | Batches | Steps,
+    held_out: Rows | None,
+    learning_rate: float,
+    seed: int | None,
+    objective: Callable[..., Any],
+) -> dict[str, Any]:
+    """Return what must be the same in a fit that resumes, and in all processes: whatever a step depends on."""
+    batch_size = train.batch_size if isinstance(train, Rows) else None
+    fields = {"learning_rate": learning_rate, "seed": seed, "batch_size": batch_size, **vars(options)}
+    fields = {name: value for name, value in fields.items() if name not in _MAY_CHANGE}
+    rows = [part for part in (train, held_out) if isinstance(part, Rows)]
+    return {
+        **{name: value.item() if isinstance(value, np.generic) else value for name, value in fields.items()},
+        "steps_per_epoch": train.steps,
+        "objective": _name(objective),
+        "augment": None if options.augment is None else _name(options.augment),
+        "flow": _fingerprint(flow),
+        "data": _fingerprint(*(column for part in rows for column in (part.x, part.context, part.weights))),
+    }
+
+
+def _name(function: object) -> str:
+    return getattr(function, "__qualname__", type(function).__name__)
+
+
+def _fingerprint(*parts: Any) -> str:
+    """Return a digest of a module's structure, or of the shapes of data and 64 rows of them."""
+    digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         if isinstance(part, nn.Module):
-            # The text of a function in it has an address, which another process has not; a random order comes back
-            # with the state.
-            mark.update(re.sub(r"0x[0-9a-f]+|order=\[[^]]*\]", "", repr(part)).encode())
+            # The repr of a function has an address, which differs between processes; a random order is part of the
+            # state.
+            digest.update(re.sub(r"0x[0-9a-f]+|order=\[[^]]*\]", "", repr(part)).encode())
             for name, tensor in part.state_dict().items():
-                mark.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         elif part is not None:
             rows = part[torch.linspace(0, len(part) - 1, 64, dtype=torch.float64).long().to(part.device)]
-            mark.update(f"{tuple(part.shape)} {part.dtype}".encode())
-            mark.update(rows.cpu().contiguous().numpy().tobytes())
-    return mark.hexdigest()
+            digest.update(f"{tuple(part.shape)} {part.dtype}".encode())
+            digest.update(rows.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

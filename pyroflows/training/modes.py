@@ -1,10 +1,10 @@
-"""Ways in which modules run, and random numbers are drawn, each for the length of a block."""
+"""How a flow runs while it trains: memory layout, precision, activation checkpointing, compiled methods."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,35 +13,65 @@ from torch import Tensor, nn
 from pyroflows.bijection import Bijection
 from pyroflows.compose import Compose
 from pyroflows.flow import Flow
+from pyroflows.training.options import FitOptions
 
-__all__ = ["METHODS", "compiled", "laid_out", "mixed", "recomputing"]
+__all__ = ["METHODS", "CompiledFlow", "activation_checkpointing", "bf16_networks", "channels_last", "training_modes"]
 
 METHODS = ("log_prob", "dequantized_log_prob", "rsample_and_log_prob", "rsample_and_score")
-"""The methods of a flow that an objective may call."""
+"""The methods of a flow that an objective calls, and that are compiled or sharded."""
+
+
+class CompiledFlow:
+    """What an objective gets in place of a flow: its methods compiled, all else the flow's own."""
+
+    def __init__(self, flow: Flow, options: FitOptions):
+        self.flow = flow
+        for name in METHODS:
+            method = getattr(flow, name)
+            if options.precision is not None:
+                method = _with_hooks(method)
+            # Batches for training and for evaluation each have one shape: a graph for each is faster than one for all.
+            setattr(self, name, torch.compile(method, dynamic=False))
+
+    def __call__(self, *args: Any) -> Any:
+        return self.flow(*args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.flow, name)
+
+
+def _with_hooks(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a method, so that its compiled graphs are not those of a flow without hooks, which the compiler ignores."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return method(*args, **kwargs)
+
+    return call
 
 
 @contextmanager
-def compiled(flow: Flow) -> Iterator[None]:
-    """Put compiled methods in front of the flow's own for the length of a block."""
-    for method in METHODS:
-        # Train and evaluation batches each have one shape: a graph for each is faster than one for all.
-        object.__setattr__(flow, method, torch.compile(getattr(flow, method), dynamic=False))
-    try:
+def training_modes(flow: Flow, options: FitOptions) -> Iterator[None]:
+    """Run a flow in the layout, the precision and the memory that the options ask for."""
+    with ExitStack() as stack:
+        if options.channels_last:
+            stack.enter_context(channels_last(flow))
+        if options.precision == "bf16-mixed":
+            stack.enter_context(bf16_networks(flow))
+        if options.activation_checkpointing:
+            stack.enter_context(activation_checkpointing(flow))
         yield
-    finally:
-        for method in METHODS:
-            object.__delattr__(flow, method)
 
 
 @contextmanager
-def recomputing(flow: Flow) -> Iterator[None]:
-    """Keep the inputs of layers alone: of the flow's own, or of the innermost stacks where it has stacks of stacks."""
-    whole = {id(part.bijection) for part in flow.modules() if isinstance(part, Flow)}
+def activation_checkpointing(flow: Flow) -> Iterator[None]:
+    """Keep only the inputs of layers: of the flow's own, or of the innermost stacks if it has stacks of stacks."""
+    outermost = {id(part.bijection) for part in flow.modules() if isinstance(part, Flow)}
     stacks = [
         part
         for part in flow.modules()
         if isinstance(part, Compose)
-        and (id(part) in whole or any(isinstance(inner, Compose) and inner is not part for inner in part.modules()))
+        and (id(part) in outermost or any(isinstance(inner, Compose) and inner is not part for inner in part.modules()))
     ]
     before = [stack.activation_checkpointing for stack in stacks]
     for stack in stacks:
@@ -54,8 +84,8 @@ def recomputing(flow: Flow) -> Iterator[None]:
 
 
 @contextmanager
-def laid_out(flow: Flow) -> Iterator[None]:
-    """Have the weights of convolutions in ``torch.channels_last`` for the length of a block."""
+def channels_last(flow: Flow) -> Iterator[None]:
+    """Hold the weights of convolutions in ``torch.channels_last``."""
     flow.to(memory_format=torch.channels_last)
     try:
         yield
@@ -64,29 +94,60 @@ def laid_out(flow: Flow) -> Iterator[None]:
 
 
 @contextmanager
-def mixed(flow: Flow) -> Iterator[None]:
-    """Train networks in bfloat16; the maps, in which a rounded point would have another log-determinant, in full."""
+def bf16_networks(flow: Flow) -> Iterator[None]:
+    """Run conditioners and embedding in bfloat16 in training mode, and leave maps and densities in full precision.
+
+    Rounded, a map's point would have another log-determinant. Hooks switch autocast on for each call of a network.
+    """
     parents = [part for part in flow.modules() if isinstance(part, (Bijection, Flow))]
-    networks = [child for parent in parents for child in _networks(parent)]
-    for network in {id(network): network for network in networks}.values():
-        # Of arguments that are copied with the network: a copy made meanwhile must not run the original's weights.
-        network.forward = partial(_in_bfloat16, network, flow.device.type, flow.dtype)
+    networks = {id(network): network for parent in parents for network in _networks(parent)}
+    device, handles = flow.device.type, []
+    outer = _autocast_state(device)
+    for network in networks.values():
+        hook = _Autocast(device, flow.dtype)
+        handles.append(network.register_forward_pre_hook(hook.enter))
+        handles.append(network.register_forward_hook(hook.leave))
     try:
         yield
     finally:
-        for network in networks:
-            vars(network).pop("forward", None)
+        for handle in handles:
+            handle.remove()
+        _set_autocast(device, *outer)  # after an error or interrupt within a network, for which no hook is called
+
+
+class _Autocast:
+    """Forward hooks that run a network in bfloat16 in training mode.
+
+    They set what ``torch.autocast`` sets: the compiler does not trace a context that one hook enters and another exits.
+    """
+
+    def __init__(self, device: str, dtype: torch.dtype):
+        self.device, self.dtype = device, dtype
+        self.outer: list[tuple[bool, torch.dtype]] = []
+
+    def enter(self, network: nn.Module, inputs: Any) -> None:
+        self.outer.append(_autocast_state(self.device))
+        _set_autocast(self.device, network.training, torch.bfloat16)
+
+    def leave(self, network: nn.Module, inputs: Any, output: Any) -> Any:
+        _set_autocast(self.device, *self.outer.pop())
+        return output.to(self.dtype) if isinstance(output, Tensor) else output
+
+
+def _autocast_state(device: str) -> tuple[bool, torch.dtype]:
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
+def _set_autocast(device: str, enabled: bool, dtype: torch.dtype) -> None:
+    torch.set_autocast_enabled(device, enabled)
+    torch.set_autocast_dtype(device, dtype)
+    if not enabled:
+        torch.clear_autocast_cache()  # of weights in bfloat16, which the next step changes
 
 
 def _networks(parent: nn.Module) -> list[nn.Module]:
-    """Give the networks of a bijection (its children that are none), or the embedding of a flow."""
+    """Return the networks of a bijection, its children that are none, or the embedding of a flow."""
     if isinstance(parent, Flow):
         return [] if parent.embedding is None else [parent.embedding]
     children = [c for child in parent.children() for c in (child if isinstance(child, nn.ModuleList) else [child])]
     return [child for child in children if not isinstance(child, Bijection)]
-
-
-def _in_bfloat16(network: nn.Module, device: str, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
-    with torch.autocast(device, torch.bfloat16, enabled=network.training):
-        found = type(network).forward(network, *args, **kwargs)
-    return found.to(dtype) if isinstance(found, Tensor) else found

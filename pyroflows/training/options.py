@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pyroflows.arguments import check_number, check_option, check_sizes
+
 __all__ = ["FitOptions"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitOptions:
-    """Options of a fit that most users leave alone; the trainer and the checkpoint read them as well.
+    """Options of a fit that most users leave alone.
 
     Args:
         optimizer: "adam" (fused) or "adamax".
@@ -22,17 +24,29 @@ class FitOptions:
         max_grad_norm: largest norm of the gradient; None for no clipping.
         ema_decay: decay of an exponential moving average of the weights, such as 0.999, which is then evaluated and
             kept; 0 for none. It looks back over at most a fifth of the steps taken.
-        accumulate: parts in which a batch is run, one after another, so that larger batches fit into memory.
-        steps_per_epoch: steps in an epoch; by default a full pass, or 100 if there are no data.
-        max_skipped: consecutive steps that may be skipped because loss or gradient is not finite.
-        augment: function from the ``x`` of a training batch, before dequantization, to another like it.
-        activation_checkpointing: keep only the inputs of layers for the gradient, and run each layer again for it.
+        accumulate: parts in which a batch is run, one after another, so that larger batches fit into memory. The step
+            is that of the whole batch if the objective is a mean over rows; norms that start from data see one part.
+        steps_per_epoch: steps in an epoch; by default a pass over the rows, or 100 without data. With an array, a
+            shuffle then runs on through epochs until all rows were seen.
+        max_skipped: steps in a row that may be skipped, because loss or gradient is not finite, before the fit ends.
+        augment: function from the ``x`` of a training batch, before dequantization, to another of the same shape, such
+            as images mirrored at random.
+        activation_checkpointing: keep only the inputs of layers (of a multiscale flow: of steps) for the gradient, and
+            run each again when it is taken: a third more time, and memory that hardly grows with the number of layers.
         channels_last: use ``torch.channels_last`` for images and the weights of convolutions.
-        compile: run the flow's methods through ``torch.compile`` while it trains.
-        strategy: "ddp", which "auto" stands for, or "fsdp", which shards parameters, gradients and optimizer state.
-        precision: "bf16-mixed" to run the networks in bfloat16; None for the flow's own precision.
-        checkpoint_seconds: seconds between two writes of the checkpoint.
-        checkpoint_steps: steps between two writes of the checkpoint.
+        compile: run the flow's methods through ``torch.compile``: a minute of compiling, then steps of about half the
+            time for splines, two thirds for affine layers (on a CPU; needs a C++ compiler).
+        strategy: how several processes share the flow: "ddp", which "auto" stands for, has a copy in each; "fsdp"
+            shards parameters, gradients and optimizer state, for a flow too large for one device. With "fsdp" an
+            objective may call only the methods that compute a log-density; to evaluate, each process has a copy.
+        precision: "bf16-mixed" to train conditioners and embedding in bfloat16, with the maps and densities in the
+            flow's precision; None for the flow's precision everywhere.
+        checkpoint_seconds: seconds between two writes of the checkpoint, at a step; the end is always written.
+        checkpoint_steps: steps between two writes of the checkpoint. Without either it is written after each epoch.
+
+    Raises:
+        TypeError: an option is of another type.
+        ValueError: an option is out of range, or cannot be combined with another.
 
     Example:
         >>> FitOptions(weight_decay=1e-4, ema_decay=0.999).max_grad_norm
@@ -56,3 +70,26 @@ class FitOptions:
     precision: str | None = None
     checkpoint_seconds: float | None = None
     checkpoint_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        check_option("optimizer", self.optimizer, ("adam", "adamax"))
+        check_option("schedule", self.schedule, ("cosine", "constant"))
+        check_option("strategy", self.strategy, ("auto", "ddp", "fsdp"))
+        if self.precision not in (None, "bf16-mixed"):
+            raise ValueError(f"expected precision to be None or 'bf16-mixed'; got {self.precision!r}")
+        check_number("weight_decay", self.weight_decay, "[0, inf)")
+        check_number("warmup", self.warmup, "[0, 1)")
+        check_number("ema_decay", self.ema_decay, "[0, 1)")
+        check_sizes(accumulate=self.accumulate, max_skipped=self.max_skipped)
+        for name in ("steps_per_epoch", "checkpoint_steps"):
+            if getattr(self, name) is not None:
+                check_sizes(**{name: getattr(self, name)})
+        for name in ("max_grad_norm", "checkpoint_seconds"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), "(0, inf)")
+        if self.augment is not None and not callable(self.augment):
+            raise TypeError(f"expected augment to be a function; got {type(self.augment).__name__}")
+        if self.compile and self.activation_checkpointing:
+            raise ValueError("compile=True cannot be combined with activation_checkpointing=True")
+        if self.strategy == "fsdp" and (self.compile or self.channels_last):
+            raise ValueError("strategy='fsdp' cannot be combined with compile=True or channels_last=True")

@@ -176,13 +176,13 @@ def lotka_volterra(y_init: Tensor, y: Tensor, steps: int = 12) -> None:
 
 @dataclass(frozen=True)
 class Program:
-    """A model, how its arguments follow from the data of the Stan program, and its sites in the order of the draws."""
+    """A model, the conversion of the Stan program's data to its arguments, and its sites in the order of the draws."""
 
     model: Callable[..., None]
     prepare: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     sites: tuple[str, ...]
-    folder: str | None = None  # where the data and the draws are, if not in the folder of the posterior's own name
-    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict  # from the model's sites to the draws' quantities
+    folder: str | None = None  # of the data and the draws, by default the name of the posterior
+    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict  # from the sites to the columns
 
 
 @dataclass(frozen=True)
@@ -265,11 +265,11 @@ MODELS = {
 
 
 def load_posterior(name: str, data: str | Path | None = None) -> Posterior:
-    """Read one of `MODELS` from `data`, the folder that holds the folder posteriordb (else PYROFLOWS_DATA names it)."""
+    """Read one of `MODELS` from `data`, by default PYROFLOWS_DATA, the folder that holds the folder posteriordb."""
     if name not in MODELS:
         raise ValueError(f"expected one of {', '.join(MODELS)}; got {name}")
     if data is None and "PYROFLOWS_DATA" not in os.environ:
-        raise ValueError("expected the folder of the data, or its name in PYROFLOWS_DATA; got neither")
+        raise ValueError("expected the folder of the data, as an argument or in PYROFLOWS_DATA; got neither")
     program = MODELS[name]
     folder = Path(os.environ["PYROFLOWS_DATA"] if data is None else data) / "posteriordb" / (program.folder or name)
     values = json.loads((folder / "data.json").read_text())
@@ -286,7 +286,7 @@ def load_posterior(name: str, data: str | Path | None = None) -> Posterior:
 
 
 def elbo_of(model: Callable, guide: Callable, data: Mapping, draws: int = 4000) -> float:
-    """Give a guide's ELBO; minus infinity if a draw leaves the support, as where that is frozen at its first value."""
+    """Return a guide's ELBO; minus infinity if a draw leaves the support, as in guides that fix the support once."""
     for _ in range(draws // 10):
         drawn = poutine.trace(guide).get_trace(**data)
         sites = poutine.trace(poutine.replay(model, drawn)).get_trace(**data).nodes.values()

@@ -1,4 +1,4 @@
-"""What the examples of images share: options, a fit that goes on where it was stopped, bits/dim over time, a grid."""
+"""Shared by the examples of images: options, a fit that resumes from a checkpoint, bits/dim over time, and a grid."""
 
 import argparse
 import json
@@ -17,29 +17,29 @@ from pyroflows.plots import save_image_grid
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
-    """Give the options that every example of images takes, with its own defaults."""
-    made = argparse.ArgumentParser(description=description)
-    made.add_argument("--root", type=Path, help="folder of the images; by default that of PYROFLOWS_DATA")
-    made.add_argument("--download", action="store_true", help="let torchvision download the images into --root")
-    made.add_argument("--minutes", type=float, default=30.0, help="training time")
-    made.add_argument("--num-levels", type=int, default=2)
-    made.add_argument("--hidden-channels", type=int, default=64)
-    made.add_argument("--batch-size", type=int, default=64)
-    made.add_argument("--accumulate", type=int, default=1, help="parts in which a batch is run")
-    made.add_argument("--learning-rate", type=float, default=1e-3)
-    made.add_argument("--steps-per-epoch", type=int, default=200, help="steps between two looks at the validation")
-    made.add_argument("--recompute", action="store_true", help="recompute activations, for less memory")
-    made.add_argument("--threads", type=int, default=1)
-    made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--output", type=Path, default=Path("."), help="folder for JSON, PNG and checkpoint")
-    made.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
-    made.set_defaults(**defaults)
-    return made
+def image_parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """Build the parser of the options that all examples of images take, with defaults of the example."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--root", type=Path, help="folder of the images; by default that of PYROFLOWS_DATA")
+    parser.add_argument("--download", action="store_true", help="let torchvision download the images into --root")
+    parser.add_argument("--minutes", type=float, default=30.0, help="training time")
+    parser.add_argument("--num-levels", type=int, default=2)
+    parser.add_argument("--hidden-channels", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--accumulate", type=int, default=1, help="parts of a batch that are run one after another")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--steps-per-epoch", type=int, default=200, help="steps between two validations")
+    parser.add_argument("--activation-checkpointing", action="store_true", help="save memory")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("."), help="folder for JSON, PNG and checkpoint")
+    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
+    parser.set_defaults(**defaults)
+    return parser
 
 
 def train(name: str, flow: Flow, data: ImageData, options: argparse.Namespace, augment: Any = None) -> dict[str, Any]:
-    """Fit, or go on with a fit; write the bits per dimension over time, the test's, and a grid of samples."""
+    """Fit, or resume a fit; write the bits per dimension over time and of the test images, and a grid of samples."""
     labelled = flow.embedding is not None
     parts = {"train": data.train, "validation": data.validation[:500], "test": data.test}
     if options.quick:
@@ -61,11 +61,11 @@ def train(name: str, flow: Flow, data: ImageData, options: argparse.Namespace, a
         "checkpoint": options.output / f"{name}.ckpt",
         "seed": options.seed,
     }
-    more = FitOptions(
+    fit_options = FitOptions(
         accumulate=options.accumulate,
         steps_per_epoch=options.steps_per_epoch,
         ema_decay=0.999,
-        activation_checkpointing=options.recompute,
+        activation_checkpointing=options.activation_checkpointing,
         precision="bf16-mixed" if DEVICE == "cuda" else None,
         channels_last=DEVICE == "cuda",
         checkpoint_seconds=30.0,
@@ -73,7 +73,7 @@ def train(name: str, flow: Flow, data: ImageData, options: argparse.Namespace, a
     )
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    result = fit(flow, parts["train"], options=more, **settings)
+    result = fit(flow, parts["train"], options=fit_options, **settings)
     nats_per_bit = math.log(2) * flow.event_shape.numel()
     curve = [loss / nats_per_bit for loss in result.history["validation"]]
     flow.to(DEVICE)
@@ -103,5 +103,5 @@ def train(name: str, flow: Flow, data: ImageData, options: argparse.Namespace, a
 
 
 def _of_classes(flow: Flow, num_classes: int) -> torch.Tensor:
-    """Give eight samples of each class, a row a class."""
+    """Return eight samples of each class, one class in a row."""
     return sample_images(flow, 8, temperature=0.8, labels=torch.arange(num_classes), seed=0).flatten(0, 1)

@@ -1,0 +1,1 @@
+"""Helpers that several examples share, or that would make an example too long."""

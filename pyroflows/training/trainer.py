@@ -1,0 +1,304 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from pyroflows import distributed
+from pyroflows.contexts import random_state, set_random_state
+from pyroflows.flow import Flow
+from pyroflows.training.batches import Batch, Batches, Rows, Steps, as_channels_last, parts_of
+from pyroflows.training.checkpoint import Checkpoint
+from pyroflows.training.optimizers import build_optimizer, schedule_factor
+from pyroflows.training.options import FitOptions
+from pyroflows.training.result import FitResult
+from pyroflows.training.sharding import gather, shard_like, sum_gradients
+from pyroflows.training.statistics import set_batch_statistics
+
+__all__ = ["Trainer"]
+
+
+@dataclass
+class Trainer:
+    """The training loop and its state."""
+
+    flow: Flow  # gets the best weights
+    trained: Any  # what the objective gets: the flow, a stand-in with compiled methods, or a sharded copy
+    train: Rows | Batches | Steps
+    held_out: Rows | None
+    objective: Callable[..., Tensor]
+    learning_rate: float
+    epochs: int
+    patience: int | None
+    max_seconds: float | None
+    options: FitOptions
+    checkpoint: Checkpoint | None
+    metadata: dict[str, Any]  # of the checkpoint
+
+    def __post_init__(self) -> None:
+        self.device = self.flow.device
+        self.sharded = isinstance(self.trained, Flow) and self.trained is not self.flow
+        self.parameters = list(self.trained.parameters())
+        self.trainable = [p for p in self.parameters if p.requires_grad]
+        self.optimizer = build_optimizer(self.trainable, self.learning_rate, self.options)
+        self.ema = [p.detach().clone() for p in self.parameters] if self.options.ema_decay else []
+        self.result = FitResult({k: [] for k in ("train", "validation", "gradient_norm", "learning_rate", "seconds")})
+        self.total_steps = self.epochs * self.train.steps if self.train.steps else None
+        # On the device, so that no step waits for it.
+        self.skipped = torch.zeros(2, device=self.device)  # steps, in all and in a row
+        self.sums = torch.zeros(3, device=self.device)  # of this epoch: losses, gradient norms, steps not skipped
+        self.epoch_step = 0
+        self.initial_weights: dict[str, Tensor] | None = self._weights()  # until there are best ones
+        self.best_weights: dict[str, Tensor] | None = None
+        self.began = time.perf_counter()
+
+    def run(self, progress: bool | str | None) -> FitResult:
+        """Train until there is a reason to stop, and leave the flow with its best weights."""
+        result = self.result
+        try:
+            with progress_bar(progress, self.total_steps, result.steps) as bar:
+                while not result.stopped:
+                    train_loss, gradient_norm = self._epoch(bar)
+                    if self.total_steps is None:
+                        self.total_steps = self.epochs * result.steps
+                    self._swap_ema()
+                    self._record(train_loss, self._evaluate(train_loss), gradient_norm)
+                    self._swap_ema()
+                    result.stopped = self._stop_reason()
+                    self._save(epoch_ended=True)
+        finally:
+            # Also after an interrupt or an error of the objective the flow has its best weights, after an epoch.
+            weights = self.initial_weights if self.best_weights is None and self._diverged() else self.best_weights
+            if weights is not None:
+                self.flow.load_state_dict(weights)
+            self.flow.eval()
+        distributed.synchronize(self.flow)
+        return result
+
+    def _epoch(self, bar: Any) -> tuple[float, float]:
+        """Train for an epoch, or the rest of one; return the mean loss and gradient norm."""
+        self.trained.train()
+        shown = 0.0
+        # Reading the count makes a GPU wait, so there it is read now and then.
+        checked_steps = 1 if self.device.type == "cpu" else 50
+        for batch in self.train.epoch(self.epoch_step):
+            elapsed = time.perf_counter() - self.began if self.max_seconds is None else self._seconds()
+            self._set_learning_rate(elapsed)
+            with distributed.rank_rng():
+                loss, norm, bad = self._step(batch)
+            self.sums += torch.where(bad > 0, 0, torch.stack([loss, norm, torch.ones_like(loss)]).float())
+            self.result.steps += 1
+            self.epoch_step += 1
+            bar.update()
+            if elapsed - shown > 0.5 and not bar.disable:
+                shown = elapsed
+                bar.set_postfix(loss=f"{float(loss):.3f}")
+            if self.max_seconds is not None and elapsed >= self.max_seconds:
+                break
+            if (self.epoch_step - 1) % checked_steps == 0 and self._diverged():
+                break
+            self._save()
+        if not self.epoch_step:
+            raise ValueError(
+                f"expected batches in every epoch; got none in epoch {len(self.result.history['train'])}: "
+                "a generator can be read once, a list or a DataLoader again"
+            )
+        loss, norm, steps = self.sums.tolist()
+        self.epoch_step = 0
+        self.sums.zero_()
+        return (loss / steps, norm / steps) if steps else (math.nan, math.nan)
+
+    def _set_learning_rate(self, elapsed: float) -> None:
+        done = 0.0 if self.max_seconds is None else min(elapsed / self.max_seconds, 1.0)
+        factor = schedule_factor(self.result.steps, self.total_steps, done, self.options)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * factor
+
+    def _step(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Take a step; return the loss, the norm of the gradient, and 1 if either is not finite, else 0."""
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = []
+        for part in parts_of(batch, self.options):
+            loss = check_loss(self.objective(self.trained, *part.inputs))
+            share = part.share * batch.share
+            loss = loss if share == 1 else loss * share
+            # FSDP averages gradients over the ranks.
+            (loss * distributed.world_size() if self.sharded else loss).backward()
+            losses.append(loss.detach())
+        loss = torch.stack(losses).sum()
+        if distributed.world_size() > 1:
+            loss = distributed.all_reduce(loss) if self.sharded else sum_gradients(self.trainable, loss)
+        max_norm = math.inf if self.options.max_grad_norm is None else float(self.options.max_grad_norm)
+        norm = gather(torch.nn.utils.clip_grad_norm_(self.parameters, max_norm, foreach=True))
+        bad = (~(loss.isfinite() & norm.isfinite())).float()
+        if self.options.optimizer == "adam":
+            # The fused optimizer reads this flag on the device, and skips the step.
+            self.optimizer.found_inf = bad  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not bad:  # waits for a GPU, which is little next to a step of a flow of images
+            self.optimizer.step()
+        self.skipped += bad
+        self.skipped[1] *= bad
+        if self.ema:
+            # Early on, the average looks back over a fifth of the steps: the first ones are soon forgotten.
+            decay = min(float(self.options.ema_decay), 1 - 5 / (self.result.steps + 5))
+            get_ema_multi_avg_fn(decay)(self.ema, [p.detach() for p in self.parameters], None)
+        return loss, norm, bad
+
+    @torch.no_grad()
+    def _swap_ema(self) -> None:
+        """Swap the averaged weights with those that are trained."""
+        for parameter, average in zip(self.parameters, self.ema, strict=False):
+            trained = parameter.clone()
+            parameter.copy_(average)
+            average.copy_(trained)
+
+    @torch.no_grad()
+    def _evaluate(self, train_loss: float) -> float:
+        """Return the loss on the held-out rows, in the flow's precision; without such rows that of training."""
+        if self.sharded:
+            self.flow.load_state_dict(gather(self.trained.state_dict()))
+        flow = self.flow if self.sharded else self.trained
+        flow.eval()
+        loss = train_loss
+        with distributed.rank_rng():
+            if isinstance(self.train, Rows):
+                set_batch_statistics(self.flow, self.train)
+            if self.held_out is not None:
+                loss = mean_loss(flow, self.objective, self.held_out, self.options)
+        if self.sharded:
+            for buffer, value in zip(self.trained.buffers(), self.flow.buffers(), strict=True):
+                buffer.copy_(value)  # the statistics of batch norms
+        return loss
+
+    def _record(self, train_loss: float, loss: float, gradient_norm: float) -> None:
+        """Add an epoch to the history, and keep its weights, which the flow has, if they are the best."""
+        result, history = self.result, self.result.history
+        history["train"].append(train_loss)
+        if self.held_out is not None:
+            history["validation"].append(loss)
+        history["gradient_norm"].append(gradient_norm)
+        history["learning_rate"].append(self.optimizer.param_groups[0]["lr"])
+        history["seconds"].append(self._seconds())
+        result.skipped_steps, result.seconds = int(self.skipped[0]), history["seconds"][-1]
+        # Without held-out rows the last epoch is the best: a lower training loss before it was luck. An epoch that
+        # ended in steps that were not finite may have weights that diverged before.
+        better = loss < result.best_loss or self.held_out is None
+        if math.isfinite(loss) and better and not self._diverged():
+            result.best_loss, result.best_epoch = loss, len(history["train"]) - 1
+            self.best_weights, self.initial_weights = self._weights(), None
+
+    def _stop_reason(self) -> str:
+        if self._diverged():
+            return f"loss or gradient not finite in {self.options.max_skipped} steps in a row"
+        if self.max_seconds is not None and self.result.seconds >= self.max_seconds:
+            return f"max_seconds={self.max_seconds:.4g} reached"
+        epoch = len(self.result.history["train"]) - 1
+        waited = epoch - (self.result.best_epoch or 0)
+        if self.patience is not None and self.held_out is not None and waited >= self.patience:
+            return f"no better validation loss in {self.patience} epochs"
+        return f"all {self.epochs} epochs done" if epoch >= self.epochs - 1 else ""
+
+    def _diverged(self) -> bool:
+        return bool(self.skipped[1] >= self.options.max_skipped)
+
+    def _seconds(self) -> float:
+        """Return the time since the start, by the first rank's clock."""
+        return float(distributed.broadcast(time.perf_counter() - self.began))
+
+    def _weights(self) -> dict[str, Tensor]:
+        # In the CPU's memory: a GPU's is short with a large flow.
+        return {name: value.to("cpu", copy=True) for name, value in self.flow.state_dict().items()}
+
+    def _save(self, *, epoch_ended: bool = False) -> None:
+        """Write the checkpoint, if it is due."""
+        if self.checkpoint is None:
+            return
+        seconds = self._seconds() if self.checkpoint.seconds is not None else 0.0
+        if self.result.stopped or self.checkpoint.due(seconds, self.result.steps, epoch_ended=epoch_ended):
+            state = self._state()
+            if distributed.rank() == 0:
+                self.checkpoint.save(state)
+            self.checkpoint.written = seconds, self.result.steps
+
+    def _state(self) -> dict[str, Any]:
+        """Return all that the next step depends on."""
+        result = self.result
+        result.seconds = result.history["seconds"][-1] if result.stopped else self._seconds()
+        return {
+            **self.metadata,
+            "result": asdict(result),
+            "epoch_step": self.epoch_step,
+            "steps_per_epoch": self.total_steps // self.epochs if self.total_steps else None,
+            "sums": self.sums,
+            "skipped": self.skipped,
+            "weights": gather(self.trained.state_dict()),
+            "ema": gather(self.ema),
+            "optimizer": gather(self.optimizer.state_dict()),
+            "initial_weights": self.initial_weights,
+            "best_weights": self.best_weights,
+            "position": self.train.position,
+            "random_state": random_state(self.device),
+            "rank_random_states": distributed.all_gather(distributed.rank_random_state()),
+        }
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Continue from the state of a checkpoint, whose weights the flow has."""
+        self.result = FitResult(**state["result"])
+        if state["steps_per_epoch"]:
+            self.total_steps = self.epochs * state["steps_per_epoch"]
+        for average, value in zip(self.ema, state["ema"], strict=True):
+            average.copy_(shard_like(value, average))
+        moments = state["optimizer"]["state"]
+        for number, values in moments.items():
+            like = self.trainable[number]
+            moments[number] = {k: v if v.dim() == 0 else shard_like(v, like) for k, v in values.items()}
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.skipped.copy_(state["skipped"])
+        self.sums.copy_(state["sums"])
+        self.epoch_step = state["epoch_step"]
+        self.initial_weights, self.best_weights = state["initial_weights"], state["best_weights"]
+        self.train.seek(state["position"])
+        self.began = time.perf_counter() - self.result.seconds
+        set_random_state(state["random_state"], self.device)
+        if len(state["rank_random_states"]) == distributed.world_size():  # else the others start new ones
+            distributed.set_rank_random_state(state["rank_random_states"][distributed.rank()])
+        if self.checkpoint is not None:
+            self.checkpoint.written = self.result.seconds, self.result.steps
+        if not self.epoch_step:
+            self.result.stopped = self._stop_reason()
+
+
+def check_loss(loss: Any) -> Tensor:
+    """Return the loss of an objective, if it is a scalar with a gradient."""
+    if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"expected an objective that returns a scalar tensor with a gradient; got {got}")
+    return loss
+
+
+def mean_loss(flow: Any, objective: Callable[..., Tensor], rows: Rows, options: FitOptions) -> float:
+    """Return the mean loss over rows, of which each rank evaluates its slice."""
+    total = 0.0
+    for part in rows.slices(distributed.rank_slice(len(rows))):
+        inputs = as_channels_last(rows[part], options).inputs
+        total += float(objective(flow, *inputs)) * (part.stop - part.start)
+    return sum(distributed.all_gather(total)) / len(rows)
+
+
+def progress_bar(progress: bool | str | None, total: int | None, done: int) -> Any:
+    """Return a bar of steps on the first rank: shown or not; by default, and with a label, shown on a terminal only."""
+    from tqdm.auto import tqdm
+
+    label = progress if isinstance(progress, str) else None
+    disable = None if progress is None or label is not None else not progress
+    disable = True if distributed.rank() else disable
+    return tqdm(total=total, initial=done, desc=label, disable=disable, unit="step", leave=False)
