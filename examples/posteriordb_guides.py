@@ -15,7 +15,7 @@ from pyro.infer.autoguide import AutoDiagonalNormal, AutoIAFNormal, AutoMultivar
 from pyro.infer.autoguide.initialization import InitMessenger
 
 from pyroflows import fit_posterior
-from pyroflows.inference.log_joint import initial_value
+from pyroflows.inference.sites import initial_value
 
 PARTICLES = 128
 

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["contents", "inside_functorch", "version"]
+if TYPE_CHECKING:
+    from pyro.infer.autoguide import AutoGuide
+    from pyro.nn import PyroModule
+    from pyro.poutine import Trace
+
+__all__ = [
+    "check_prototype",
+    "contents",
+    "inside_functorch",
+    "inside_pyro_call",
+    "make_plates",
+    "name_in_store",
+    "version",
+]
 
 
 def inside_functorch() -> bool:
@@ -34,3 +47,28 @@ def contents(module: nn.Module) -> tuple[list[bool], list[Tensor]]:
         tensors += [tensor for tensor in part._buffers.values() if tensor is not None]
         parts += [child for child in part._modules.values() if child is not None]
     return modes, tensors
+
+
+def name_in_store(module: PyroModule, name: str) -> str:
+    """Return the name under which Pyro's store keeps the parameters of a PyroModule's attribute."""
+    # PyroModule alone knows the name by which it was nested in others.
+    full_name: str = module._pyro_get_fullname(name)
+    return full_name
+
+
+def inside_pyro_call(module: PyroModule) -> bool:
+    """Whether a PyroModule is being called, so that reading a submodule registers its parameters with Pyro."""
+    # Registering them once a call, and not at every read, needs to know; Pyro tells nobody else.
+    return bool(module._pyro_context.active)
+
+
+def check_prototype(guide_list: AutoGuide, trace: Trace) -> None:
+    """Compare a guide's trace of part of a model with that of the AutoGuideList it is in, as Pyro's own guides do."""
+    # Pyro's own guides call it in a setup that draws each latent, where ours sets initial values.
+    guide_list._check_prototype(trace)
+
+
+def make_plates(guide: AutoGuide) -> None:
+    """Make the ``plates`` of an autoguide without running it."""
+    # NeuTraReparam reads the plates, which only a call of the guide makes.
+    guide._create_plates()

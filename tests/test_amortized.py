@@ -378,17 +378,25 @@ def test_a_support_that_is_the_same_for_every_row():
     "call, error, message",
     [
         (lambda: guide_of(3), TypeError, "a Pyro model; got int"),
-        (lambda: guide_of(flow=3), TypeError, "a Flow or its builder; got int"),
-        (lambda: guide_of(flow=lambda f, context_features: 3).setup(data()), TypeError, "gives a Flow; got int"),
+        (lambda: guide_of(flow=3), TypeError, "a Flow or a builder; got int"),
+        (
+            lambda: guide_of(flow=lambda f, context_features: 3).setup(data()),
+            TypeError,
+            "returns a Flow; got one that returns int",
+        ),
         (lambda: guide_of(encoder=3), TypeError, "an encoder; got int"),
         (lambda: guide_of(flow=realnvp(2)).setup(data()), ValueError, r"context_features=8, .*; got \(2,\) and 0"),
         (
             lambda: guide_of(flow=realnvp(3, context_features=8)).setup(data()),
             ValueError,
-            r"a flow over \(2,\) with context_features=8",
+            r"a flow over 2 features with context_features=8",
         ),
-        (lambda: guide_of(encoder=lambda x: (x, x)).setup(data()), ValueError, "gives .*context_features.; got tuple"),
-        (lambda: guide_of(encoder=lambda x: x[0]).setup(data()), ValueError, r"gives \(2, context_features\); got"),
+        (
+            lambda: guide_of(encoder=lambda x: (x, x)).setup(data()),
+            ValueError,
+            "returns .*context_features.; got tuple",
+        ),
+        (lambda: guide_of(encoder=lambda x: x[0]).setup(data()), ValueError, r"returns \(2, context_features\); got"),
         (lambda: guide_of(inputs=lambda x: x[:5]).setup(data()), ValueError, "the 200 rows of plate 'rows'; got"),
         (lambda: guide_of(inputs=lambda x: None).setup(data()), ValueError, "a tensor of rows .* got none"),
         (lambda: guide_of().setup(data()).log_prob({}, data()), ValueError, r"'z' of shape \(\*batch, 2\); got none"),
@@ -440,7 +448,7 @@ def test_it_meets_a_conjugate_posterior(conjugate):
     assert (draws.std(0) / scale - 1).abs().mean() < 0.05
     gap = exact.log_prob(theta) - conjugate.log_prob({"theta": theta}, y).detach()
     assert -0.02 < gap.mean() < 0.03
-    assert conjugate._simulator.parallel
+    assert conjugate.simulator.is_batched
 
 
 def test_it_is_calibrated(conjugate):
@@ -562,8 +570,8 @@ def from_the_left():
 @pytest.mark.parametrize("model", [one_by_one, hidden_noise, from_the_left])
 def test_simulators_that_run_one_by_one(model):
     posterior = fit_amortized(model, ["y"], **{**QUICK, "num_simulations": 200, "epochs": 1})
-    assert not posterior._simulator.parallel
-    y = posterior._simulator(50)["y"]
+    assert not posterior.simulator.is_batched
+    y = posterior.simulator(50)["y"]
     assert len(y.unique(dim=0)) == 50
 
 
@@ -575,9 +583,9 @@ def test_simulations_in_a_plate_are_those_of_single_runs():
             pyro.sample("y", dist.Normal(local, 0.1))
 
     posterior = fit_amortized(model, ["y"], **{**QUICK, "epochs": 1})
-    assert posterior._simulator.parallel
+    assert posterior.simulator.is_batched
     torch.manual_seed(0)
-    values = posterior._simulator(20_000)
+    values = posterior.simulator(20_000)
     assert {name: tuple(v.shape) for name, v in values.items()} == {
         "y": (20_000, 3),
         "mean": (20_000,),
@@ -624,7 +632,7 @@ def test_a_seed_repeats_and_leaves_torchs_random_state():
 
 def test_data_among_the_arguments_are_drawn_anew():
     posterior = fit_amortized(regression, ["y"], args=(torch.zeros(4),), **{**QUICK, "epochs": 1})
-    assert posterior._simulator(10)["y"].unique().numel() == 40
+    assert posterior.simulator(10)["y"].unique().numel() == 40
 
 
 def varying_shape():
@@ -669,12 +677,12 @@ def drawing_rows():
         (
             lambda: fit_amortized(regression, ["y"], embedding=nn.Unflatten(1, (2, 2)), num_simulations=50),
             ValueError,
-            r"gives \(rows, context_features\); got shape \(2, 2, 2\)",
+            r"returns \(rows, context_features\); got shape \(2, 2, 2\)",
         ),
         (
             lambda: fit_amortized(regression, ["y"], flow=realnvp(3, context_features=4), num_simulations=50),
             ValueError,
-            "over 2 features with context_features=4, .* got 3 and 4",
+            "over 2 features with context_features=4, .* got \\(3,\\) and 4",
         ),
         (lambda: fit_amortized(regression, ["y"], num_simulations=0), ValueError, "positive integer; got 0"),
         (lambda: fit_amortized(regression, ["y"], num_simulations=50, wrong=1), TypeError, "wrong"),

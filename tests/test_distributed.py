@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from pyroflows import AutoFlow, DistributedELBO, distributed, fit_posterior, glow, maf, realnvp
 from pyroflows.data import ParquetBatches
 from pyroflows.dequantizers import UniformDequantizer
-from pyroflows.inference.fitting import _Training
-from pyroflows.inference.posterior import whole_log_joint
+from pyroflows.inference.fitting import GuideFit
+from pyroflows.inference.posterior import require_log_joint
 from pyroflows.training import negative_log_likelihood
 from pyroflows.training.batches import MappedArray
 
@@ -96,7 +96,7 @@ def guide(dtype):
         torch.manual_seed(0)
         guide = AutoFlow(likelihood, init="none", args=(observations(dtype),))
         moved(guide.flow, dtype)
-        training = _Training(guide, whole_log_joint(guide), 64, None, False)
+        training = GuideFit(guide, require_log_joint(guide), 64, None, False)
         options = {"epochs": 5, "steps_per_epoch": 5, **OPTIONS, "batch_size": None}
         for objective in (training.total, training.path):
             fit(guide.flow, objective=objective, **options)

@@ -13,9 +13,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from posteriors import close, garch, mixture, tensor
 from pyro.distributions import constraints
 from safetensors.torch import save_file
-from test_density import close, garch, mixture, tensor
 from torch import nn
 
 from pyroflows import AutoFlow, Flow, Posterior, StandardNormal, TriangularAffine, fit_posterior, realnvp
@@ -749,7 +749,7 @@ def counting():
         (
             lambda: Posterior(placed(curved)).log_prob({"x": torch.zeros(2)}),
             ValueError,
-            "expected values of the sites 'x', 'y'; got none of 'y'",
+            r"expected values of 'y' of shape \(points,\); got none",
         ),
     ],
 )

@@ -1,9 +1,24 @@
 """The private names of libraries: each does what it is used for, so that a release that changes it fails here."""
 
+import pyro
+import pyro.distributions as dist
+import pytest
 import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuideList, AutoNormal
+from pyro.infer.autoguide.guides import prototype_hide_fn
+from pyro.nn import PyroModule
 from torch import nn
 
-from pyroflows.private import contents, inside_functorch, version
+from pyroflows.private import (
+    check_prototype,
+    contents,
+    inside_functorch,
+    inside_pyro_call,
+    make_plates,
+    name_in_store,
+    version,
+)
 
 
 def test_torch_func_is_seen_at_work():
@@ -35,3 +50,54 @@ def test_the_contents_of_a_module_are_its_modes_parameters_and_buffers():
     modes, tensors = contents(module)
     assert sorted(modes) == sorted(part.training for part in module.modules())
     assert {id(tensor) for tensor in tensors} == {id(t) for t in (*module.parameters(), *module.buffers())}
+
+
+class Outer(PyroModule):
+    def __init__(self):
+        super().__init__("outer")
+        self.inner = PyroModule("unnamed")
+        self.inner.layer = nn.Linear(2, 3)
+        self.seen = []
+
+    def forward(self):
+        self.seen.append(inside_pyro_call(self))
+        return self.inner.layer
+
+
+def test_the_name_in_pyros_store_is_the_one_that_a_call_registers():
+    module = Outer()
+    module()
+    names = {f"{name_in_store(module.inner, 'layer')}$$${name}" for name in ("weight", "bias")}
+    assert set(pyro.get_param_store().keys()) == names == {"outer.inner.layer$$$weight", "outer.inner.layer$$$bias"}
+
+
+def test_a_call_of_a_pyro_module_is_seen():
+    module = Outer()
+    assert not inside_pyro_call(module)
+    module()
+    assert module.seen == [True]
+    assert not inside_pyro_call(module)
+
+
+def rows(size=3):
+    with pyro.plate("rows", size):
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+
+def test_a_guide_in_a_list_is_compared_with_the_whole_model():
+    guides = AutoGuideList(rows)
+    guides.append(AutoNormal(rows))
+    guides()
+    latents = poutine.block(rows, prototype_hide_fn)
+    check_prototype(guides, poutine.trace(latents).get_trace())
+    with pytest.raises(AssertionError):
+        check_prototype(guides, poutine.trace(latents).get_trace(4))
+
+
+def test_plates_of_a_guide_are_made_without_a_run():
+    guide = AutoNormal(rows)
+    guide()
+    guide.plates = {}
+    make_plates(guide)
+    assert list(guide.plates) == ["rows"]
+    assert guide.plates["rows"].size == 3

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyroflows import distributed
 from pyroflows.contexts import random_state, set_random_state
-from pyroflows.inference.log_joint import device_of
+from pyroflows.inference.structure import device_of
 
 __all__ = ["DistributedELBO"]
 
@@ -25,16 +25,16 @@ class DistributedELBO(ELBO):
 
     .. math:: \frac1R \sum_{r=1}^R \widehat{\mathrm{ELBO}}_r
 
-    Each process draws particles of its own, and of a subsampled plate rows that no other has, as long as there are so
-    many: each term is scaled to the whole plate, and so is their mean. A step of :math:`R` processes is thus that of
-    one process with :math:`R` times the particles, and :math:`R` times the ``subsample_size``. Losses, gradients and
-    parameters are the same in all. A process alone gets what the ELBO gives.
+    Each process draws its own particles, and rows of a subsampled plate that no other process draws if there are
+    enough. Each term is scaled to the whole plate, and so is their mean: a step of :math:`R` processes is that of one
+    process with :math:`R` times the particles and :math:`R` times the ``subsample_size``. Losses, gradients and
+    parameters are the same in all processes. With a single process the result is that of the ELBO.
 
     Args:
-        elbo: an ELBO of Pyro's or of this package.
+        elbo: an ELBO of Pyro or of this package.
 
     Raises:
-        TypeError: that is no ELBO.
+        TypeError: ``elbo`` is not an ELBO.
 
     References:
         Automatic Differentiation Variational Inference, Kucukelbir et al., 2017 (arXiv:1603.00788).
@@ -56,18 +56,18 @@ class DistributedELBO(ELBO):
             raise TypeError(f"expected an ELBO; got {type(elbo).__name__}")
         super().__init__(num_particles=elbo.num_particles)
         self.elbo = elbo
-        self._streams: Any = None  # of random numbers, from the first step on
+        self._streams: Any = None  # of random numbers, which the first step creates
 
     def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
-        """Give an estimate of the loss, from all processes."""
-        with self._together(model, guide, args, kwargs):
+        """Return an estimate of the loss, from all processes."""
+        with self._all_processes(model, guide, args, kwargs):
             with distributed.rank_rng():
                 loss = self.elbo.loss(model, guide, *args, **kwargs)
             return _mean_number(loss, device_of(args, kwargs))
 
     def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
-        """Give an estimate of the loss, and add its gradient to that of every parameter, from all processes."""
-        with self._together(model, guide, args, kwargs):
+        """Return an estimate of the loss, and add its gradient to every parameter's, from all processes."""
+        with self._all_processes(model, guide, args, kwargs):
             with distributed.rank_rng(), poutine.trace(param_only=True) as capture:
                 loss = self.elbo.loss_and_grads(model, guide, *args, **kwargs)
             parameters = _parameters(capture)
@@ -80,25 +80,25 @@ class DistributedELBO(ELBO):
             return _mean_number(loss, device_of(args, kwargs))
 
     def _get_trace(self, *args: Any) -> Any:
-        return self.elbo._get_trace(*args)
+        raise NotImplementedError("a DistributedELBO runs the ELBO that it was built with")
 
     @contextmanager
-    def _together(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+    def _all_processes(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         device = device_of(args, kwargs)
-        first = self._streams is None
-        if first:
+        is_first = self._streams is None
+        if is_first:
             distributed.initialize(device)
-        with distributed.together(device, self._streams) as self._streams, _OwnRows():
-            if first and distributed.world_size() > 1:
-                self._start(model, guide, args, kwargs, device)
+        with distributed.together(device, self._streams) as self._streams, _DistinctRows():
+            if is_first and distributed.world_size() > 1:
+                self._synchronize(model, guide, args, kwargs, device)
             yield
 
-    def _start(self, model: Any, guide: Any, args: Any, kwargs: Any, device: torch.device) -> None:
-        """Give all processes the first one's parameters, which a first run makes."""
-        before = random_state(device)
+    def _synchronize(self, model: Any, guide: Any, args: Any, kwargs: Any, device: torch.device) -> None:
+        """Copy the parameters of the first process to all, after a run that creates them."""
+        state = random_state(device)
         with torch.no_grad(), poutine.trace(param_only=True) as capture:
             self.elbo.loss(model, guide, *args, **kwargs)
-        set_random_state(before, device)
+        set_random_state(state, device)
         for part in (model, guide):
             if isinstance(part, nn.Module):
                 distributed.synchronize(part)
@@ -106,8 +106,8 @@ class DistributedELBO(ELBO):
             distributed.broadcast_(parameter)
 
 
-class _OwnRows(Messenger):
-    """Gives each process, in the place of a subsample of a plate, rows that the others have not."""
+class _DistinctRows(Messenger):
+    """Draws the rows of a subsampled plate so that the processes have different ones."""
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["done"] or not site_is_subsample(msg) or distributed.world_size() == 1:

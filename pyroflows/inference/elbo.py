@@ -1,15 +1,13 @@
-"""Objectives for Pyro's SVI: the ELBO by its path gradient, a tempered one, and the importance-weighted bound."""
+"""Objectives for Pyro's SVI: the ELBO with its path gradient, a tempered one, and the importance-weighted bound."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, Distribution
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import ELBO
 from pyro.infer.util import is_validation_enabled
@@ -17,168 +15,18 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_model_guide_match, check_site_shape, warn_if_nan
 from torch import Tensor
-from torch.distributions import TransformedDistribution
 
 from pyroflows.arguments import check_number, check_option, check_sizes
-from pyroflows.bijection import Bijection
-from pyroflows.gradients import vjp
+from pyroflows.inference.path_gradient import DrawsAsLeaves, Particles, type_name
 
 __all__ = ["ImportanceWeightedELBO", "PathELBO", "TemperedELBO"]
 
 
-@dataclass
-class _Density:
-    """The log-density of a flow at its own draw, with its graph and as a leaf, and the gradient by the draw."""
-
-    log_prob: Tensor
-    leaf: Tensor
-    score: Tensor
-
-
-@dataclass
-class _Draw:
-    """A draw of the guide with its graph, and the leaf that guide and model go on with in its place."""
-
-    value: Tensor
-    leaf: Tensor
-    density: _Density | None = None
-
-    @classmethod
-    def of(cls, fn: Any, *args: Any, **kwargs: Any) -> _Draw:
-        if args or kwargs or not _is_flow(fn):
-            value, density = fn(*args, **kwargs), None
-        else:
-            value, density = _draw_and_score(fn)
-        return cls(value, value.detach().requires_grad_(), density)
-
-
-def _is_flow(fn: Any) -> bool:
-    return (
-        isinstance(fn, TransformedDistribution)
-        and bool(fn.transforms)
-        and all(isinstance(transform, Bijection) for transform in fn.transforms)
-        and len(fn.base_dist.event_shape) == fn.transforms[0].domain.event_dim
-    )
-
-
-def _draw_and_score(flow: TransformedDistribution) -> tuple[Tensor, _Density]:
-    """Draw, and give the log-density and its gradient at the draw, by one forward pass."""
-    x = flow.base_dist.rsample()
-    x = x if x.requires_grad else x.requires_grad_()
-    log_prob = flow.base_dist.log_prob(x)
-    score = vjp(log_prob, None, x, torch.ones_like(log_prob))
-    for layer in flow.transforms:
-        x, log_det, score = layer.forward_and_score(x, score)  # type: ignore[attr-defined]
-        log_prob = log_prob - log_det
-    return x, _Density(log_prob, log_prob.detach().requires_grad_(), score)
-
-
-class _Guide(Messenger):
-    """Stands around a guide: refuses a site that no path leads through and, on request, hands on leaves for draws."""
-
-    def __init__(self, leaves: bool):
-        super().__init__()
-        self.leaves = leaves
-        self.draws: dict[str, _Draw] = {}
-
-    def _pyro_sample(self, msg: Any) -> None:
-        fn, kind = msg["fn"], _innermost(msg["fn"])
-        if site_is_subsample(msg) or isinstance(kind, Delta):
-            return  # an index, or a function of earlier draws and parameters
-        if not getattr(fn, "has_rsample", False):
-            raise TypeError(
-                f"expected a guide whose sites all have an rsample; got {msg['name']!r} of {type(kind).__name__}"
-            )
-        if self.leaves and not (msg["done"] or msg["is_observed"] or msg["value"] is not None):
-            draw = self.draws[msg["name"]] = _Draw.of(fn, *msg["args"], **msg["kwargs"])
-            msg["value"], msg["done"] = draw.leaf, True
-
-
-def _innermost(fn: Any) -> Any:
-    """The distribution inside those that expand, mask or reinterpret it."""
-    while not isinstance(fn, TransformedDistribution) and isinstance(getattr(fn, "base_dist", None), Distribution):
-        fn = fn.base_dist
-    return fn
-
-
-@dataclass
-class _Particles:
-    """A run of guide and model, one row a particle.
-
-    ``joint`` is the log-joint, less what the guide's Deltas claim as their log-densities, and ``log_weights`` that
-    less the log-densities of the draws.
-    """
-
-    joint: Tensor
-    log_weights: Tensor
-    draws: list[_Draw]
-
-    def surrogate(self, weights: Tensor, path_weights: Tensor) -> Tensor:
-        """Give a number with the gradient of the weighted log-weights: by the path, or in total without leaves."""
-        if not self.draws:
-            return (weights * self.log_weights).sum()
-        gradients = self._path_gradients(path_weights)
-        terms = [
-            (gradient * draw.value).sum()
-            for gradient, draw in zip(gradients, self.draws, strict=True)
-            if draw.value.requires_grad
-        ]
-        if _has_other_leaves(self.joint, [draw.leaf for draw in self.draws]):
-            terms.append((weights * self.joint).sum())
-        return sum(terms, self.joint.new_zeros(()))
-
-    def _path_gradients(self, weights: Tensor) -> list[Tensor]:
-        """Give the gradient of the weighted log-weights by every draw, through the later draws it leads to as well."""
-        leaves = [draw.leaf for draw in self.draws]
-        densities = [draw.density for draw in self.draws if draw.density is not None]
-        partials = _gradients((weights * self.log_weights).sum(), [*leaves, *(density.leaf for density in densities)])
-        of_densities = iter(partials[len(leaves) :])
-
-        found, ways = [], []
-        for draw, partial in zip(self.draws, partials, strict=False):
-            ways.append((draw.value, partial))
-            if draw.density is not None:
-                of_density = next(of_densities)
-                # A flow's log-density depends on earlier draws, its context, as the graph says, less the way through
-                # its own draw: carried back, that way cancels against the score, which is therefore in neither.
-                ways.append((draw.density.log_prob, of_density))
-                event_dim = partial.dim() - of_density.dim()
-                partial = partial + of_density.reshape(of_density.shape + (1,) * event_dim) * draw.density.score
-            found.append(partial)
-
-        while len(leaves) > 1 and (ways := [way for way in ways if way[0].requires_grad and way[1] is not None]):
-            values, directions = zip(*ways, strict=True)
-            carried = torch.autograd.grad(values, leaves, directions, retain_graph=True, allow_unused=True)
-            found = [a if b is None else a + b for a, b in zip(found, carried, strict=True)]
-            ways = [(draw.value, b) for draw, b in zip(self.draws, carried, strict=True)]
-        return found
-
-
-def _gradients(result: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    if not result.requires_grad:
-        return tuple(map(torch.zeros_like, leaves))
-    return torch.autograd.grad(result, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
-
-
-def _has_other_leaves(result: Tensor, leaves: Sequence[Tensor]) -> bool:
-    """Whether something else than the leaves, a parameter, has a gradient to get; else a backward pass is saved."""
-    known, seen, stack = {id(leaf) for leaf in leaves}, set(), [result.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in known:
-            return True
-        stack.extend(below for below, _ in node.next_functions)
-    return False
-
-
 class _ReparameterizedELBO(ELBO):
-    """What the objectives below share: one run of the guide, of which the draws are replaced by leaves."""
+    """An objective by one run of the guide, whose draws are replaced by leaves."""
 
     gradient = "path"
+    likelihood = entropy = 1.0  # weights
 
     def __init__(
         self,
@@ -197,28 +45,32 @@ class _ReparameterizedELBO(ELBO):
         )
 
     def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
-        """Give an estimate of the loss."""
+        """Return an estimate of the loss."""
         with torch.no_grad():
-            particles = list(self._get_traces(model, guide, args, kwargs))
-            return self._reported(-self._bound(torch.cat([run.log_weights for run in particles])).item())
+            runs = list(self._get_traces(model, guide, args, kwargs))
+            loss = -self._bound(torch.cat([run.log_weights for run in runs])).item()
+        warn_if_nan(loss, "loss")
+        return loss
 
     def differentiable_loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Give an estimate of the loss as a tensor, whose gradient is the objective's."""
+        """Return an estimate of the loss as a tensor, whose gradient is the objective's."""
         loss: Any = 0.0
         for bound, surrogate in self._terms(model, guide, args, kwargs):
             loss = loss - bound - (surrogate - surrogate.detach())
-        return self._reported(loss)
+        warn_if_nan(loss, "loss")
+        return loss
 
     def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
-        """Give an estimate of the loss, and add its gradient to that of every parameter."""
+        """Return an estimate of the loss, and add its gradient to that of every parameter."""
         loss = 0.0
         for bound, surrogate in self._terms(model, guide, args, kwargs):
             loss -= bound.item()
             if surrogate.requires_grad:
                 (-surrogate).backward(retain_graph=self.retain_graph)
-        return self._reported(loss)
+        warn_if_nan(loss, "loss")
+        return loss
 
     def _bound(self, log_weights: Tensor) -> Tensor:
         return log_weights.mean()
@@ -226,37 +78,30 @@ class _ReparameterizedELBO(ELBO):
     def _terms(
         self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the terms of the bound, each with its surrogate: one a run, so that a run can be forgotten."""
+        """Yield the terms of the bound, each with its surrogate: one for each run, so that its memory can be freed."""
         for run in self._get_traces(model, guide, args, kwargs):
             weights = torch.full_like(run.log_weights, 1 / self.num_particles)
             yield (weights * run.log_weights.detach()).sum(), run.surrogate(weights, weights)
 
-    def _weights(self) -> tuple[float, float]:
-        """The weights of the log-likelihood and of the entropy."""
-        return 1.0, 1.0
-
-    def _reported(self, loss: Any) -> Any:
-        warn_if_nan(loss, "loss")
-        return loss
-
-    def _get_trace(self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any) -> _Particles:
-        if isinstance(plain := poutine.unwrap(guide), Messenger):
+    def _get_trace(self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any) -> Particles:
+        if isinstance(unwrapped := poutine.unwrap(guide), Messenger):
             raise TypeError(
-                f"expected a guide that is a function or a module; got the messenger {type(plain).__name__}"
+                f"expected a guide that is a function or a module; got the messenger {type(unwrapped).__name__}"
             )
-        around = _Guide(leaves=self.gradient == "path" and torch.is_grad_enabled())
-        guide_trace = poutine.trace(around(guide)).get_trace(*args, **kwargs)
+        messenger = DrawsAsLeaves(leaves=self.gradient == "path" and torch.is_grad_enabled())
+        guide_trace = poutine.trace(messenger(guide)).get_trace(*args, **kwargs)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
         for name, site in model_trace.iter_stochastic_nodes():
             if name not in guide_trace and not site_is_subsample(site):
                 raise ValueError(
                     f"expected a guide that draws every latent of the model, none of them enumerated; got none for "
-                    f"{name!r} of {type(_innermost(site['fn'])).__name__}"
+                    f"{name!r} of {type_name(site['fn'])}"
                 )
         if is_validation_enabled():
             check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
         model_trace, guide_trace = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
-        for name, draw in around.draws.items():
+        draws = messenger.draws
+        for name, draw in draws.items():
             if draw.density is not None:
                 site = guide_trace.nodes[name]
                 site["log_prob"] = scale_and_mask(draw.density.leaf, site["scale"], site["mask"])
@@ -268,15 +113,14 @@ class _ReparameterizedELBO(ELBO):
             for site in (*model_sites.values(), *guide_sites.values()):
                 check_site_shape(site, self.max_plate_nesting)
 
-        likelihood, entropy = self._weights()
-        joint = [(site["log_prob"], likelihood if site["is_observed"] else 1.0) for site in model_sites.values()]
-        joint += [(site["log_prob"], -entropy) for name, site in guide_sites.items() if name not in around.draws]
-        drawn = [(guide_sites[name]["log_prob"], -entropy) for name in around.draws]
+        joint = [(site["log_prob"], self.likelihood if site["is_observed"] else 1.0) for site in model_sites.values()]
+        joint += [(site["log_prob"], -self.entropy) for name, site in guide_sites.items() if name not in draws]
         rows = self._sum(joint)
-        return _Particles(rows, rows + self._sum(drawn) if drawn else rows, list(around.draws.values()))
+        entropies = [(guide_sites[name]["log_prob"], -self.entropy) for name in draws]
+        return Particles(rows, rows + self._sum(entropies) if draws else rows, list(draws.values()))
 
     def _sum(self, terms: Iterable[tuple[Tensor, float]]) -> Tensor:
-        """Sum weighted log-densities to one number a particle."""
+        """Sum weighted log-densities to one number for each particle."""
         vectorized = self.vectorize_particles and self.num_particles > 1
         rows: Any = 0.0
         for term, weight in terms:
@@ -290,31 +134,30 @@ def _samples(trace: Any) -> dict[str, Any]:
 
 
 class PathELBO(_ReparameterizedELBO):
-    r"""The ELBO with its path gradient, which vanishes where guide and posterior agree ("sticking the landing").
+    r"""The ELBO with its path gradient, which is zero if guide and posterior agree ("sticking the landing").
 
     .. math::
         \nabla_\phi = \mathbb E\left[\left(\frac{\partial z}{\partial \phi}\right)^\top
         \nabla_z \left(\log p(y, z) - \log q_\phi(z)\right)\right], \qquad z = z(\epsilon; \phi)
 
-    Against the total gradient of Pyro's ``Trace_ELBO`` it leaves out :math:`\nabla_\phi \log q_\phi(z)` at a fixed z,
-    which is zero in the mean: both are unbiased, and the path gradient is the quieter one near the optimum, the
-    noisier one far from it. Parameters of the model get their ordinary gradient, and so do those of the guide that
-    enter through ``Delta`` sites.
+    Compared to the total gradient of Pyro's ``Trace_ELBO`` it leaves out :math:`\nabla_\phi \log q_\phi(z)` at a fixed
+    z, whose expectation is zero: both are unbiased; the path gradient has the smaller variance near the optimum and the
+    larger one far from it. Parameters of the model get their ordinary gradient, and so do those of the guide that enter
+    through ``Delta`` sites.
 
-    It takes any guide whose sites have an ``rsample``: Pyro's autoguides, hierarchical guides, flows. The guide runs
-    once and no parameter is copied. A site that is a flow of this package gets the gradient of its log-density carried
-    along by its forward pass, see :meth:`Bijection.forward_and_score`, in which a coupling evaluates its conditioner
-    once; another transformed distribution is inverted.
+    The guide may be any whose sites have an ``rsample``: Pyro's autoguides, hierarchical guides, flows. It runs once,
+    and no parameter is copied. A flow of this package computes the gradient of its log-density in the forward pass
+    (:meth:`Bijection.forward_and_score`); any other transformed distribution is inverted.
 
     Args:
-        num_particles: number of draws a step.
+        num_particles: number of draws in a step.
         vectorize_particles: whether guide and model run once for all of them, in an outermost plate.
-        max_plate_nesting: number of nested plates, found by a run where it is not given.
+        max_plate_nesting: number of nested plates; by default found by a run.
         retain_graph: whether the graph is kept after a step.
 
     Raises:
         TypeError: the guide has a site without ``rsample``, or is a messenger.
-        ValueError: num_particles is not positive, or the model has a latent that the guide does not draw, such as an
+        ValueError: num_particles is not positive, or the guide does not draw a latent of the model, for example an
             enumerated one.
 
     References:
@@ -341,26 +184,24 @@ class PathELBO(_ReparameterizedELBO):
 
 
 class TemperedELBO(_ReparameterizedELBO):
-    r"""An ELBO with weights on the log-likelihood and on the entropy, which may be set anew between steps.
+    r"""An ELBO with weights on the log-likelihood and on the entropy, which may be changed between steps.
 
     .. math:: \mathbb E_q\left[\beta \log p(y \mid z) + \log p(z) - \tau \log q(z)\right]
 
-    A likelihood weight that grows to one anneals the posterior from the prior, an entropy weight above one that falls
-    to one keeps a guide wide while it looks for modes. What a model observes, ``pyro.factor`` included, is its
-    likelihood.
+    A likelihood weight that grows to one anneals the posterior from the prior; an entropy weight that falls from above
+    to one keeps a guide wide while it searches for modes. The likelihood is that of all observed sites, including
+    ``pyro.factor``.
 
     Args:
-        num_particles: number of draws a step.
+        num_particles: number of draws in a step.
         entropy: the weight :math:`\tau`.
         likelihood: the weight :math:`\beta`.
         gradient: "path", as in :class:`PathELBO`, or "total".
-        vectorize_particles: whether guide and model run once for all of them, in an outermost plate.
-        max_plate_nesting: number of nested plates, found by a run where it is not given.
-        retain_graph: whether the graph is kept after a step.
+        options: other arguments of :class:`PathELBO`.
 
     Raises:
-        TypeError: as :class:`PathELBO`, or a weight is not a number.
-        ValueError: as :class:`PathELBO`, or a weight is negative, or the gradient is unknown.
+        TypeError: as for :class:`PathELBO`, or a weight is not a number.
+        ValueError: as for :class:`PathELBO`, or a weight is negative, or the gradient is unknown.
 
     References:
         Variational Inference with Normalizing Flows, Rezende and Mohamed, 2015 (arXiv:1505.05770).
@@ -377,42 +218,18 @@ class TemperedELBO(_ReparameterizedELBO):
         entropy: float = 1.0,
         likelihood: float = 1.0,
         gradient: str = "path",
-        vectorize_particles: bool = False,
-        max_plate_nesting: float = math.inf,
-        retain_graph: bool | None = None,
+        **options: Any,
     ):
-        super().__init__(
-            num_particles,
-            vectorize_particles=vectorize_particles,
-            max_plate_nesting=max_plate_nesting,
-            retain_graph=retain_graph,
-        )
+        super().__init__(num_particles, **options)
         check_option("gradient", gradient, ("path", "total"))
         self.gradient = gradient
         self.entropy, self.likelihood = entropy, likelihood
 
-    @property
-    def entropy(self) -> float:
-        """The weight of the entropy."""
-        return self._entropy
-
-    @entropy.setter
-    def entropy(self, weight: float) -> None:
-        check_number("entropy", weight, "[0, inf)")
-        self._entropy = float(weight)
-
-    @property
-    def likelihood(self) -> float:
-        """The weight of the log-likelihood."""
-        return self._likelihood
-
-    @likelihood.setter
-    def likelihood(self, weight: float) -> None:
-        check_number("likelihood", weight, "[0, inf)")
-        self._likelihood = float(weight)
-
-    def _weights(self) -> tuple[float, float]:
-        return self.likelihood, self.entropy
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("entropy", "likelihood"):
+            check_number(name, value, "[0, inf)")
+            value = float(value)
+        super().__setattr__(name, value)
 
 
 class ImportanceWeightedELBO(_ReparameterizedELBO):
@@ -424,19 +241,19 @@ class ImportanceWeightedELBO(_ReparameterizedELBO):
         \nabla_{z_k} \log w_k\right], \quad \tilde w_k = \frac{w_k}{\sum_j w_j}
 
     Parameters of the model, and those of the guide that enter through ``Delta`` sites, get the bound's own gradient,
-    of weights :math:`\tilde w_k`. The weight is that of a particle's whole joint draw, over all rows of all plates.
-    Where the rows of a plate are independent given the rest, as in a VAE, that is looser than the sum of bounds row
-    by row, and under subsampling, which scales the logarithms, it is no bound on the evidence of all rows.
+    with the weights :math:`\tilde w_k`. A weight is that of a particle's joint draw, over all rows of all plates. If
+    the rows of a plate are independent given the rest, as in a VAE, this is looser than the sum of bounds row by row;
+    with subsampling, which scales the logarithms, it does not bound the evidence of all rows.
 
     Args:
         num_particles: the number K of draws in the bound.
-        vectorize_particles: whether guide and model run once for all of them, in an outermost plate.
-        max_plate_nesting: number of nested plates, found by a run where it is not given.
-        retain_graph: whether the graph is kept after a step.
+        vectorize_particles: as for :class:`PathELBO`, like the arguments after it.
+        max_plate_nesting: likewise.
+        retain_graph: likewise.
 
     Raises:
-        TypeError: as :class:`PathELBO`.
-        ValueError: as :class:`PathELBO`.
+        TypeError: as for :class:`PathELBO`.
+        ValueError: as for :class:`PathELBO`.
 
     References:
         Importance Weighted Autoencoders, Burda et al., 2016 (arXiv:1509.00519);

@@ -12,25 +12,28 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions.util import broadcast_shape, sum_rightmost
+from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import AutoContinuous, AutoGuide
-from pyro.params.param_store import param_with_module_name
 from torch import Size, Tensor
 from torch.distributions import biject_to, register_kl
 
 from pyroflows.arguments import check_number, check_option, check_sizes
 from pyroflows.bijection import Bijection
 from pyroflows.flow import Flow
-from pyroflows.inference.init import STARTS, Start, find_start
-from pyroflows.inference.log_joint import LatentSite, LogJoint, checked_values, constrain, supports_at, unconstrain
+from pyroflows.inference.guide_flow import build_flow, check_flow, claim_parameters
+from pyroflows.inference.init import INIT_METHODS, GaussianInit, find_init
+from pyroflows.inference.log_joint import LogJoint
+from pyroflows.inference.runs import supports_at
+from pyroflows.inference.sites import LatentSite, check_values, constrain, unconstrain
 from pyroflows.layers import TriangularAffine
 from pyroflows.models import iaf, maf, nsf, realnvp
+from pyroflows.private import inside_pyro_call
 
 __all__ = ["AutoFlow"]
 
 _SMALL: dict[str, Any] = {"hidden_features": (64, 64)}
 _OPTIONS: dict[Callable[..., Flow], dict[str, Any]] = {
-    # Whitened latents need neither mixing nor norms; what is the identity at the start begins at the Gaussian.
+    # Whitened latents need neither mixing nor norms; layers initialised to the identity start at the Gaussian.
     realnvp: {**_SMALL, "num_layers": 8, "permutation": "none", "norm": "none"},
     iaf: {**_SMALL, "num_layers": 4, "permutation": "reverse", "norm": "none"},
     maf: {**_SMALL, "num_layers": 4, "permutation": "reverse", "norm": "none"},
@@ -43,30 +46,35 @@ class AutoFlow(AutoContinuous):
 
     .. math:: u = m + S (A f(z) + b), \qquad z \sim N(0, I)
 
-    A trainable lower-triangular layer nearest the data starts at the mean :math:`m` and the scale :math:`S` of a
-    Gaussian found first, and the flow :math:`f` inside it starts at or near the identity: whatever the scales of the
-    posterior, the guide starts at that Gaussian. It is used as any other guide, with ``SVI`` and any ELBO of Pyro's.
+    A trainable lower-triangular layer nearest the data is initialised to the mean :math:`m` and the scale :math:`S` of
+    a Gaussian approximation, and the flow :math:`f` inside it to the identity or nearly so: whatever the scales of the
+    posterior, the guide starts at that Gaussian. It is used as any other guide, with ``SVI`` and any Pyro ELBO.
 
-    The guide is built by :meth:`setup` from the arguments of the model: at construction where they are given or where
-    the model needs none, else in its first call. Dtype and device are those of the model's densities.
+    The guide is built from the arguments of the model: by :meth:`setup`, or at construction if they are passed or the
+    model needs none, or else in its first call. Dtype and device are those of the model's densities.
 
     Args:
         model: a Pyro model.
         flow: a builder of named flows (``realnvp``, ``iaf``, ``nsf``, ``maf``, ``planar``, ...), called with the number
             of latents; or a ready ``Flow`` over as many features. A single latent gets splines instead of couplings.
         init: the Gaussian to start at: "auto", "laplace", "pathfinder", "fullrank", "meanfield", or "none" for the
-            model's initial values; see :func:`find_start`.
+            model's initial values; see :func:`find_init`.
         max_triangular: the number of latents above which the layer is diagonal.
         args: arguments of the model to build the guide from at once.
         kwargs: keyword arguments of the model, likewise.
         options: of the builder, such as ``num_layers=6``.
+
+    Attributes:
+        log_joint: the density of the model; None after unpickling.
+        latents: the latent sites.
+        inits: the Gaussians found, the best first, at which the guide starts.
 
     Shapes:
         draws: a dict from each site to a tensor ``(draws, *shape)``, shape being the site's, plates included.
 
     Raises:
         ValueError: the model has no continuous latents, latents in a subsampled plate or discrete latents that are not
-            marked for enumeration, or a ready flow of another shape.
+            marked for enumeration, or a ready flow has another shape.
 
     References:
         Automatic Differentiation Variational Inference, Kucukelbir et al., 2017 (arXiv:1603.00788);
@@ -100,10 +108,10 @@ class AutoFlow(AutoContinuous):
     ):
         if not callable(model):
             raise TypeError(f"expected a Pyro model, a callable; got {type(model).__name__}")
-        check_option("init", init, STARTS)
+        check_option("init", init, INIT_METHODS)
         check_sizes(max_triangular=max_triangular)
         if isinstance(flow, Flow) and options:
-            raise TypeError(f"expected no options beside a ready flow; got {', '.join(options)}")
+            raise TypeError(f"a ready flow cannot be combined with options of a builder; got {', '.join(options)}")
         if not isinstance(flow, Flow) and not callable(flow):
             raise TypeError(f"expected flow to be a builder or a Flow; got {flow!r}")
         # Not AutoContinuous's own, which would look for initial values again in every run of the model.
@@ -111,143 +119,106 @@ class AutoFlow(AutoContinuous):
         self.init, self.max_triangular = init, max_triangular
         self.log_joint: LogJoint | None = None
         self.latents: list[LatentSite] = []
-        self.starts: list[Start] = []
-        self._recipe = (flow, options)
+        self.inits: list[GaussianInit] = []
+        self.options = options
+        self._builder = (flow,)  # in a tuple, since a ready flow is copied, and is no part of the guide itself
         if args is not None or kwargs is not None or _needs_no_arguments(model):
             self.setup(*(args or ()), **(kwargs or {}))
 
     def setup(self, *args: Any, **kwargs: Any) -> AutoFlow:
-        """Build the guide from the model's arguments, start included, and give it."""
+        """Build the guide from the model's arguments, and initialise it; return the guide."""
         self._setup_prototype(*args, **kwargs)
         return self
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         log_joint = LogJoint(self.model, args, kwargs)
-        hidden = [name for name, marked in log_joint.enumerated.items() if not marked]
-        if hidden:
+        if unmarked := [name for name, marked in log_joint.structure.discrete.items() if not marked]:
             raise ValueError(
-                f"expected discrete latents marked for enumeration, as by pyro.infer.config_enumerate, beside an ELBO "
-                f"that sums them out; got {', '.join(map(repr, hidden))}"
+                f"expected discrete latents marked for enumeration, for example by pyro.infer.config_enumerate, and an "
+                f"ELBO that sums them out; got {', '.join(map(repr, unmarked))}"
             )
-        self._adopt(log_joint, find_start(log_joint, self.init, diagonal=log_joint.dim > self.max_triangular))
-
-    def _adopt(self, log_joint: LogJoint, starts: Sequence[Start]) -> None:
-        """Take the structure of a model, and start at the first of the Gaussians."""
-        self.log_joint, self.latents, self.starts = log_joint, log_joint.latents, list(starts)
-        self.latent_dim = log_joint.dim
-        self.prototype_trace = _trace_of(log_joint.first_run)
-        frames = {f.name: f for site in log_joint.first_run.values() for f in site["cond_indep_stack"] if f.vectorized}
-        self._prototype_frames = frames
+        inits = find_init(log_joint, self.init, diagonal=log_joint.dim > self.max_triangular)
+        self.log_joint, self.latents, self.inits = log_joint, log_joint.latents, inits
+        nodes = log_joint.structure.latent_nodes
+        # What Pyro's own methods read.
+        self.latent_dim, self.prototype_trace = log_joint.dim, _trace_of(nodes)
         self._unconstrained_shapes = {site.name: site.unconstrained_shape for site in self.latents}
         self._cond_indep_stacks = {
-            name: tuple(frame for frame in site["cond_indep_stack"] if frame.vectorized)
-            for name, site in log_joint.first_run.items()
+            name: tuple(frame for frame in node["cond_indep_stack"] if frame.vectorized) for name, node in nodes.items()
         }
-        inner = self._inner_flow()
+        self._prototype_frames = {frame.name: frame for stack in self._cond_indep_stacks.values() for frame in stack}
+        inner = _inner_flow(*self._builder, self.options, self.latent_dim)
         whitening = TriangularAffine(self.latent_dim, diagonal=self.latent_dim > self.max_triangular)
         self.flow = Flow(inner.prior, [*inner.layers, whitening]).to(log_joint.device, log_joint.dtype)
-        whitening.start_at(starts[0].loc, starts[0].scale_tril)
+        whitening.start_at(inits[0].loc, inits[0].scale_tril)
 
-    def _inner_flow(self) -> Flow:
-        given, options = self._recipe
-        if isinstance(given, Flow):
-            flow = copy.deepcopy(given)
-        else:
-            # A coupling of a single feature keeps nothing to learn from: only splines bend it.
-            splines = given is realnvp and set(options) <= set(inspect.signature(nsf).parameters)
-            builder = nsf if self.latent_dim == 1 and splines else given
-            flow = builder(self.latent_dim, **{**_OPTIONS.get(builder, {}), **options})
-        if not isinstance(flow, Flow):
-            raise TypeError(f"expected a builder that gives a Flow; got one that gives {type(flow).__name__}")
-        if flow.event_shape != (self.latent_dim,) or flow.context_features:
-            raise ValueError(
-                f"expected a flow over {self.latent_dim} features, as many as the model has latents, without "
-                f"context; got one of {tuple(flow.event_shape)} and context_features={flow.context_features}"
-            )
+    def require_flow(self) -> Flow:
+        """Return the flow; refuse a guide that is not built."""
+        if self.prototype_trace is None:
+            raise ValueError("expected a guide that is built: call guide.setup(...) with the model's arguments first")
+        # Not self.flow, which registers every parameter with Pyro again in a call.
+        flow: Any = self._modules["flow"]
         return flow
 
     # Pyro's protocol
 
     def get_base_dist(self) -> dist.TorchDistribution:
-        return self._built().prior()
+        return self.require_flow().prior()
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Bijection:
-        return self._built().bijection
+        return self.require_flow().bijection
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TransformedDistribution:
-        """Give the distribution of the unconstrained vector, of event shape ``(latents,)``."""
-        return self._built()()
+        """Return the distribution of the unconstrained vector, of event shape ``(latents,)``."""
+        return self.require_flow()()
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         if self.prototype_trace is None:
             self.setup(*args, **kwargs)
-        self._state_parameters()
-        latent = self.sample_latent(*args, **kwargs)
+        self._register_parameters()
+        vector = self.sample_latent(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
-        parts = self._parts(latent)
+        parts = {node["name"]: part for node, part in self._unpack_latent(vector)}
         supports = {site.name: site.support for site in self.latents}
         if None in supports.values():
-            supports = self._supports(parts, args, kwargs)
-        result, counts = {}, poutine.get_mask() is not False
+            self._refuse_dependent_supports()
+            supports = supports_at(self.model, parts, args, kwargs)
+        values = {}
         for name, part in parts.items():
             transform, event_dim = biject_to(supports[name]), self.prototype_trace.nodes[name]["fn"].event_dim
             value = transform(part)
             log_density: Any = 0.0
-            if counts:
+            if poutine.get_mask() is not False:
                 log_density = -transform.log_abs_det_jacobian(part, value)
                 log_density = sum_rightmost(log_density, log_density.dim() - value.dim() + event_dim)
             delta = _Value(value, log_density=log_density, event_dim=event_dim)
             with ExitStack() as stack:
                 for frame in self._cond_indep_stacks[name]:
                     stack.enter_context(plates[frame.name])
-                result[name] = pyro.sample(name, delta)
-        return result
+                values[name] = pyro.sample(name, delta)
+        return values
 
-    def _state_parameters(self) -> None:
-        """Make Pyro's statement of every parameter, in a walk that a call makes once.
-
-        What another guide left in Pyro's store under these names is taken out: it would be trained in their place.
-        """
-        if not self._pyro_context.active or pyro.settings.get("module_local_params"):
-            _ = self.flow  # local parameters have statements of their own, which Pyro makes here
+    def _register_parameters(self) -> None:
+        """Register every parameter with Pyro once."""
+        if not inside_pyro_call(self) or pyro.settings.get("module_local_params"):
+            _ = self.flow  # Pyro registers local parameters here
             return
-        store, name = pyro.get_param_store(), self._pyro_get_fullname("flow")
-        stored = dict(store.named_parameters())
-        for own, parameter in self._modules["flow"].named_parameters():
-            full = param_with_module_name(name, own)
-            if stored.get(full, parameter) is not parameter:
-                del store[full]
+        for name, parameter in claim_parameters(self, "flow", self.require_flow()).items():
             if parameter.requires_grad:
-                pyro.param(full, parameter)
-
-    def _parts(self, latent: Tensor) -> dict[str, Tensor]:
-        """Cut the unconstrained vector into the parts of the sites, with its batch left of their plates."""
-        parts = {}
-        for site in self.latents:
-            event = (1,) * (len(site.unconstrained_shape) - site.batch_ndim)
-            shape = broadcast_shape(site.unconstrained_shape, (*latent.shape[:-1], *event))
-            parts[site.name] = latent[..., site.start : site.stop].view(shape)
-        return parts
-
-    def _supports(self, parts: dict[str, Tensor], args: Any, kwargs: Any) -> dict[str, Any]:
-        """Run the model for supports that depend on other sites."""
-        self._refuse_dependent_supports()
-        return supports_at(self.model, parts, args, kwargs)
-
-    # The posterior
+                pyro.param(name, parameter)
 
     def draws(self, n: int) -> dict[str, Tensor]:
         """Draw values of the sites, each ``(n, *shape)``, without gradients."""
         with torch.no_grad():
-            return self._constrain(self._built().sample(n))
+            return self.constrain(self.require_flow().sample(n))
 
     def sample_posterior(self, n: int) -> dict[str, Tensor]:
         """Draw values of the sites: another name of :meth:`draws`."""
         return self.draws(n)
 
     def log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Give the guide's log-density, ``(points,)``, of the sites' values, each ``(points, *shape)``."""
-        flow, values = self._built(), checked_values(self.latents, values)
+        """Return the guide's log-density, ``(points,)``, of the sites' values, each ``(points, *shape)``."""
+        flow, values = self.require_flow(), check_values(self.latents, values, points=True)
         if self.log_joint is not None:
             u, log_det = self.log_joint.unconstrain(values)
         else:
@@ -257,8 +228,8 @@ class AutoFlow(AutoContinuous):
 
     @torch.no_grad()
     def quantiles(self, quantiles: Any, *args: Any, num_draws: int = 10_000, **kwargs: Any) -> dict[str, Tensor]:
-        """Give quantiles of each number of each site, ``(quantiles, *shape)``, from draws."""
-        flow = self._built()
+        """Return quantiles of each entry of each site, ``(quantiles, *shape)``, from draws."""
+        flow = self.require_flow()
         levels = torch.as_tensor(quantiles, dtype=flow.dtype, device=flow.device)
         for level in levels.flatten().tolist():
             check_number("quantiles", level, "[0, 1]")
@@ -266,10 +237,11 @@ class AutoFlow(AutoContinuous):
         return {name: torch.quantile(value, levels, dim=0) for name, value in self.draws(num_draws).items()}
 
     def median(self, *args: Any, num_draws: int = 10_000, **kwargs: Any) -> dict[str, Tensor]:
-        """Give the median of each number of each site, from draws."""
+        """Return the median of each entry of each site, from draws."""
         return self.quantiles(0.5, num_draws=num_draws)
 
-    def _constrain(self, u: Tensor) -> dict[str, Tensor]:
+    def constrain(self, u: Tensor) -> dict[str, Tensor]:
+        """Return the sites' values, each ``(points, *shape)``, at points of unconstrained space."""
         if self.log_joint is not None:
             return self.log_joint.constrain(u)
         self._refuse_dependent_supports()
@@ -282,36 +254,28 @@ class AutoFlow(AutoContinuous):
                 "unpickling: build it from the model and load its state_dict"
             )
 
-    def _built(self) -> Flow:
-        if self.prototype_trace is None:
-            raise ValueError("expected a guide that is built: call guide.setup(...) with the model's arguments first")
-        # Not self.flow, which makes Pyro's statement of every parameter anew inside a call.
-        flow: Any = self._modules["flow"]
-        return flow
-
     # What a guide that is not built would do silently
 
     def _apply(self, fn: Any, recurse: bool = True) -> AutoFlow:
-        self._built()
+        self.require_flow()
         return super()._apply(fn, recurse)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
-        self._built()
+        self.require_flow()
         return super().named_parameters(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self._built()
+        self.require_flow()
         return super().state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self._built()
+        self.require_flow()
         return super().load_state_dict(*args, **kwargs)
 
-    # Copies keep the model; pickles, which cannot in general, do without it and its data
+    # Copies share the model; pickles leave it out with its data, since a model can rarely be pickled
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AutoFlow:
-        new = self.__class__.__new__(self.__class__)
-        memo[id(self)] = new
+        new = memo[id(self)] = self.__class__.__new__(self.__class__)
         shared = ("_model", "log_joint", "master")
         state = {k: v if k in shared else copy.deepcopy(v, memo) for k, v in self.__dict__.items()}
         new.__dict__.update(state)
@@ -319,29 +283,41 @@ class AutoFlow(AutoContinuous):
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "_model": (None,), "master": None, "log_joint": None}
-        # What Pyro's store hangs on parameters that it has seen, no pickle takes, and no copy has.
+        # A copy of a parameter has none of the attributes that Pyro's store sets on it, which do not pickle.
         state["_modules"] = copy.deepcopy(self._modules)
         if self.prototype_trace is not None:
-            sites = self.prototype_trace.nodes.items()
-            bare = {name: {**site, "fn": _without_numbers(site["fn"])} for name, site in sites}
-            state["prototype_trace"] = _trace_of(bare)
+            nodes = self.prototype_trace.nodes.items()
+            state["prototype_trace"] = _trace_of({name: {**node, "fn": _shape_of(node["fn"])} for name, node in nodes})
         return state
 
 
-def _trace_of(sites: Mapping[str, Mapping[str, Any]]) -> poutine.Trace:
+def _inner_flow(builder: Callable[..., Flow] | Flow, options: Mapping[str, Any], features: int) -> Flow:
+    """Return the flow of a guide without the layer that starts at a Gaussian."""
+    if isinstance(builder, Flow):
+        flow = copy.deepcopy(builder)
+    else:
+        # A coupling of a single feature has no identity feature to condition on: only splines bend it.
+        if builder is realnvp and features == 1 and set(options) <= set(inspect.signature(nsf).parameters):
+            builder = nsf
+        flow = build_flow(builder, features, **{**_OPTIONS.get(builder, {}), **options})
+    check_flow(flow, features)
+    return flow
+
+
+def _trace_of(nodes: Mapping[str, Mapping[str, Any]]) -> poutine.Trace:
     trace = poutine.Trace()
-    for name, site in sites.items():
-        trace.add_node(name, **site)
+    for name, node in nodes.items():
+        trace.add_node(name, **node)
     return trace
 
 
-def _without_numbers(fn: Any) -> dist.ImproperUniform:
-    """Give the shapes and the support of a prior, which may hold data or parameters, and none of its numbers."""
+def _shape_of(fn: Any) -> dist.ImproperUniform:
+    """Return a prior's shapes and support without its numbers, which may be data or parameters."""
     return dist.ImproperUniform(fn.support, fn.batch_shape, fn.event_shape)
 
 
 class _Value(dist.Delta):
-    """A point with a log-density, which KL divergences count: Pyro's own of a Delta, as in TraceMeanField_ELBO, not."""
+    """A point with a log-density, which counts in KL divergences; Pyro's own for a Delta leaves it out."""
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         return super().rsample(Size(sample_shape)) if sample_shape else self.v

@@ -1,4 +1,4 @@
-"""Gaussians to start a guide at, found from the log joint density and its score alone."""
+"""Gaussian approximations of a posterior, found from its log joint density and score alone, to initialise a guide."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from torch import Tensor
 from pyroflows.arguments import check_option
 from pyroflows.inference.log_joint import LogJoint
 
-__all__ = ["STARTS", "Start", "find_start"]
+__all__ = ["INIT_METHODS", "GaussianInit", "find_init"]
 
-STARTS = ("auto", "laplace", "pathfinder", "fullrank", "meanfield", "none")
-_DRAWS = 64  # a Gaussian's draws, by which it is judged or improved; more where there are many latents
-_CANDIDATES = 128  # points of each width, of which the best are climbed from
-_CLIMBERS = 16  # climbs at once from points near the start; four where there are many latents
-_PRIOR_DRAWS = 64  # of which the best and others are climbed from
-_PRIOR_CLIMBERS = 16  # climbs at once from the prior; four where there are many latents
+INIT_METHODS = ("auto", "laplace", "pathfinder", "fullrank", "meanfield", "none")
+_DRAWS = 64  # draws from a Gaussian to estimate its ELBO or to improve it; more if there are many latents
+_CANDIDATES = 128  # points of each width, the best of which are climbed from
+_CLIMBERS = 16  # climbs at once from points near the initial values; four if there are many latents
+_PRIOR_DRAWS = 64  # draws of the prior, the best and others of which are climbed from
+_PRIOR_CLIMBERS = 16  # climbs at once from the prior; four if there are many latents
 _ITERATIONS = 100
 _PATIENCE = 15  # iterations of batch and match without a better ELBO
-_EVERY = 8  # iterations between the points of a climb that are kept
-_PATHS = 4  # climbs whose Gaussians are judged
+_EVERY = 8  # iterations between the recorded points of a climb
+_PATHS = 4  # climbs whose Gaussians are compared
 
 
 @dataclass(frozen=True)
-class Start:
+class GaussianInit:
     """A Gaussian over the unconstrained vector.
 
     Args:
         method: how it was found.
         loc: its mean, ``(dim,)``.
         scale_tril: the Cholesky factor of its covariance, ``(dim, dim)``.
-        elbo: its ELBO in nats, estimated from a few draws, less two standard errors: luck does not win.
+        elbo: its ELBO in nats, estimated from a few draws, less two standard errors, so that luck does not win.
     """
 
     method: str
@@ -42,22 +42,27 @@ class Start:
     elbo: float = -math.inf
 
 
-def find_start(log_joint: LogJoint, method: str = "auto", *, diagonal: bool = False, seed: int = 0) -> list[Start]:
+def find_init(
+    log_joint: LogJoint, method: str = "auto", *, diagonal: bool = False, seed: int = 0
+) -> list[GaussianInit]:
     r"""Find Gaussians near the posterior, the best first.
 
     "laplace" climbs to a mode by BFGS from several points and takes the inverse Hessian there; "pathfinder" takes the
-    Gaussian of the best ELBO among those that the climb passes through, which on a posterior with a neck are better
-    than its mode; "fullrank" and "meanfield" fit a full or a diagonal Gaussian by batch and match, from the prior's
-    scale; "auto" does all of it, polishes the best by batch and match, and takes the best ELBO.
+    Gaussian of the best ELBO among those along the climbs, which for a posterior with a neck is better than that at
+    the mode; "fullrank" and "meanfield" fit a full or a diagonal Gaussian by batch and match, from the prior's scale;
+    "auto" does all of it, improves the best by batch and match, and takes the best ELBO.
 
     Args:
         log_joint: the density.
         method: one of those, or "none" for a standard normal around the model's initial values.
-        diagonal: whether a diagonal Gaussian is asked for, as where there are many latents; "auto" is then "meanfield".
-        seed: of the points climbed from, and of the draws that Gaussians are judged by.
+        diagonal: whether the Gaussian is to be diagonal, for many latents; "auto" is then "meanfield".
+        seed: of the points climbed from, and of the draws that estimate ELBOs.
 
     Returns:
-        What was found, sorted by ELBO; those after the first are other modes, or other ways to the same.
+        The Gaussians found, sorted by ELBO; those after the first are at other modes or were found by other methods.
+
+    Raises:
+        ValueError: no Gaussian has a finite ELBO.
 
     References:
         Pathfinder: Parallel quasi-Newton variational inference, Zhang et al., 2022 (arXiv:2108.03782);
@@ -68,54 +73,55 @@ def find_start(log_joint: LogJoint, method: str = "auto", *, diagonal: bool = Fa
         >>> import pyro, pyro.distributions as dist
         >>> def model():
         ...     pyro.sample("x", dist.MultivariateNormal(torch.ones(2), torch.tensor([[4.0, 1.0], [1.0, 1.0]])))
-        >>> best = find_start(LogJoint(model))[0]
+        >>> best = find_init(LogJoint(model))[0]
         >>> best.loc.round(decimals=2).tolist(), (best.scale_tril @ best.scale_tril.T).round(decimals=1).tolist()
         ([1.0, 1.0], [[4.0, 1.0], [1.0, 1.0]])
     """
-    check_option("init", method, STARTS)
+    check_option("init", method, INIT_METHODS)
     initial = log_joint.initial.double()
-    eye = torch.eye(log_joint.dim).to(initial)
-    prior = Start("none", initial, eye)
+    prior = GaussianInit("none", initial, torch.eye(log_joint.dim).to(initial))
     if method == "none":
         return [prior]
     method = "meanfield" if diagonal and method == "auto" else method
-    found: list[Start] = []
+    inits: list[GaussianInit] = []
     generator = torch.Generator().manual_seed(seed)
     if method in ("auto", "laplace", "pathfinder"):
-        paths = _distinct(_climb(log_joint, _places(log_joint, generator)))
+        paths = _distinct(_climb(log_joint, _starting_points(log_joint, generator)))
         if method != "laplace":
-            found += [_best_of_path(log_joint, path, generator) for path in paths]
+            inits += [_best_of_path(log_joint, path, generator) for path in paths]
         if method != "pathfinder":
-            found += [start for path in paths if (start := _laplace(log_joint, path[-1], generator)) is not None]
+            inits += [init for path in paths if (init := _laplace(log_joint, path[-1], generator)) is not None]
     if method in ("auto", "fullrank", "meanfield"):
-        finite = sorted((start for start in found if math.isfinite(start.elbo)), key=lambda start: -start.elbo)
-        for first in [*finite[:2], prior]:
-            found += _batch_and_match(log_joint, first, generator, diagonal=method == "meanfield")
-    found = sorted((start for start in found if math.isfinite(start.elbo)), key=lambda start: -start.elbo)
-    if not found:
+        for first in [*_sorted(inits)[:2], prior]:
+            inits += _batch_and_match(log_joint, first, generator, diagonal=method == "meanfield")
+    if not (inits := _sorted(inits)):
         raise ValueError(
-            f"expected a Gaussian with a finite ELBO by init={method!r}; found none: give init='none' or another model "
-            f"start"
+            f"expected a Gaussian with a finite ELBO by init={method!r}; got none: pass init='none', or change the "
+            f"model's initial values"
         )
-    return found
+    return inits
 
 
-def _places(log_joint: LogJoint, generator: torch.Generator) -> Tensor:
-    """Give points to climb from: the initial values, the best of many points around them, and draws of the prior.
+def _sorted(inits: list[GaussianInit]) -> list[GaussianInit]:
+    return sorted((init for init in inits if math.isfinite(init.elbo)), key=lambda init: -init.elbo)
 
-    Most of the latter are not the best ones: these may all lie on the slopes of one mode.
+
+def _starting_points(log_joint: LogJoint, generator: torch.Generator) -> Tensor:
+    """Return points to climb from: the initial values, the best of many points around them, and draws of the prior.
+
+    Most of the prior's draws are not the best ones, which may all be on the slopes of one mode.
     """
     few = log_joint.dim > 100
     width = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=torch.float64)
     shape = (len(width), _CANDIDATES, log_joint.dim)
     noise = width[:, None, None] * torch.randn(shape, dtype=torch.float64, generator=generator)
-    lots = log_joint.initial.double() + noise.to(log_joint.device)
-    value = torch.stack([_density(log_joint, lot)[0] for lot in lots])
+    candidates = log_joint.initial.double() + noise.to(log_joint.device)
+    value = torch.stack([_value_and_score(log_joint, points)[0] for points in candidates])
     best = value.topk(1 if few else _CLIMBERS // len(width)).indices
-    near = lots.gather(1, best[..., None].expand(*best.shape, shape[-1])).flatten(0, 1)
+    near = candidates.gather(1, best[..., None].expand(*best.shape, shape[-1])).flatten(0, 1)
     seed = int(torch.randint(2**31, (), generator=generator))
     prior = log_joint.prior_draws(_PRIOR_DRAWS, seed=seed).double()
-    value, _ = _density(log_joint, prior)
+    value, _ = _value_and_score(log_joint, prior)
     prior, value = prior[value.isfinite()], value[value.isfinite()]
     number = _PRIOR_CLIMBERS // 4 if few else _PRIOR_CLIMBERS
     order = value.argsort(descending=True)
@@ -123,38 +129,38 @@ def _places(log_joint: LogJoint, generator: torch.Generator) -> Tensor:
     return torch.cat([log_joint.initial.double()[None], near, prior[rows]])
 
 
-def _density(log_joint: LogJoint, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Give value and score in float64, in which the algebra here is done whatever the model's dtype."""
+def _value_and_score(log_joint: LogJoint, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Return value and score in float64, in which the algebra here is done whatever the model's dtype."""
     value, score = log_joint.value_and_score(u.to(log_joint.dtype))
     return value.to(u.dtype), score.to(u.dtype)
 
 
-Path = list[tuple[Tensor, Tensor, Tensor]]
-"""The points of a climb, their values, and the inverse Hessians estimated there."""
+_Climb = list[tuple[Tensor, Tensor, Tensor]]
+"""The points of a climb, their values, and the estimates of the inverse Hessian there."""
 
 
-def _climb(log_joint: LogJoint, x: Tensor) -> list[Path]:
-    """Climb by BFGS from several points at once, ``(starts, dim)``; give the path of each that got anywhere."""
-    value, score = _density(log_joint, x)
+def _climb(log_joint: LogJoint, x: Tensor) -> list[_Climb]:
+    """Climb by BFGS from several points at once, ``(starts, dim)``; return the path of each that moved."""
+    value, score = _value_and_score(log_joint, x)
     eye = torch.eye(x.shape[-1]).to(x)
     inverse = eye.expand(len(x), *eye.shape).clone()
     fresh = torch.ones(len(x), dtype=torch.bool, device=x.device)
     active = value.isfinite()
-    learned = inverse  # of these, the last that a step told something
-    kept: list[Path] = [[] for _ in x]
+    learned = inverse  # the last estimates before a reset
+    paths: list[_Climb] = [[] for _ in x]
     for iteration in range(_ITERATIONS):
         if not active.any():
             break
         direction = (inverse @ score.unsqueeze(-1)).squeeze(-1)
         length = torch.where(fresh, (1 / direction.norm(dim=-1)).clamp(max=1.0), torch.ones_like(value))
-        new_x, new_value, new_score = _search(log_joint, x, value, score, direction, length, active)
+        new_x, new_value, new_score = _line_search(log_joint, x, value, score, direction, length, active)
         moved = active & (new_value > value)
         step, change = new_x - x, score - new_score
         curvature = (step * change).sum(-1)
         good = moved & (curvature > 1e-10 * step.norm(dim=-1) * change.norm(dim=-1))
         inverse = torch.where(good[:, None, None], _update(inverse, step, change, curvature, fresh & good), inverse)
         learned = torch.where(good[:, None, None], inverse, learned)
-        # A direction that led nowhere may be the fault of old curvature: start again from steepest ascent once.
+        # Old curvature may be why a direction led nowhere: reset once to steepest ascent.
         stuck = active & ~moved
         active = (moved & (new_value - value > 1e-9 * (1 + value.abs()))) | (stuck & ~fresh)
         inverse = torch.where((stuck & ~fresh)[:, None, None], eye, inverse)
@@ -164,37 +170,36 @@ def _climb(log_joint: LogJoint, x: Tensor) -> list[Path]:
         value = torch.where(moved, new_value, value)
         if iteration % _EVERY == 0:
             for row in good.nonzero()[:, 0].tolist():
-                kept[row].append((x[row], value[row], inverse[row].clone()))
-    for row, path in enumerate(kept):
+                paths[row].append((x[row], value[row], inverse[row].clone()))
+    for row, path in enumerate(paths):
         if not fresh[row] or path:
             path.append((x[row], value[row], learned[row]))
-    return [path for path in kept if path]
+    return [path for path in paths if path]
 
 
-def _distinct(paths: list[Path]) -> list[Path]:
-    """Give the highest paths, those to other modes before those to the same."""
+def _distinct(paths: list[_Climb]) -> list[_Climb]:
+    """Return the highest paths, those to different modes before those to the same mode."""
     paths = sorted(paths, key=lambda path: -float(path[-1][1]))
-    first: list[Path] = []
+    first: list[_Climb] = []
+    others: list[_Climb] = []
     for path in paths:
-        end = path[-1][0]
-        if all(_distance(end, *other[-1][::2]) > 5 for other in first):
-            first.append(path)
-    others = [path for path in paths if not any(path is other for other in first)]
+        is_new = all(_distance(path[-1][0], *other[-1][::2]) > 5 for other in first)
+        (first if is_new else others).append(path)
     return (first + others)[:_PATHS]
 
 
 def _distance(x: Tensor, mode: Tensor, covariance: Tensor) -> float:
-    """Give the Mahalanobis distance of a point from a mode."""
+    """Return the Mahalanobis distance of a point from a mode."""
     factor, fine = _cholesky(covariance)
     if not fine:
         return math.inf
     return float(torch.linalg.solve_triangular(factor, (x - mode)[:, None], upper=False).norm())
 
 
-def _search(
+def _line_search(
     log_joint: LogJoint, x: Tensor, value: Tensor, score: Tensor, direction: Tensor, length: Tensor, active: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Backtrack until every active start has risen enough."""
+    """Backtrack until every active climb has risen enough."""
     slope = (score * direction).sum(-1)
     best = x, value, score
     waiting = active.clone()
@@ -203,7 +208,7 @@ def _search(
         if not len(rows):
             break
         trial = x[rows] + length[rows, None] * direction[rows]
-        trial_value, trial_score = _density(log_joint, trial)
+        trial_value, trial_score = _value_and_score(log_joint, trial)
         enough = trial_value >= value[rows] + 1e-4 * length[rows] * slope[rows]
         done = rows[enough]
         best_x, best_value, best_score = best
@@ -218,7 +223,7 @@ def _search(
 
 
 def _update(inverse: Tensor, step: Tensor, change: Tensor, curvature: Tensor, first: Tensor) -> Tensor:
-    """BFGS's update of the inverse Hessian, of shape ``(starts, dim, dim)``."""
+    """Update the inverse Hessians, ``(starts, dim, dim)``, as BFGS does."""
     scale = torch.where(first, curvature / (change * change).sum(-1).clamp(min=1e-300), torch.ones_like(curvature))
     inverse = inverse * scale[:, None, None]
     rho = 1 / curvature[:, None, None]
@@ -227,12 +232,12 @@ def _update(inverse: Tensor, step: Tensor, change: Tensor, curvature: Tensor, fi
     return inverse - rho * (hy @ s.mT + s @ hy.mT) + (rho**2 * (y.mT @ hy) + rho) * (s @ s.mT)
 
 
-def _judge(
+def _estimate_elbo(
     log_joint: LogJoint, loc: Tensor, scale_tril: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw from Gaussians ``(k, dim)``; give draws, scores ``(k, draws, dim)``, ELBOs and shares of finite draws."""
+    """Draw from Gaussians ``(k, dim)``; return draws, scores ``(k, draws, dim)``, ELBOs and shares of finite draws."""
     draws = loc.unsqueeze(1) + noise @ scale_tril.mT
-    value, score = _density(log_joint, draws.flatten(0, 1))
+    value, score = _value_and_score(log_joint, draws.flatten(0, 1))
     value, score = value.view(draws.shape[:2]), score.view(draws.shape)
     log_q = -0.5 * (noise**2).sum(-1) - 0.5 * noise.shape[-1] * math.log(2 * math.pi)
     log_ratio = value - log_q + scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1, keepdim=True)
@@ -241,7 +246,7 @@ def _judge(
 
 
 def _noise(log_joint: LogJoint, generator: torch.Generator, draws: int = 0) -> Tensor:
-    """Standard normal draws and their mirror images; by default enough to tell a full covariance."""
+    """Return standard normal draws and their mirror images; by default enough to estimate a full covariance."""
     draws = draws or max(_DRAWS, 2 * min(log_joint.dim, 512))
     half = torch.randn(draws // 2, log_joint.dim, dtype=torch.float64, generator=generator)
     return torch.cat([half, -half]).to(log_joint.device)
@@ -253,28 +258,32 @@ def _cholesky(covariance: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(fine[..., None, None], factor, torch.eye(factor.shape[-1]).to(factor)), fine
 
 
-def _best_of_path(log_joint: LogJoint, path: Path, generator: torch.Generator) -> Start:
-    """Give the Gaussian of the best ELBO among those on a path."""
+def _best_of_path(log_joint: LogJoint, path: _Climb, generator: torch.Generator) -> GaussianInit:
+    """Return the Gaussian of the best ELBO among those on a path."""
     loc = torch.stack([x for x, _, _ in path])
     factor, fine = _cholesky(torch.stack([inverse for _, _, inverse in path]))
     noise = _noise(log_joint, generator, 32)
-    elbo = torch.cat([_judge(log_joint, m, f, noise)[2] for m, f in zip(loc.split(8), factor.split(8), strict=True)])
+    elbo = torch.cat(
+        [_estimate_elbo(log_joint, m, f, noise)[2] for m, f in zip(loc.split(8), factor.split(8), strict=True)]
+    )
     elbo = torch.where(fine & elbo.isfinite(), elbo, -torch.inf)
     best = int(elbo.argmax())
-    if elbo[best].isfinite():  # the best of many is lucky too: fresh draws judge it
-        elbo[best] = _judge(log_joint, loc[best, None], factor[best], _noise(log_joint, generator))[2]
-    return Start("pathfinder", loc[best], factor[best], float(elbo[best]))
+    if elbo[best].isfinite():  # the best of many is lucky too: estimate it from new draws
+        elbo[best] = _estimate_elbo(log_joint, loc[best, None], factor[best], _noise(log_joint, generator))[2]
+    return GaussianInit("pathfinder", loc[best], factor[best], float(elbo[best]))
 
 
-def _laplace(log_joint: LogJoint, end: tuple[Tensor, Tensor, Tensor], generator: torch.Generator) -> Start | None:
-    """Give the Gaussian of the Hessian at the end of a path, by central differences in the units of BFGS's estimate."""
+def _laplace(
+    log_joint: LogJoint, end: tuple[Tensor, Tensor, Tensor], generator: torch.Generator
+) -> GaussianInit | None:
+    """Return the Gaussian of the Hessian at the end of a path, by central differences scaled by BFGS's estimate."""
     mode, _, inverse = end
     factor, fine = _cholesky(inverse)
     if not fine:
         factor = torch.eye(len(mode)).to(mode)
-    size = 1e-4 if log_joint.dtype == torch.float64 else 0.2  # of the score's own rounding errors
+    size = 1e-4 if log_joint.dtype == torch.float64 else 0.2  # by the score's rounding errors
     steps = size * factor.mT
-    _, score = _density(log_joint, torch.cat([mode + steps, mode - steps]))
+    _, score = _value_and_score(log_joint, torch.cat([mode + steps, mode - steps]))
     ahead, behind = score.chunk(2)
     hessian = -(ahead - behind) @ factor / (2 * size)
     values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
@@ -284,12 +293,14 @@ def _laplace(log_joint: LogJoint, end: tuple[Tensor, Tensor, Tensor], generator:
     scale, fine = _cholesky(covariance)
     if not fine:
         return None
-    elbo = _judge(log_joint, mode[None], scale[None], _noise(log_joint, generator))[2]
-    return Start("laplace", mode, scale, float(elbo))
+    elbo = _estimate_elbo(log_joint, mode[None], scale[None], _noise(log_joint, generator))[2]
+    return GaussianInit("laplace", mode, scale, float(elbo))
 
 
-def _batch_and_match(log_joint: LogJoint, first: Start, generator: torch.Generator, *, diagonal: bool) -> list[Start]:
-    """Match the scores of a Gaussian to the posterior's at its own draws, again and again; give the best, if any."""
+def _batch_and_match(
+    log_joint: LogJoint, first: GaussianInit, generator: torch.Generator, *, diagonal: bool
+) -> list[GaussianInit]:
+    """Match the scores of a Gaussian to the posterior's at its draws, repeatedly; return the best one, if any."""
     loc, factor = first.loc, first.scale_tril
     method = "meanfield" if diagonal else "fullrank"
     if diagonal:
@@ -297,19 +308,19 @@ def _batch_and_match(log_joint: LogJoint, first: Start, generator: torch.Generat
     best, age = None, 0
     for iteration in range(_ITERATIONS):
         noise = _noise(log_joint, generator)
-        draws, score, elbo, share = _judge(log_joint, loc[None], factor[None], noise)
+        draws, score, elbo, share = _estimate_elbo(log_joint, loc[None], factor[None], noise)
         if share < 1:
-            # Where the density ends, the Gaussian is too wide there: draw it in and look again.
+            # The Gaussian reaches beyond the support of the density: shrink it.
             factor = factor * 0.5
             continue
         age += 1
         if best is None or float(elbo) > best.elbo + 0.01:
-            best, age = Start(method, loc, factor, float(elbo)), 0
+            best, age = GaussianInit(method, loc, factor, float(elbo)), 0
         if age == _PATIENCE:
             break
         try:
             loc, factor = _match(loc, factor, draws[0], score[0], len(noise) * len(loc) / (iteration + 1), diagonal)
-        except torch.linalg.LinAlgError:  # scores too large to tell anything, as far out in a prior
+        except torch.linalg.LinAlgError:  # scores too large to be useful, for example far out in a prior
             break
     return [] if best is None else [best]
 
@@ -317,7 +328,7 @@ def _batch_and_match(log_joint: LogJoint, first: Start, generator: torch.Generat
 def _match(
     loc: Tensor, factor: Tensor, draws: Tensor, score: Tensor, rate: float, diagonal: bool
 ) -> tuple[Tensor, Tensor]:
-    """One step of batch and match, in closed form, in the coordinates that whiten the present Gaussian."""
+    """Take one step of batch and match, in closed form, in the coordinates that whiten the current Gaussian."""
     x = torch.linalg.solve_triangular(factor, (draws - loc).mT, upper=False).mT
     g = score @ factor
     mean_x, mean_g = x.mean(0), g.mean(0)

@@ -16,9 +16,9 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyroflows.bijection import Bijection
-from pyroflows.flow import Flow
 from pyroflows.inference.guide import AutoFlow
-from pyroflows.inference.log_joint import initial_value
+from pyroflows.inference.sites import initial_value
+from pyroflows.private import make_plates
 
 __all__ = ["neutra", "run_chains"]
 
@@ -26,13 +26,13 @@ __all__ = ["neutra", "run_chains"]
 def neutra(
     model: Callable[..., Any], guide: AutoFlow
 ) -> tuple[Callable[..., Any], Callable[[Tensor], dict[str, Tensor]]]:
-    r"""Put a trained, frozen guide between a model and its sampler, which then moves in a space of simple geometry.
+    r"""Reparametrise a model by a trained guide, in whose latent space a sampler meets a simple geometry.
 
     .. math:: z \mapsto x(f(z)), \qquad \log p(y, x) + \log|\det dx/dz|
 
     Args:
         model: the Pyro model that the guide was made for.
-        guide: a trained guide; a frozen copy of it is used.
+        guide: a trained guide; a copy of it is used, which does not train.
 
     Shapes:
         z: ``(latents,)``, the one latent site of the new model, whose name ends in ``_shared_latent``.
@@ -41,7 +41,7 @@ def neutra(
         The model over z, for ``MCMC``; and a function from draws of z, ``(draws, latents)``, to values of the sites.
 
     Raises:
-        ValueError: the guide is not built, or a latent stands under a scale or a mask.
+        ValueError: the guide is not built, or a latent is under a scale or a mask.
 
     References:
         NeuTra-lizing Bad Geometry in Hamiltonian Monte Carlo Using Neural Transport, Hoffman et al., 2019
@@ -62,56 +62,48 @@ def neutra(
         >>> sites(z)["scale"].shape
         torch.Size([10])
     """
-    guide._built()
+    guide.require_flow()
     frozen = copy.deepcopy(guide).requires_grad_(False).eval()
-    frozen._create_plates()
-    latents = frozen.prototype_trace.nodes
-    for name, site in latents.items():
-        if not (torch.as_tensor(site["scale"]) == 1).all() or not _is_whole(site["mask"]):
+    make_plates(frozen)
+    nodes = frozen.prototype_trace.nodes
+    for name, node in nodes.items():
+        is_masked = node["mask"] is not None and not bool(torch.as_tensor(node["mask"]).all())
+        if is_masked or not (torch.as_tensor(node["scale"]) == 1).all():
             raise ValueError(
-                f"expected latents under neither a scale nor a mask, which Pyro would put on their Jacobians too; got "
-                f"{name!r}"
+                f"expected latents under neither a scale nor a mask, which Pyro would apply to their Jacobians too; "
+                f"got {name!r}"
             )
-    rows = math.prod(latents[frozen.latents[0].name]["fn"].batch_shape)
-    reparam = NeuTraReparam(frozen)
-    frozen.get_transform = lambda: _Once(frozen.flow.bijection, rows)
+    rows = math.prod(nodes[frozen.latents[0].name]["fn"].batch_shape)
 
     @torch.no_grad()
     def sites(z: Tensor) -> dict[str, Tensor]:
-        return guide._constrain(_pushed(frozen.flow, z))
+        return guide.constrain(frozen.require_flow().decode(z))
 
-    return reparam.reparam(_Feasible(guide.flow.dtype)(model)), sites
-
-
-class _Point(dist.ImproperUniform):
-    """An improper prior that gives a feasible point, by which Pyro's MCMC learns the shapes of a model."""
-
-    dtype = torch.float32
-
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
-        return initial_value({"fn": self}, torch.empty((), dtype=self.dtype)).expand((*sample_shape, *self.shape()))
+    return _Reparam(frozen, rows).reparam(_Feasible(guide.require_flow().dtype)(model)), sites
 
 
-class _Feasible(Messenger):
-    """Puts points in the place of improper priors."""
+class _Reparam(NeuTraReparam):
+    """Pyro's reparametrisation, with the flow's log-determinant shared among the rows of the first site's plates.
 
-    def __init__(self, dtype: torch.dtype):
-        super().__init__()
-        self.dtype = dtype
+    Pyro adds it to the log-density of each row.
+    """
 
-    def _pyro_sample(self, msg: Any) -> None:
-        fn = msg["fn"]
-        if type(fn) is dist.ImproperUniform and not msg["is_observed"]:
-            msg["fn"] = _Point(fn.support, fn.batch_shape, fn.event_shape)
-            msg["fn"].dtype = self.dtype
+    def __init__(self, guide: AutoFlow, rows: int):
+        self.rows = rows
+        super().__init__(guide)
+
+    @property
+    def transform(self) -> _SharedLogDet | None:
+        """The transform of the guide, which Pyro sets."""
+        return self._transform
+
+    @transform.setter
+    def transform(self, bijection: Bijection | None) -> None:
+        self._transform = None if bijection is None else _SharedLogDet(bijection, self.rows)
 
 
-def _is_whole(mask: Any) -> bool:
-    return mask is None or bool(torch.as_tensor(mask).all())
-
-
-class _Once:
-    """A transform whose log-determinant Pyro adds to every row of the first site's plates."""
+class _SharedLogDet:
+    """A transform that divides its log-determinant among rows."""
 
     def __init__(self, bijection: Bijection, rows: int):
         self.bijection, self.rows = bijection, rows
@@ -124,35 +116,47 @@ class _Once:
         return self.bijection.log_abs_det_jacobian(z, u) / self.rows
 
 
-@torch.no_grad()
-def _pushed(flow: Flow, z: Tensor) -> Tensor:
-    return flow.bijection.forward_and_log_det(z)[0]
+class _Point(dist.ImproperUniform):
+    """An improper prior with a feasible point as its draw, by which Pyro's MCMC learns the shapes of a model."""
+
+    dtype = torch.float32
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        return initial_value({"fn": self}, torch.empty((), dtype=self.dtype)).expand((*sample_shape, *self.shape()))
 
 
-def run_chains(guide: AutoFlow, places: Tensor, num_draws: int, num_warmup: int, progress: bool | None) -> Tensor:
-    """Run NUTS from places in unconstrained space; give draws there, ``(chains, draws, latents)``."""
+class _Feasible(Messenger):
+    """Replaces improper priors by points."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        if type(fn) is dist.ImproperUniform and not msg["is_observed"]:
+            msg["fn"] = _Point(fn.support, fn.batch_shape, fn.event_shape)
+            msg["fn"].dtype = self.dtype
+
+
+def run_chains(guide: AutoFlow, starts: Tensor, num_draws: int, num_warmup: int, progress: bool | None) -> Tensor:
+    """Run NUTS from points of unconstrained space; return draws there, ``(chains, draws, latents)``."""
     log_joint = guide.log_joint
     if log_joint is None:
         raise ValueError("expected a guide with its model; got one without, as after unpickling")
     model, _ = neutra(log_joint.model, guide)
-    flow: Flow = guide.flow
-    chains = []
+    flow, site, draws = guide.require_flow(), f"{guide.latents[0].name}_shared_latent", []
     with torch.no_grad():
-        starts = flow.bijection.inverse_and_log_det(places)[0]
-    for start in starts:
-        kernel = NUTS(model, full_mass=False, max_tree_depth=8)
-        site = f"{guide.latents[0].name}_shared_latent"
+        latents = flow.encode(starts)
+    for latent in latents:
         mcmc = MCMC(
-            kernel,
+            NUTS(model, full_mass=False, max_tree_depth=8),
             num_samples=num_draws,
             warmup_steps=num_warmup,
-            initial_params={site: start},
-            disable_progbar=not (progress or (progress is None and _on_terminal())),
+            initial_params={site: latent},
+            disable_progbar=not (sys.stderr.isatty() if progress is None else progress),
         )
         mcmc.run(*log_joint.args, **log_joint.kwargs)
-        chains.append(_pushed(flow, mcmc.get_samples()[site]))
-    return torch.stack(chains)
-
-
-def _on_terminal() -> bool:
-    return sys.stderr.isatty()
+        draws.append(mcmc.get_samples()[site])
+    with torch.no_grad():
+        return torch.stack([flow.decode(z) for z in draws])

@@ -1,0 +1,165 @@
+"""Importance weights of a guide's draws: evidence, errors, missed modes, and a verdict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyroflows.diagnostics.weights import importance_ess, psis
+from pyroflows.inference.guide import AutoFlow
+from pyroflows.inference.log_joint import LogJoint
+
+__all__ = ["Weights", "diagnose", "importance_sample", "missed_modes", "resample", "summarize_weights"]
+
+_CHUNK = 2000  # points evaluated at once
+_NUM_SETS = 5  # of draws, each with its k-hat
+_SHARE = 0.05  # smallest share of the posterior at a missed mode to report
+_SKEW = 5.0  # nats by which the ELBO of the Gaussian at such a mode may fall short, if the posterior is not Gaussian
+_DISTANCE = 5.0  # smallest distance of such a mode from the guide's centre, in its latent space
+_UNCOVERED = 20.0  # ratio of the posterior's density to the guide's above which a point counts as not covered
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Importance weights of a guide's draws, and what they show.
+
+    Args:
+        u: the draws, in unconstrained space, ``(draws, latents)``.
+        log_weights: log joint density minus the guide's log-density, ``(draws,)``; -inf where the former is not finite.
+        elbo: the mean of the finite ones, in nats.
+        elbo_error: its standard error.
+        log_evidence: the logarithm of the mean weight.
+        log_evidence_error: its standard error, to first order.
+        khat: Pareto shapes of the weights, one for each of several sets of the draws.
+        ess: Kish's effective number of draws.
+        infinite: the share of draws whose log joint density is not finite.
+        mean_error: the largest error of a mean, in standard deviations, by comparison with the reweighted draws; NaN
+            if values of sites are beyond the range of their dtype.
+        sd_error: the largest relative error of a standard deviation, likewise.
+    """
+
+    u: Tensor
+    log_weights: Tensor
+    elbo: float
+    elbo_error: float
+    log_evidence: float
+    log_evidence_error: float
+    khat: tuple[float, ...]
+    ess: float
+    infinite: float
+    mean_error: float
+    sd_error: float
+
+    @property
+    def ess_ratio(self) -> float:
+        """The effective number of draws as a share of the draws."""
+        return self.ess / len(self.u)
+
+
+@torch.no_grad()
+def importance_sample(guide: AutoFlow, log_joint: LogJoint, num_draws: int) -> Weights:
+    """Draw from a guide, and compute the importance weights of the draws."""
+    flow = guide.require_flow()
+    parts = [flow.rsample_and_log_prob(min(_CHUNK, num_draws - begin)) for begin in range(0, num_draws, _CHUNK)]
+    u, log_q = torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts])
+    return summarize_weights(log_joint, u, (log_joint.value(u) - log_q).double())
+
+
+@torch.no_grad()
+def summarize_weights(log_joint: LogJoint, u: Tensor, log_w: Tensor) -> Weights:
+    """Compute evidence and errors from the log weights of draws."""
+    draws, dim = u.shape
+    finite = log_w[log_w.isfinite()]
+    if len(finite) < 2:
+        inf = math.inf
+        return Weights(u, log_w, -inf, inf, -inf, inf, (inf,) * _NUM_SETS, 0.0, 1 - len(finite) / draws, inf, inf)
+    log_mean = float(finite.logsumexp(0)) - math.log(draws)
+    smoothed = psis(log_w)[0].exp()[:, None]
+    # Means of the constrained values, which users read; deviations of the unconstrained ones, which always exist.
+    values = [value.reshape(draws, -1) for value in log_joint.constrain(u).values()]
+    columns = torch.cat([u, *(value[:, (value != value[0]).any(0)] for value in values)], -1).to(smoothed)
+    mean, sd, true_mean = columns.mean(0), columns.std(0), (smoothed * columns).sum(0)
+    true_sd = (smoothed * (columns - true_mean) ** 2).sum(0).sqrt()
+    return Weights(
+        u=u,
+        log_weights=log_w,
+        elbo=float(finite.mean()),
+        elbo_error=float(finite.std()) / len(finite) ** 0.5,
+        log_evidence=log_mean,
+        log_evidence_error=float((log_w - log_mean).exp().std()) / draws**0.5,
+        khat=tuple(psis(part)[1] for part in log_w.chunk(_NUM_SETS)),
+        ess=importance_ess(log_w),
+        infinite=1 - len(finite) / draws,
+        mean_error=float(((mean - true_mean) / true_sd).abs().max()),
+        sd_error=float((sd / true_sd - 1).abs()[:dim].max()),
+    )
+
+
+def resample(weights: Weights, n: int) -> Tensor:
+    """Resample draws by their smoothed weights (PSIS)."""
+    smoothed = psis(weights.log_weights)[0].exp()
+    # Systematic resampling: each draw comes up in proportion to its weight, to the nearest integer.
+    positions = (torch.arange(n, dtype=torch.float64) + torch.rand((), dtype=torch.float64)) / n
+    rows = torch.searchsorted(smoothed.cpu().cumsum(0), positions).clamp(max=len(weights.u) - 1)
+    return weights.u[rows[torch.randperm(n)].to(weights.u.device)]
+
+
+@torch.no_grad()
+def missed_modes(guide: AutoFlow, log_joint: LogJoint, weights: Weights) -> list[Tensor]:
+    """Return the modes of the guide's ``inits`` with a share of the posterior that the guide does not cover.
+
+    A guide's own draws cannot show what it never draws. Draws from the Gaussian around another mode can: if the guide
+    covers that mode, the ratio of the posterior's density to the guide's is near one there.
+    """
+    flow = guide.require_flow()
+    missed: list[Tensor] = []
+    if not math.isfinite(weights.log_evidence):
+        return missed
+    for init in guide.inits:
+        z = flow.bijection.inverse_and_log_det(init.loc.to(log_joint.dtype))[0]
+        if init.elbo < weights.log_evidence + math.log(_SHARE) - _SKEW or float(z.norm()) < _DISTANCE:
+            continue
+        noise = torch.randn(256, log_joint.dim, dtype=init.loc.dtype, device=init.loc.device)
+        u = (init.loc + noise @ init.scale_tril.mT).to(log_joint.dtype)
+        log_p = log_joint.value(u)
+        log_g = torch.distributions.MultivariateNormal(
+            init.loc, scale_tril=init.scale_tril, validate_args=False
+        ).log_prob(u.to(init.loc))
+        uncovered = log_p - weights.log_evidence - flow.log_prob(u) > math.log(_UNCOVERED)
+        share = (log_p - log_g)[uncovered].logsumexp(0) - math.log(len(u)) - weights.log_evidence
+        is_new = all(float(((init.loc - mode) / init.scale_tril.norm(dim=-1)).abs().max()) > 1 for mode in missed)
+        if uncovered.any() and float(share) > math.log(_SHARE) and is_new:
+            missed.append(init.loc.to(log_joint.dtype))
+    return missed
+
+
+def diagnose(weights: Weights, missed: Sequence[Tensor], notes: Sequence[str]) -> tuple[str, str]:
+    """Return a verdict on a guide, and the reason with the notes."""
+    verdict, reason = _verdict(weights, missed)
+    return verdict, "; ".join([reason, *notes])
+
+
+def _verdict(weights: Weights, missed: Sequence[Tensor]) -> tuple[str, str]:
+    if missed:
+        return "do not trust", f"{len(missed)} other mode(s) with a share of the posterior are not covered: refine"
+    if weights.infinite > 0.01:
+        return "do not trust", f"{weights.infinite:.1%} of the draws have no finite density"
+    khat = sorted(weights.khat)[len(weights.khat) // 2]
+    figures = f"(median k-hat {khat:.2f}, ESS {weights.ess_ratio:.0%})"
+    # A k-hat is noisy: if nearly all draws are effective, the weights have no tail to speak of.
+    if not (weights.ess_ratio >= 0.8 or (khat < 0.7 and weights.ess_ratio > 0.1)):
+        return "do not trust", f"the weights are too uneven {figures}"
+    if not math.isfinite(weights.mean_error):
+        dtype = str(weights.u.dtype).removeprefix("torch.")
+        return "do not trust", f"some values of the draws are beyond the range of {dtype}, and have no mean"
+    reason = (
+        f"the weights {figures} show errors of {weights.mean_error:.2f} sd in the means and {weights.sd_error:.0%} in "
+        f"the deviations at most"
+    )
+    if weights.ess_ratio >= 0.5 and weights.mean_error <= 0.1 and weights.sd_error <= 0.1:
+        return "trust", reason
+    return "resample", f"{reason}, which resampling mends"
