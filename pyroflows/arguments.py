@@ -9,11 +9,15 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Size, Tensor, broadcast_shapes
 
 __all__ = [
     "Shape",
+    "as_float_tensor",
     "as_image_shape",
+    "as_mask",
+    "as_permutation",
     "as_sample_shape",
     "as_shape",
     "as_widths",
@@ -21,77 +25,136 @@ __all__ = [
     "check_context",
     "check_counts",
     "check_event",
+    "check_event_shape",
     "check_finite",
+    "check_integer",
     "check_names",
     "check_number",
     "check_option",
+    "check_outputs",
     "check_placement",
     "check_score",
     "check_sizes",
     "check_varying",
+    "is_integer",
 ]
 
 Shape = int | Sequence[int]
 
 
-def _is_size(size: object) -> bool:
-    if type(size) is int:  # asking an abstract class takes a hundred times as long, and shapes are read in every step
-        return size > 0
-    return isinstance(size, Integral) and not isinstance(size, bool) and int(size) > 0
+def is_integer(value: object, minimum: float = -math.inf) -> bool:
+    """Return whether a value is an integer of any library, not a boolean, and at least ``minimum``."""
+    if type(value) is int:  # checking against an abstract class takes a hundred times as long, and shapes are hot
+        return value >= minimum
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= minimum
 
 
 def as_shape(shape: Shape) -> Size:
-    """Give an event shape from itself or from a number of features."""
+    """Return the event shape for a shape or a number of features."""
     if type(shape) is Size and min(shape, default=0) > 0:
         return shape
     sizes = tuple(shape) if isinstance(shape, Iterable) else (shape,)
-    if not sizes or not all(map(_is_size, sizes)):
+    if not sizes or not all(is_integer(size, 1) for size in sizes):
         raise ValueError(f"expected a positive number of features or a shape of positive sizes; got {shape!r}")
     return Size(map(int, sizes))
 
 
 def as_sample_shape(shape: Shape) -> Size:
-    """Return a sample shape, which may have sizes of zero, from itself or from a number of draws."""
+    """Return the sample shape, possibly with sizes of zero, for a shape or a number of draws."""
     sizes = tuple(shape) if isinstance(shape, Iterable) else (shape,)
-    if not all(isinstance(size, Integral) and not isinstance(size, bool) and int(size) >= 0 for size in sizes):
+    if not all(is_integer(size, 0) for size in sizes):
         raise ValueError(f"expected a sample shape of non-negative integers; got {shape!r}")
     return Size(map(int, sizes))
 
 
 def as_image_shape(shape: Shape) -> Size:
-    """Give the shape ``(C, H, W)`` of an image."""
-    given = as_shape(shape)
-    if len(given) != 3:
-        raise ValueError(f"expected the shape (C, H, W) of an image; got {tuple(given)}")
-    return given
+    """Return the shape ``(C, H, W)`` of an image."""
+    sizes = as_shape(shape)
+    if len(sizes) != 3:
+        raise ValueError(f"expected the shape (C, H, W) of an image; got {tuple(sizes)}")
+    return sizes
 
 
 def as_widths(name: str, widths: Iterable[int]) -> tuple[int, ...]:
-    """Give the widths of a network's hidden layers; there may be none."""
+    """Return the widths of a network's hidden layers, possibly none."""
     if not isinstance(widths, Iterable):
         raise TypeError(f"expected {name} as a sequence of positive integers; got {widths!r}")
     widths = tuple(widths)
-    if not all(map(_is_size, widths)):
+    if not all(is_integer(width, 1) for width in widths):
         raise ValueError(f"expected {name} as a sequence of positive integers; got {widths!r}")
     return widths
 
 
+def as_float_tensor(value: Any) -> Tensor:
+    """Return a detached tensor of floating-point numbers; other numbers take torch's default dtype."""
+    tensor = torch.as_tensor(value).detach()
+    return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
+
+
+def as_mask(mask: str | Sequence[bool] | Tensor, size: int, *, flip: bool) -> Tensor:
+    """Return a coupling's mask of features, "halves", "checkerboard" or booleans, as a tensor of booleans."""
+    if isinstance(mask, str):
+        check_option("mask", mask, ("halves", "checkerboard"))
+        positions = torch.arange(size)
+        named = positions >= size // 2 if mask == "halves" else positions % 2 == 0
+        return ~named if flip and size > 1 else named  # a single feature is always transformed
+    if not isinstance(mask, Sequence) and not hasattr(mask, "__array__"):
+        raise TypeError(f"expected a mask by name or of {size} booleans; got {mask!r}")
+    booleans = torch.as_tensor(mask)
+    if booleans.dtype != torch.bool or booleans.shape != (size,):
+        raise ValueError(f"expected a mask of {size} booleans; got {booleans.tolist()!r} ({booleans.dtype})")
+    booleans = ~booleans if flip else booleans
+    if not booleans.any():
+        raise ValueError(f"expected a mask that transforms at least one of {size} features; got none")
+    return booleans
+
+
+def as_permutation(order: Sequence[int] | Tensor, size: int) -> Tensor:
+    """Return a new tensor with a permutation of ``0, ..., size - 1``."""
+    indices = torch.as_tensor(order).detach().cpu()
+    if indices.is_floating_point() or not torch.equal(indices.sort().values.long(), torch.arange(size)):
+        raise ValueError(f"expected order to be a permutation of 0, ..., {size - 1}; got {indices.tolist()}")
+    return indices.long().clone()
+
+
+def batched_shape(shape: Sequence[int]) -> str:
+    """Return the text of a shape with any batch dimensions, for messages."""
+    return f"(*batch, {', '.join(map(str, shape))})"
+
+
+def check_outputs(output: Tensor, shape: Size) -> None:
+    """Raise a ValueError for a conditioner's outputs of another shape, which might broadcast to a wrong density."""
+    if output.shape[-len(shape) :] != shape:
+        raise ValueError(f"expected a conditioner that returns {batched_shape(shape)}; got {tuple(output.shape)}")
+
+
+def check_event_shape(name: str, x: Tensor, shape: Size) -> None:
+    """Raise a ValueError unless a tensor has the shape ``(*batch, *shape)``."""
+    if x.shape[-len(shape) :] != shape:
+        raise ValueError(f"expected {name} of shape {batched_shape(shape)}; got {tuple(x.shape)}")
+
+
+def check_integer(name: str, value: object, minimum: int) -> None:
+    """Raise a ValueError unless a value is an integer of at least ``minimum``."""
+    if not is_integer(value, minimum):
+        kind = {0: "a non-negative integer", 1: "a positive integer"}.get(minimum, f"an integer of at least {minimum}")
+        raise ValueError(f"expected {name} to be {kind}; got {value!r}")
+
+
 def check_sizes(**sizes: int) -> None:
-    """Refuse a size that is not a positive integer."""
+    """Raise a ValueError for a size that is not a positive integer."""
     for name, size in sizes.items():
-        if not _is_size(size):
-            raise ValueError(f"expected {name} to be a positive integer; got {size!r}")
+        check_integer(name, size, 1)
 
 
 def check_counts(**counts: int) -> None:
-    """Refuse a number that is not a non-negative integer."""
+    """Raise a ValueError for a number that is not a non-negative integer."""
     for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, Integral) or int(count) < 0:
-            raise ValueError(f"expected {name} to be a non-negative integer; got {count!r}")
+        check_integer(name, count, 0)
 
 
 def check_number(name: str, value: object, interval: str) -> None:
-    """Refuse what is not a number in an interval such as ``"[0, 1)"`` or ``"(0, inf)"``."""
+    """Raise an error unless a value is a number in an interval such as ``"[0, 1)"`` or ``"(0, inf)"``."""
     low, high = map(float, interval[1:-1].split(","))
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"expected {name} in {interval}; got {value!r}")
@@ -103,24 +166,24 @@ def check_number(name: str, value: object, interval: str) -> None:
 
 
 def check_option(name: str, option: object, options: Iterable[str]) -> None:
-    """Refuse an option that is not among those offered."""
+    """Raise a ValueError for an unknown option."""
     options = list(options)
     if option not in options:
         raise ValueError(f"expected {name} to be one of {', '.join(map(repr, options))}; got {option!r}")
 
 
-def check_names(given: dict[str, Any], takes: Callable[..., Any], *, but: Iterable[str] = ()) -> None:
-    """Refuse a keyword that the callable does not take, or that is not the caller's to give."""
-    offered = [name for name in signature(takes).parameters if name not in (*but, "self")]
-    for name in given:
-        if name not in offered:
-            raise TypeError(f"expected options among {', '.join(offered)}; got {name!r}")
+def check_names(arguments: dict[str, Any], function: Callable[..., Any], *, exclude: Iterable[str] = ()) -> None:
+    """Raise a TypeError for a keyword that a function does not take, or that is excluded."""
+    names = [name for name in signature(function).parameters if name not in (*exclude, "self")]
+    for name in arguments:
+        if name not in names:
+            raise TypeError(f"expected options among {', '.join(names)}; got {name!r}")
 
 
 def check_finite(
     name: str, numbers: Any, columns: Sequence[Any] | None = None, *, first_row: int = 0, source: Any = None
 ) -> None:
-    """Refuse numbers that are not finite, naming the row and the column of the first.
+    """Raise a ValueError that names the first number that is not finite.
 
     Args:
         name: what the numbers are.
@@ -148,7 +211,7 @@ def check_finite(
 def check_varying(
     rows: Any, columns: Sequence[Any] | None = None, *, among: Any = None, chunk_rows: int | None = None
 ) -> None:
-    """Refuse constant columns, which have no density.
+    """Raise a ValueError for constant columns, which have no density.
 
     Args:
         rows: a tensor or an array; the first dimension counts rows.
@@ -177,23 +240,17 @@ def _as_array(values: Any) -> np.ndarray[Any, Any]:
     return np.asarray(values.cpu() if isinstance(values, Tensor) else values)
 
 
-def batched_shape(shape: Sequence[int]) -> str:
-    """Return the text of a shape with any batch dimensions, for messages."""
-    return f"(*batch, {', '.join(map(str, shape))})"
-
-
 def check_event(x: Any, shape: Size) -> None:
-    """Refuse what is not a floating-point tensor whose last dimensions are an event's."""
+    """Raise an error unless a value is a floating-point tensor of shape ``(*batch, *shape)``."""
     if not isinstance(x, Tensor):
         raise TypeError(f"expected a tensor of shape {batched_shape(shape)}; got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"expected a floating-point tensor; got {x.dtype}")
-    if x.shape[-len(shape) :] != shape:
-        raise ValueError(f"expected a tensor of shape {batched_shape(shape)}; got {tuple(x.shape)}")
+    check_event_shape("a tensor", x, shape)
 
 
 def check_context(context: Any, features: int, batch: Size) -> Size:
-    """Refuse a context that is missing, not expected or of another shape; return the broadcast batch shape."""
+    """Return the batch shape of input and context; raise an error for a missing, unexpected or ill-shaped context."""
     if context is None and features == 0:
         return batch
     expected = f"expected a context of shape {batched_shape((features,))}"
@@ -216,7 +273,7 @@ def check_context(context: Any, features: int, batch: Size) -> Size:
 
 
 def check_placement(name: str, tensor: Any, number: Tensor) -> None:
-    """Refuse a tensor of another floating-point dtype than a flow's numbers, or on another device."""
+    """Raise an error for a tensor of another floating-point dtype than a flow's numbers, or on another device."""
     if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != number.dtype:
         raise TypeError(f"expected {name} of the flow's {number.dtype}; got {tensor.dtype}")
     if isinstance(tensor, Tensor) and tensor.device != number.device:
@@ -224,7 +281,7 @@ def check_placement(name: str, tensor: Any, number: Tensor) -> None:
 
 
 def check_score(score: Any, x: Tensor) -> Tensor:
-    """Refuse a score that does not have the shape of its point; return it expanded and detached."""
+    """Return a score expanded to the shape of its point and detached; raise an error for another shape."""
     expected = f"expected a score of shape {tuple(x.shape)}, that of the point"
     if not isinstance(score, Tensor):
         raise TypeError(f"{expected}; got {type(score).__name__}")

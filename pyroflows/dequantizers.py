@@ -1,4 +1,4 @@
-"""Dequantisation: numbers of a continuous density out of discrete data, by noise whose density is known."""
+"""Dequantisation: noise of known density that makes discrete data continuous."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from pyroflows.arguments import Shape, as_image_shape, as_shape, check_sizes
+from pyroflows.arguments import (
+    Shape,
+    as_float_tensor,
+    as_image_shape,
+    as_shape,
+    check_event_shape,
+    check_integer,
+    check_sizes,
+)
 from pyroflows.flow import Flow
 from pyroflows.layers.conv_coupling import ConvCoupling
 from pyroflows.layers.pointwise import Logit, Sigmoid
@@ -18,18 +26,17 @@ from pyroflows.recipe import Recorded
 
 __all__ = ["ColumnDequantizer", "Dequantizer", "UniformDequantizer", "VariationalDequantizer"]
 
-# How far from both ends the noise begins that a flow moves: a logit is finite there.
-_MARGIN = 1e-6
+_MARGIN = 1e-6  # distance of the base noise from 0 and 1, so that its logit is finite
 
 
 class Dequantizer(Recorded, nn.Module):
-    r"""Adds noise to discrete data, so that the density of the sum bounds the probability of the data from below.
+    r"""Noise added to discrete data, so that the density of the sum bounds the probability of the data from below.
 
     .. math:: \log P(x) \ge \mathbb E_{q(y \mid x)}\bigl[\log p(y) - \log q(y \mid x)\bigr]
 
-    It holds where :math:`q(y \mid x)` lies in the cell of numbers that :meth:`quantize` takes back to :math:`x`. To
-    write one's own, define ``forward`` and ``quantize``. Those here check values at every call on the CPU; on a GPU,
-    which would have to wait for them, only :meth:`check` does.
+    The bound holds if :math:`q(y \mid x)` lies in the cell of numbers that :meth:`quantize` maps back to :math:`x`. A
+    subclass defines ``forward`` and ``quantize``. On a CPU each call checks the values; on a GPU, which would have to
+    wait for them, only :meth:`check` does.
 
     Args:
         shape: the event shape of the data.
@@ -38,8 +45,8 @@ class Dequantizer(Recorded, nn.Module):
         x, y: ``(*batch, *event_shape)``; log_q: ``(*batch,)``.
 
     Raises:
-        TypeError: the data are of another dtype than they should be.
-        ValueError: a shape or a value is not one of the data's.
+        TypeError: the data are of the wrong dtype.
+        ValueError: the data have another shape, or a value that they cannot have.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -54,64 +61,57 @@ class Dequantizer(Recorded, nn.Module):
         self.event_shape = as_shape(shape)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw ``y`` given ``x``, and give the log-density of the draw."""
+        """Draw ``y`` given ``x``; return it with its log-density."""
         raise NotImplementedError(f"{type(self).__name__} must define forward()")
 
     def quantize(self, y: Tensor) -> Tensor:
-        """Give the discrete data in whose cell ``y`` lies."""
+        """Return the discrete data in whose cell ``y`` lies."""
         raise NotImplementedError(f"{type(self).__name__} must define quantize()")
 
     def check(self, x: Tensor) -> None:
-        """Refuse data that are not what ``forward`` takes, values included, wherever they lie."""
+        """Raise an error for data that ``forward`` does not take, by dtype, shape and values, on any device."""
         self._check_form(x)
         self._check_values(x)
 
     def _check_values(self, x: Tensor) -> None:
-        """Any value will do, unless a subclass knows better."""
+        """Raise an error for values that the data cannot have; by default none."""
 
     def _check_form(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"expected data as a tensor; got {type(x).__name__}")
-        self._check_shape(x)
-
-    def _check_shape(self, x: Tensor) -> None:
-        if x.shape[-len(self.event_shape) :] != self.event_shape:
-            expected = "(*batch, " + ", ".join(map(str, self.event_shape)) + ")"
-            raise ValueError(f"expected data of shape {expected}; got {tuple(x.shape)}")
+        check_event_shape("data", x, self.event_shape)
 
     def _check_call(self, x: Tensor) -> None:
         self._check_form(x)
-        # Neither a compiled graph nor a mapped function can look at values.
+        # A compiled graph and a mapped function cannot read values.
         if x.device.type == "cpu" and not torch.compiler.is_compiling() and not inside_functorch():
             self._check_values(x)
 
 
 class _Levels(Dequantizer):
-    """Levels 0 to ``num_levels - 1``, whose cells divide [0, 1) evenly."""
+    """Noise for the levels 0 to ``num_levels - 1``, whose cells divide [0, 1) evenly."""
 
     divisor: Tensor
 
     def __init__(self, shape: Shape, num_levels: int):
         super().__init__(shape)
-        check_sizes(num_levels=num_levels)
-        if num_levels < 2:
-            raise ValueError(f"expected num_levels of at least 2; got {num_levels}")
+        check_integer("num_levels", num_levels, 2)
         self.num_levels = num_levels
-        # A tensor, since a GPU would multiply by the reciprocal of a number, and so have other cells than a CPU.
+        # A tensor: a GPU would multiply by the reciprocal of a Python number, and its cells differ from a CPU's.
         self.register_buffer("divisor", torch.tensor(float(num_levels)), persistent=False)
 
     def quantize(self, y: Tensor) -> Tensor:
         level = (y * self.divisor).floor()
-        # The product rounds: a number at the edge of a cell is put by the very edges between which it was drawn.
+        # The product rounds, so a number near the edge of a cell is compared with the edges themselves.
         level = level + ((level + 1) / self.divisor <= y).to(y) - (level / self.divisor > y).to(y)
         return level.clamp(0, self.num_levels - 1).to(torch.uint8 if self.num_levels <= 256 else torch.int64)
 
-    def _numbers(self, x: Tensor) -> Tensor:
+    def _as_numbers(self, x: Tensor) -> Tensor:
         self._check_call(x)
         return x.to(self.divisor)
 
-    def _place(self, level: Tensor, u: Tensor) -> Tensor:
-        """Give the number that is a share ``u`` along the cell of its level, and inside it also after rounding."""
+    def _number_in_cell(self, level: Tensor, u: Tensor) -> Tensor:
+        """Return the number at a fraction ``u`` of the cell of its level, inside the cell even after rounding."""
         low, high = level / self.divisor, (level + 1) / self.divisor
         return torch.minimum((level + u) / self.divisor, torch.nextafter(high, low))
 
@@ -140,7 +140,7 @@ class _Levels(Dequantizer):
 
 
 class UniformDequantizer(_Levels):
-    r"""Adds uniform noise to levels, such as those of pixels, and scales the sum to [0, 1).
+    r"""Uniform noise for levels, such as those of pixels, with the sum scaled to [0, 1).
 
     .. math:: y = \frac{x + u}{L}, \quad u \sim \mathcal U[0, 1)^M, \qquad \log q(y \mid x) = M \log L
 
@@ -170,19 +170,19 @@ class UniformDequantizer(_Levels):
         super().__init__(shape, num_levels)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        level = self._numbers(x)
-        y = self._place(level, torch.rand_like(level))
+        level = self._as_numbers(x)
+        y = self._number_in_cell(level, torch.rand_like(level))
         return y, y.new_full(y.shape[: y.dim() - len(self.event_shape)], self._log_cells)
 
 
 class VariationalDequantizer(_Levels):
-    r"""Adds noise whose distribution a conditional flow learns, with the model, from the image.
+    r"""Noise for levels of pixels whose distribution, given the image, is a conditional flow, trained with the model.
 
     .. math:: y = \frac{x + u}{L}, \quad u \sim q(u \mid x), \qquad \log q(y \mid x) = \log q(u \mid x) + M \log L
 
-    The flow begins at uniform noise, as whose equal it starts, takes it through a logit, checkerboard couplings that
-    see the image, and a sigmoid. Its parameters are the model's, and the bound they raise is one on the same
-    probability, so that its bits per dimension compare with those of uniform noise.
+    The flow maps uniform noise through a logit, checkerboard couplings that see the image, and a sigmoid; it is
+    initialised to nearly uniform noise. Its parameters belong to the model and tighten the bound on the same
+    probability, so that the bits per dimension are comparable with those of uniform noise.
 
     Args:
         shape: ``(C, H, W)``.
@@ -227,32 +227,31 @@ class VariationalDequantizer(_Levels):
         self.noise = Flow(Uniform(image, _MARGIN, 1 - _MARGIN), [Logit(image), *couplings, Sigmoid(image)])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        level = self._numbers(x)
-        seen = (2 * level + 1) / self.num_levels - 1  # centred, within [-1, 1]
-        u, log_q = self.noise.rsample_and_log_prob((), seen.flatten(-3))
-        return self._place(level, u), log_q + self._log_cells
+        level = self._as_numbers(x)
+        context = (2 * level + 1) / self.num_levels - 1  # within [-1, 1]
+        u, log_q = self.noise.rsample_and_log_prob((), context.flatten(-3))
+        return self._number_in_cell(level, u), log_q + self._log_cells
 
 
 class ColumnDequantizer(Dequantizer):
-    r"""Adds uniform noise to those columns of a table that lie on a grid, such as counts, and leaves the others.
+    r"""Uniform noise for those columns of a table that lie on a grid, such as counts; others stay as they are.
 
     .. math:: y_i = x_i + s_i u_i, \quad u_i \sim \mathcal U[0, 1), \qquad
         \log q(y \mid x) = -\sum_{i:\, s_i > 0} \log s_i
 
-    A density that is learnt from integers as they are is a comb of spikes whose height has no limit; with the noise it
-    is bounded by the probabilities of the integers.
+    A density fitted to integers has unbounded spikes at them; with noise it is bounded by their probabilities.
 
     Args:
-        steps: for each column the step :math:`s_i` of its grid: 1 for integers, 0 for numbers that are continuous.
-        offset: where the grid has one of its points; one number, or one for each column. A column of integers that was
-            standardised has the step ``1 / scale`` and the offset ``-mean / scale``; :meth:`from_data` finds them.
+        steps: the step :math:`s_i` of the grid of each column: 1 for integers, 0 for continuous numbers.
+        offset: a point of each grid, one number or one for each column. A standardised column of integers has the step
+            ``1 / scale`` and the offset ``-mean / scale``; :meth:`from_data` computes them.
 
     Shapes:
         x, y: ``(*batch, features)``; log_q: ``(*batch,)``.
 
     Raises:
-        ValueError: a step is negative, a shape is another, a value is not on its grid, or the steps are too small for
-            the precision of the numbers.
+        ValueError: a step is negative, a shape does not fit, a value is not on its grid, or a step is too small for the
+            precision of the numbers.
 
     Example:
         >>> dequantizer = ColumnDequantizer([1.0, 0.0])
@@ -266,9 +265,9 @@ class ColumnDequantizer(Dequantizer):
     offset: Tensor
 
     def __init__(self, steps: Tensor | Sequence[float], offset: Tensor | Sequence[float] | float = 0.0):
-        steps, offset = _float(steps), _float(offset)
+        steps, offset = as_float_tensor(steps), as_float_tensor(offset)
         if steps.dim() != 1 or not steps.numel() or not steps.isfinite().all() or (steps < 0).any():
-            raise ValueError(f"expected steps as one number of at least 0 for each column; got {steps.tolist()}")
+            raise ValueError(f"expected steps as one non-negative number for each column; got {steps.tolist()}")
         if offset.shape not in ((), steps.shape) or not offset.isfinite().all():
             raise ValueError(f"expected an offset that is one finite number or {len(steps)}; got {offset.tolist()}")
         super().__init__(len(steps))
@@ -279,10 +278,10 @@ class ColumnDequantizer(Dequantizer):
     def from_data(
         cls, x: Tensor, *, mean: Tensor | Sequence[float] | None = None, scale: Tensor | Sequence[float] | None = None
     ) -> ColumnDequantizer:
-        """Make one for rows ``x``, by finding the columns that hold whole numbers alone.
+        """Build a dequantizer of the columns of rows ``x`` that hold only integers.
 
-        ``mean`` and ``scale`` are what a standardised table has, such as a :class:`Table`; whole numbers are looked for
-        in its original units, up to the rounding of its dtype.
+        ``mean`` and ``scale`` are those of a standardised table, such as a :class:`Table`, whose columns are tested in
+        their original units, up to the rounding of their dtype.
         """
         if not isinstance(x, Tensor) or x.dim() != 2 or not x.numel():
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -296,11 +295,11 @@ class ColumnDequantizer(Dequantizer):
         precision = torch.finfo(x.dtype).eps if x.is_floating_point() else 0.0
         rounding = precision * (values.abs() + shift.abs())
         values = values + shift
-        # Where rounding is as large as the step itself, every number looks whole.
-        whole = ((values - values.round()).abs() <= rounding).all(0) & (rounding < 0.1).all(0)
-        steps = torch.where(whole, 1 / factor, 0.0)
-        # Of all points of the grid the one nearest zero, so that little is lost when it is added.
-        offset = torch.where(whole, (shift.round() - shift) / factor, 0.0)
+        # If rounding is as large as the step, every number looks like an integer.
+        integer = ((values - values.round()).abs() <= rounding).all(0) & (rounding < 0.1).all(0)
+        steps = torch.where(integer, 1 / factor, 0.0)
+        # The point of the grid nearest to zero, so that adding it loses little precision.
+        offset = torch.where(integer, (shift.round() - shift) / factor, 0.0)
         return cls(steps.to(dtype), offset.to(dtype))
 
     @property
@@ -342,7 +341,7 @@ class ColumnDequantizer(Dequantizer):
             coarse, x, lambda column: f"steps of {self.steps[column]:g} to be far above the precision of {x.dtype}"
         )
         away = (x - self._edge(self._number(x).round())).abs()
-        # A step itself is rounded, which tells after many.
+        # The step itself is rounded, which adds up over many steps.
         off = (self.steps > 0) & ~(away <= 1e-3 * self.steps + 4 * rounding)
         self._refuse(
             off,
@@ -363,13 +362,8 @@ class ColumnDequantizer(Dequantizer):
         return f"{len(self.steps)}, discrete={int((self.steps > 0).sum())}"
 
 
-def _float(value: Tensor | Sequence[float] | float) -> Tensor:
-    tensor = torch.as_tensor(value).detach()
-    return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
-
-
-def _per_column(name: str, given: Tensor | Sequence[float] | None, columns: int, default: float) -> Tensor:
-    tensor = torch.full((columns,), default) if given is None else torch.as_tensor(given).detach().cpu()
+def _per_column(name: str, values: Tensor | Sequence[float] | None, columns: int, default: float) -> Tensor:
+    tensor = torch.full((columns,), default) if values is None else torch.as_tensor(values).detach().cpu()
     if tensor.shape != (columns,) or not tensor.isfinite().all():
         raise ValueError(f"expected {name} as {columns} finite numbers, one a column; got shape {tuple(tensor.shape)}")
     return tensor.double()

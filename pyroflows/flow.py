@@ -376,7 +376,7 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu", *, cl
         raise TypeError(f"expected classes as a list of classes; got {classes!r}")
     header, tensors = read(path, "flow")
     try:
-        flow = restore(header["recipe"], tensors, _DTYPES[header["dtype"]], classes, old=header["format"] < 3)
+        flow = restore(header["recipe"], tensors, _DTYPES[header["dtype"]], classes)
         if not isinstance(flow, Flow) or not isinstance(header["notes"], dict):
             raise ValueError(f"expected a Flow; got {type(flow).__name__}")
         for name in header["frozen"]:

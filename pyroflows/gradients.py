@@ -29,8 +29,3 @@ def pull_back_score(
     with torch.enable_grad():
         y = y.detach().requires_grad_()
         return vjp(*inverse(y, context), y, score)
-
-
-def times(own: Tensor, factor: Tensor) -> Tensor:
-    """Give a product, in the place of its first factor, which nothing else may hold, where no gradient reads that."""
-    return own * factor if torch.is_grad_enabled() else own.mul_(factor)

@@ -1,14 +1,13 @@
-"""Looking at a flow of images: samples, reconstructions and the way between two images, as levels of pixels."""
+"""Samples, reconstructions and interpolations of a flow of images, as levels of pixels."""
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyroflows.arguments import check_sizes
+from pyroflows.arguments import check_integer, check_sizes
 from pyroflows.contexts import evaluating, seeded
 from pyroflows.flow import Flow
 
@@ -29,17 +28,17 @@ def sample_images(
 
     Args:
         flow: a flow with a dequantizer.
-        num: number of images; of each label, where there are labels.
-        temperature: by which the latent's deviations are multiplied; about 0.7 looks best, 1 is the model.
-        labels: the classes to draw, or contexts, of a flow that takes these.
-        batch_size: images drawn at once.
-        seed: what draws them; torch's random state is then left as it was.
+        num: number of images, for each label if there are labels.
+        temperature: factor of the latent's deviations; about 0.7 looks best, 1 is the model.
+        labels: class labels, or contexts, of a flow that takes them.
+        batch_size: number of images drawn at once.
+        seed: seed of the draws, which then leave torch's random state as it was; None for the global generator.
 
     Shapes:
         labels: ``(num_labels,)``; images: ``(num, C, H, W)``, or ``(num_labels, num, C, H, W)``.
 
     Raises:
-        ValueError: the flow has no dequantizer, a size is not positive, there is no label, or the prior takes no
+        ValueError: the flow has no dequantizer, a size is not positive, labels are empty, or the prior has no
             temperature.
 
     Example:
@@ -54,32 +53,32 @@ def sample_images(
     if labels is not None and (not isinstance(labels, Tensor) or not labels.dim() or not len(labels)):
         got = f"the shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(f"expected labels as a tensor, at least one; got {got}")
-    given = [None] if labels is None else [label.to(flow.device) for label in labels]
+    contexts = [None] if labels is None else [label.to(flow.device) for label in labels]
     sizes = [min(batch_size, num - start) for start in range(0, num, batch_size)]
     with evaluating(flow), seeded(seed, flow.device):
-        drawn = [
-            torch.cat([dequantizer.quantize(flow.sample((n,), label, temperature=temperature)) for n in sizes])
-            for label in given
+        images = [
+            torch.cat([dequantizer.quantize(flow.sample((n,), context, temperature=temperature)) for n in sizes])
+            for context in contexts
         ]
-    if drawn[0].shape[1:] != flow.event_shape:
+    if images[0].shape[1:] != flow.event_shape:
         raise ValueError(f"expected labels of one class, or one context, each; got the shape {tuple(labels.shape)}")  # type: ignore[union-attr]
-    return drawn[0] if labels is None else torch.stack(drawn)
+    return images[0] if labels is None else torch.stack(images)
 
 
 @torch.no_grad()
 def reconstruct(flow: Flow, images: Tensor, context: Tensor | None = None) -> Tensor:
-    """Send images to the latent and back; what comes back is what was sent, if the flow inverts.
+    """Map images to the latent and back, which returns the same images if the flow inverts.
 
     Args:
         flow: a flow with a dequantizer.
         images: levels of pixels.
-        context: the context of each, where the flow takes one.
+        context: the context of each image, if the flow takes one.
 
     Shapes:
-        images: ``(num, C, H, W)``, and so what is given back.
+        images, result: ``(num, C, H, W)``.
 
     Raises:
-        TypeError, ValueError: the flow has no dequantizer, or the images are not of its levels or shape.
+        TypeError, ValueError: the flow has no dequantizer, or the images have other levels or another shape.
 
     Example:
         >>> from pyroflows import glow
@@ -97,21 +96,21 @@ def reconstruct(flow: Flow, images: Tensor, context: Tensor | None = None) -> Te
 
 @torch.no_grad()
 def interpolate(flow: Flow, start: Tensor, end: Tensor, num: int = 8, *, context: Tensor | None = None) -> Tensor:
-    """Walk from images to others along straight lines in the latent.
+    """Interpolate between pairs of images along straight lines in the latent.
 
     Args:
         flow: a flow with a dequantizer.
-        start: the images to start from, levels of pixels.
-        end: as many to end at.
-        num: images on the way, both ends among them.
-        context: the context of each pair, where the flow takes one.
+        start: the first image of each pair, levels of pixels.
+        end: the last image of each pair.
+        num: number of images from start to end, both included.
+        context: the context of each pair, if the flow takes one.
 
     Shapes:
         start, end: ``(pairs, C, H, W)``; images: ``(pairs, num, C, H, W)``.
 
     Raises:
-        TypeError, ValueError: the flow has no dequantizer, the images are not of its levels or shape, or ``num`` is
-            below 2.
+        TypeError, ValueError: the flow has no dequantizer, the images have other levels or another shape, or ``num``
+            is below 2.
 
     References:
         Glow: Generative Flow with Invertible 1x1 Convolutions, Kingma and Dhariwal, 2018 (arXiv:1807.03039).
@@ -126,21 +125,19 @@ def interpolate(flow: Flow, start: Tensor, end: Tensor, num: int = 8, *, context
         (torch.Size([1, 5, 1, 8, 8]), True, True)
     """
     dequantizer = _dequantizer(flow)
-    if not isinstance(num, Integral) or num < 2:
-        raise ValueError(f"expected at least 2 images on the way; got {num!r}")
+    check_integer("num", num, 2)
     if start.shape != end.shape:
-        shapes = f"{tuple(start.shape)} and {tuple(end.shape)}"
-        raise ValueError(f"expected as many images to end at as to start from, of the same shape; got {shapes}")
+        raise ValueError(f"expected start and end of one shape; got {tuple(start.shape)} and {tuple(end.shape)}")
     with evaluating(flow):
         first, last = (flow.encode(dequantizer(images)[0], context) for images in (start, end))
-        share = torch.linspace(0, 1, num).to(first).view(-1, *[1] * first.dim())
-        # Ends as they are: their difference, added back, would round.
-        way = torch.where(share < 1, first + share * (last - first), last)
-        walk = flow.decode(way, context)  # (num, pairs, C, H, W)
-        return dequantizer.quantize(walk).transpose(0, 1)
+        fraction = torch.linspace(0, 1, num).to(first).view(-1, *[1] * first.dim())
+        # The last point is the end itself: the difference, added back, would round.
+        line = torch.where(fraction < 1, first + fraction * (last - first), last)
+        images = flow.decode(line, context)  # (num, pairs, C, H, W)
+        return dequantizer.quantize(images).transpose(0, 1)
 
 
 def _dequantizer(flow: Flow) -> Any:
     if flow.dequantizer is None:
-        raise ValueError("expected a flow with a dequantizer, which knows the levels of pixels; got one without")
+        raise ValueError("expected a flow with a dequantizer, which knows the levels of the pixels; got one without")
     return flow.dequantizer

@@ -1,4 +1,4 @@
-"""Priors: the distribution of the latent, as modules that call to a Pyro distribution; and the logit-normal."""
+"""Priors: distributions of the latent as modules, which return a Pyro distribution; and the logit-normal."""
 
 from __future__ import annotations
 
@@ -10,11 +10,18 @@ from typing import Any, ClassVar
 import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution, constraints
-from pyro.distributions.util import broadcast_shape
 from torch import Size, Tensor, nn
 from torch.distributions.utils import broadcast_all
 
-from pyroflows.arguments import Shape, as_shape, check_number
+from pyroflows.arguments import (
+    Shape,
+    as_float_tensor,
+    as_shape,
+    check_event_shape,
+    check_number,
+    check_option,
+    check_sizes,
+)
 from pyroflows.recipe import Recorded
 
 __all__ = [
@@ -31,12 +38,12 @@ _HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
 
 class Prior(Recorded, nn.Module):
-    r"""A distribution over the latent that is a module: its numbers move, train and save with the flow.
+    r"""A distribution over the latent that is a module, so that it moves, trains and saves with the flow.
 
-    To write one's own, call ``super().__init__(features)``, keep every number as a parameter or a buffer (so that
-    ``.to()`` reaches it), and define ``forward()``, which gives a Pyro distribution without batch dimensions and
-    with ``event_dim == len(event_shape)``. That is enough. ``log_prob`` asks that distribution by default; defining
-    it as plain tensor code makes the flow's ``log_prob`` usable under ``torch.compile`` and ``torch.func.vmap``.
+    A subclass calls ``super().__init__(features)``, holds every number as a parameter or buffer, and defines
+    ``forward()``, which returns a Pyro distribution without batch dimensions and with
+    ``event_dim == len(event_shape)``. By default ``log_prob`` is that of this distribution; written as plain tensor
+    code, it also works under ``torch.compile`` and ``torch.func.vmap``.
 
     Args:
         features: the number of features of the latent, or its event shape.
@@ -67,21 +74,21 @@ class Prior(Recorded, nn.Module):
         self.event_shape = as_shape(features)
 
     def forward(self) -> TorchDistribution:
-        """Give the Pyro distribution at the present parameters."""
+        """Return the Pyro distribution at the present parameters."""
         raise NotImplementedError(f"{type(self).__name__} must define forward()")
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """Give the log-density of ``z``, shape ``(*batch,)``."""
+        """Return the log-density of ``z``, shape ``(*batch,)``."""
         self._check(z)
         return self().log_prob(z)
 
     def sample(self, sample_shape: Sequence[int] = (), *, temperature: float = 1.0) -> Tensor:
         """Draw latents of shape ``(*sample_shape, *event_shape)``, without gradients.
 
-        At a temperature other than 1 the deviation from the centre is multiplied by it, where the prior has one.
+        The deviation from the centre is multiplied by the temperature, which must be 1 if the prior has no centre.
         """
         shape = Size(sample_shape)
-        if 0 in shape:  # torch's categorical, a mixture's, cannot draw nothing
+        if 0 in shape:  # torch's categorical distribution cannot draw zero samples
             return self.sample().new_empty(shape + self.event_shape)
         with torch.no_grad():
             if temperature == 1.0:
@@ -90,7 +97,7 @@ class Prior(Recorded, nn.Module):
             return self._tempered(shape, float(temperature))
 
     def _tempered(self, shape: Size, temperature: float) -> Tensor:
-        raise ValueError(f"expected temperature=1 of a {type(self).__name__}, which has no centre; got {temperature}")
+        raise ValueError(f"expected temperature=1 for a {type(self).__name__}, which has no centre; got {temperature}")
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draw latents through which gradients reach the parameters."""
@@ -101,9 +108,7 @@ class Prior(Recorded, nn.Module):
         return self().rsample(Size(sample_shape))
 
     def _check(self, z: Tensor) -> None:
-        if z.shape[-len(self.event_shape) :] != self.event_shape:
-            expected = "(*batch, " + ", ".join(map(str, self.event_shape)) + ")"
-            raise ValueError(f"expected a latent of shape {expected}; got {tuple(z.shape)}")
+        check_event_shape("a latent", z, self.event_shape)
 
     def _sum(self, terms: Tensor) -> Tensor:
         return terms.sum(dim=tuple(range(-len(self.event_shape), 0)))
@@ -113,7 +118,7 @@ class Prior(Recorded, nn.Module):
 
 
 class _Joint(dist.Independent):
-    """Independent features as one event; torch's own class cannot sum over them in an empty batch."""
+    """Independent features as one event; unlike torch's class it can sum over them in an empty batch."""
 
     def log_prob(self, value: Tensor) -> Tensor:
         return self.base_dist.log_prob(value).sum(dim=tuple(range(-self.reinterpreted_batch_ndims, 0)))
@@ -155,7 +160,7 @@ class StandardNormal(Prior):
 
 
 class DiagonalNormal(Prior):
-    r"""Independent normals with a learnable location and scale, standard at the start.
+    r"""Independent normals with a learnable location and scale, initialised to standard normals.
 
     .. math:: \log p(z) = -\sum_i \tfrac12 \left(\frac{z_i - \mu_i}{\sigma_i}\right)^2 + \log \sigma_i
         + \tfrac12 \log 2\pi
@@ -192,12 +197,11 @@ class DiagonalNormal(Prior):
 
 
 class GaussianMixture(Prior):
-    r"""A mixture of Gaussians, fixed or learnable, for latents in several lumps.
+    r"""A mixture of Gaussians, fixed or learnable, for multimodal latents.
 
     .. math:: p(z) = \sum_k w_k \, \mathcal N(z; \mu_k, L_k L_k^\top)
 
-    Without ``loc`` the means are drawn at random and centred, so that they start distinct around zero.
-    A sample is not reparameterised.
+    Without ``loc`` the means are drawn at random and centred. Samples are not reparameterised.
 
     Args:
         features: the number of features of the latent, or its event shape.
@@ -216,7 +220,7 @@ class GaussianMixture(Prior):
         z: ``(*batch, *event_shape)``; log_prob: ``(*batch,)``.
 
     Raises:
-        ValueError: a number, shape or sign does not fit, or full covariances are asked for an event that is no vector.
+        ValueError: a number, shape or sign does not fit, or ``covariance="full"`` for an event that is not a vector.
 
     Example:
         >>> prior = GaussianMixture(2, 3, seed=0)
@@ -246,41 +250,41 @@ class GaussianMixture(Prior):
         seed: int | None = None,
     ):
         super().__init__(features)
-        if not isinstance(num_components, int) or num_components < 1:
-            raise ValueError(f"expected num_components of at least 1; got {num_components!r}")
-        if covariance not in ("diagonal", "full"):
-            raise ValueError(f"expected covariance to be 'diagonal' or 'full'; got {covariance!r}")
+        check_sizes(num_components=num_components)
+        check_option("covariance", covariance, ("diagonal", "full"))
         if covariance == "full" and len(self.event_shape) != 1:
             raise ValueError(
                 f"expected a vector of features for covariance='full'; got the shape {tuple(self.event_shape)}"
             )
         if scale_tril is not None and (covariance != "full" or scale is not None):
-            raise ValueError("expected scale_tril with covariance='full' and without scale; got another combination")
+            raise ValueError("`scale_tril` cannot be combined with `scale` or with covariance='diagonal'")
         self.num_components = num_components
         self.covariance = covariance
         self.learnable = learnable
 
         shape = (num_components, *self.event_shape)
         if loc is None:
-            if not spread > 0:
-                raise ValueError(f"expected a positive spread; got {spread}")
+            check_number("spread", spread, "(0, inf)")
             generator = None if seed is None else torch.Generator().manual_seed(seed)
             loc = spread * torch.randn(shape, generator=generator)
             loc = loc - loc.mean(dim=0)
-        loc = _given("loc", loc, shape, exact=True)
-        scale = _given("scale", 1.0 if scale is None else scale, shape, positive=True)
-        weights = _given("weights", 1.0 if weights is None else weights, (num_components,), positive=True)
+        loc = as_float_tensor(loc)
+        if loc.shape != shape:
+            raise ValueError(f"expected loc of shape {shape}; got {tuple(loc.shape)}")
+        loc = _as_parameter("loc", loc, shape)
+        scale = _as_parameter("scale", 1.0 if scale is None else scale, shape, positive=True)
+        weights = _as_parameter("weights", 1.0 if weights is None else weights, (num_components,), positive=True)
         if covariance == "full":
             lower = torch.zeros(num_components, *self.event_shape, *self.event_shape)
             if scale_tril is not None:
-                lower = _given("scale_tril", scale_tril, lower.shape)
+                lower = _as_parameter("scale_tril", scale_tril, lower.shape)
                 scale = lower.diagonal(dim1=-2, dim2=-1)
                 if not (scale > 0).all() or not torch.equal(lower, lower.tril()):
                     raise ValueError("expected scale_tril to be lower triangular with a positive diagonal; got another")
             self._register("lower", lower.tril(-1).to(loc), learnable=learnable)
         self._register("loc", loc, learnable=learnable)
         self._register("log_scale", scale.to(loc).log(), learnable=learnable)
-        # The weight of one component alone is 1, nothing to learn.
+        # The weight of a single component is 1.
         self._register("logits", weights.to(loc).log().log_softmax(dim=0), learnable=learnable and num_components > 1)
 
     @property
@@ -314,7 +318,7 @@ class GaussianMixture(Prior):
         return torch.logsumexp(of_components + self.logits.log_softmax(dim=0), dim=-1)
 
     def _whiten(self, centred: Tensor) -> Tensor:
-        # One solve a component with the batch as columns: the factors are not copied for every row.
+        # One solve per component with the batch as columns, so that the factors are not copied for every row.
         columns = centred.unsqueeze(0).flatten(0, -3).permute(1, 2, 0)  # (components, features, rows)
         factor = self._factor().to(columns.dtype)
         solved = torch.linalg.solve_triangular(factor, columns, upper=False)
@@ -338,7 +342,7 @@ class GaussianMixture(Prior):
 
 
 class StudentT(Prior):
-    r"""Independent Student t variables, for data with heavy tails that a Lipschitz flow cannot make from a Gaussian.
+    r"""Independent Student t variables, for heavy tails, which a Lipschitz flow cannot make from a Gaussian.
 
     .. math:: \log p(z) = \sum_i \log\frac{\Gamma(\frac{\nu_i + 1}2)}{\Gamma(\frac{\nu_i}2) \sqrt{\pi \nu_i}}
         - \frac{\nu_i + 1}2 \log\left(1 + \frac{z_i^2}{\nu_i}\right)
@@ -346,7 +350,7 @@ class StudentT(Prior):
     Args:
         features: the number of features of the latent, or its event shape.
         df: the degrees of freedom, one number or one for each feature.
-        learnable: whether the degrees of freedom are learnt, one for each feature.
+        learnable: whether the degrees of freedom are learned, one for each feature.
 
     Shapes:
         z: ``(*batch, *event_shape)``; log_prob: ``(*batch,)``.
@@ -355,8 +359,7 @@ class StudentT(Prior):
         ValueError: a degree of freedom is not positive and finite.
 
     References:
-        Priyank Jaini, Ivan Kobyzev, Yaoliang Yu and Marcus Brubaker, *Tails of Lipschitz Triangular Flows*, 2020,
-        arXiv 1907.04481.
+        Tails of Lipschitz Triangular Flows, Jaini et al., 2020 (arXiv:1907.04481).
 
     Example:
         >>> StudentT(2, df=3.0).log_prob(torch.zeros(2))
@@ -368,7 +371,7 @@ class StudentT(Prior):
 
     def __init__(self, features: Shape, *, df: Tensor | float = 5.0, learnable: bool = False):
         super().__init__(features)
-        log_df = _given("df", df, self.event_shape, positive=True).log()
+        log_df = _as_parameter("df", df, self.event_shape, positive=True).log()
         self.learnable = learnable
         self.register_buffer("loc", torch.zeros(self.event_shape), persistent=False)
         if learnable:
@@ -420,13 +423,13 @@ class Uniform(Prior):
 
     def __init__(self, features: Shape, low: Tensor | float = 0.0, high: Tensor | float = 1.0):
         super().__init__(features)
-        self.register_buffer("low", _given("low", low, self.event_shape))
-        self.register_buffer("high", _given("high", high, self.event_shape))
+        self.register_buffer("low", _as_parameter("low", low, self.event_shape))
+        self.register_buffer("high", _as_parameter("high", high, self.event_shape))
         if not (self.low < self.high).all():
             raise ValueError(f"expected low < high; got low={_brief(self.low)}, high={_brief(self.high)}")
 
     def forward(self) -> TorchDistribution:
-        # Unvalidated, so that a latent outside has the log-density minus infinity instead of an error.
+        # Not validated, so that a latent outside has log-density minus infinity and raises no error.
         return _Joint(_ClosedUniform(self.low, self.high, validate_args=False), len(self.event_shape))
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -438,7 +441,7 @@ class Uniform(Prior):
 
 
 class _ClosedUniform(dist.Uniform):
-    """Torch's uniform leaves out the upper end, where rounding may well put a latent."""
+    """A uniform on a closed interval: torch's excludes the upper end, to which a latent may be rounded."""
 
     def log_prob(self, value: Tensor) -> Tensor:
         return _log_uniform(value, self.low, self.high)
@@ -495,7 +498,7 @@ class LogitNormal(TorchDistribution):
         if self._validate_args:
             self._validate_sample(value)
         inside = (value > 0) & (value < 1)
-        value = torch.where(inside, value, 0.5)  # at the ends the formula is infinity minus infinity
+        value = torch.where(inside, value, 0.5)  # at the ends the formula would be infinity minus infinity
         log_value, log_rest = value.log(), torch.log1p(-value)
         standard = (log_value - log_rest - self.loc) / self.scale
         log_prob = -0.5 * standard.square() - self.scale.log() - _HALF_LOG_TWO_PI - log_value - log_rest
@@ -515,27 +518,22 @@ class LogitNormal(TorchDistribution):
         return torch.sigmoid(self.loc)
 
     def _squash(self, logit: Tensor) -> Tensor:
-        # The sigmoid of a large logit rounds to 0 or 1, where the density is zero.
+        # The sigmoid of a large logit rounds to 0 or 1, at which the density is zero.
         info = torch.finfo(logit.dtype)
         return torch.sigmoid(logit).clamp(info.tiny, 1 - info.eps)
 
 
-def _given(name: str, value: Any, shape: Sequence[int], *, positive: bool = False, exact: bool = False) -> Tensor:
-    """Give the user's number or tensor in the wanted shape, or say what is wrong with it."""
-    tensor = torch.as_tensor(value)
-    tensor = tensor.detach() if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
-    shape = Size(shape)
-    if exact and tensor.shape != shape:
-        raise ValueError(f"expected {name} of shape {tuple(shape)}; got {tuple(tensor.shape)}")
+def _as_parameter(name: str, value: Any, shape: Sequence[int], *, positive: bool = False) -> Tensor:
+    """Return a number or tensor of the user in the shape of a parameter."""
+    tensor = as_float_tensor(value)
     try:
-        fits = broadcast_shape(tensor.shape, shape) == shape
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ValueError(f"expected {name} of a shape that broadcasts to {tuple(shape)}; got {tuple(tensor.shape)}")
+        parameter = tensor.expand(shape).clone()
+    except RuntimeError:
+        shapes = f"{tuple(shape)}; got {tuple(tensor.shape)}"
+        raise ValueError(f"expected {name} of a shape that broadcasts to {shapes}") from None
     if not tensor.isfinite().all() or (positive and not (tensor > 0).all()):
         raise ValueError(f"expected {name} to be {'positive and ' if positive else ''}finite; got {_brief(tensor)}")
-    return tensor.expand(shape).clone()
+    return parameter
 
 
 def _log_uniform(z: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -543,6 +541,6 @@ def _log_uniform(z: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def _brief(values: Tensor) -> str:
-    """One number where all are equal, otherwise the range."""
+    """Return the value if all are equal, otherwise the range."""
     low, high = values.min().item(), values.max().item()
     return f"{low:g}" if low == high else f"{low:g}..{high:g}"

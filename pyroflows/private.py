@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if TYPE_CHECKING:
     from pyro.infer.autoguide import AutoGuide
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from pyro.poutine import Trace
 
 __all__ = [
+    "DispatchMode",
     "check_prototype",
     "contents",
     "inside_functorch",
@@ -72,3 +74,12 @@ def make_plates(guide: AutoGuide) -> None:
     """Make the ``plates`` of an autoguide without running it."""
     # NeuTraReparam reads the plates, which only a call of the guide makes.
     guide._create_plates()
+
+
+class DispatchMode(TorchDispatchMode):
+    """A context in which ``__torch_dispatch__`` sees each operation before it runs."""
+
+    # torch documents the class, and extends it through it, under this private module alone.
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # what dynamo skips, it first imports, which takes seconds

@@ -51,6 +51,7 @@ from pyroflows import (
     radial,
     realnvp,
 )
+from pyroflows.networks.data_dependent import DataDependent
 
 __all__ = [
     "FLOWS",
@@ -109,9 +110,9 @@ LAYERS: dict[str, Callable[[int, int], Bijection]] = {
     "triangular": lambda d, c: _triangular(d, diagonal=False),
     "triangular, diagonal": lambda d, c: _triangular(d, diagonal=True),
     "lu": lambda d, c: LULinear(d),
-    "lu, identity without bias": lambda d, c: LULinear(d, start="identity", bias=False),
+    "lu, identity without bias": lambda d, c: LULinear(d, init="identity", bias=False),
     "dense": lambda d, c: DenseLinear(d),
-    "dense, identity without bias": lambda d, c: DenseLinear(d, start="identity", bias=False),
+    "dense, identity without bias": lambda d, c: DenseLinear(d, init="identity", bias=False),
     "planar": lambda d, c: Planar(d, context_features=c, hidden_features=HIDDEN),
     "radial": lambda d, c: Radial(d, context_features=c, hidden_features=HIDDEN),
     "coupling, affine": _coupling,
@@ -219,7 +220,7 @@ IMAGE_LAYERS: dict[str, Callable[[Shape, int], Bijection]] = {
     "permutation, reverse": lambda s, c: Permutation(s, "reverse"),
     "permutation, random": lambda s, c: Permutation(s, "random", seed=1),
     "convolution": lambda s, c: InvertibleConv(s),
-    "convolution, identity": lambda s, c: InvertibleConv(s, start="identity"),
+    "convolution, identity": lambda s, c: InvertibleConv(s, init="identity"),
     "convolution, full": lambda s, c: InvertibleConv(s, factored=False),
     "elementwise affine": lambda s, c: ElementwiseAffine(s, context_features=c),
     "sigmoid": lambda s, c: Sigmoid(s, alpha=0.05),
@@ -306,8 +307,8 @@ def perturb(module: Module, scale: float) -> Module:
     for part in module.modules():
         if isinstance(part, ActNorm):
             part.train().forward_and_log_det(part.shift.detach().expand(part.latent_shape))
-        elif hasattr(part, "started"):
-            part.load_state_dict({**part.state_dict(), "started": torch.tensor(True)})
+        elif isinstance(part, DataDependent) and part.awaits_data:
+            part.initialize({})
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(scale * torch.randn_like(parameter))

@@ -192,7 +192,7 @@ def test_masked_linear():
 def test_made_in_blocks_has_every_kind_of_derivative(monkeypatch):
     monkeypatch.setattr(pyroflows.networks.made, "_ROWS", 1)  # or a single row would be multiplied as a whole
     made = MADE(3, 1, hidden_features=(130, 130), zero_last=False).double()
-    assert any(isinstance(part, MaskedLinear) and len(part.blocks) > 1 for part in made.modules())
+    assert any(isinstance(part, MaskedLinear) and len(part.num_seen) > 1 for part in made.modules())
     x = torch.randn(3, dtype=torch.float64)
 
     def outputs(x):
@@ -228,7 +228,7 @@ def test_made_in_blocks_is_made_as_a_whole():
         (lambda: MADE(0, 1), "expected features to be a positive integer; got 0"),
         (lambda: MADE(2, 0), "expected num_parameters to be a positive integer; got 0"),
         (lambda: MADE(2, 1, hidden_features=(-1,)), "hidden_features.*-1"),
-        (lambda: MADE(2, 1, order=[0]), r"expected an order that is a permutation of 0 to 1; got \[0\]"),
+        (lambda: MADE(2, 1, order=[0]), r"expected order to be a permutation of 0, ..., 1; got \[0\]"),
         (lambda: MADE(2, 1, order="inside out"), "expected order to be one of.*got 'inside out'"),
         (lambda: MADE(2, 1, residual=True, hidden_features=()), r"one width; got hidden_features=\(\)"),
         (lambda: MLP(2, 0), "expected out_features to be a positive integer; got 0"),

@@ -330,7 +330,7 @@ def test_fresh_flow_starts_its_actnorms_when_compiled(name, fullgraph):
     compiled = torch.compile(flow.log_prob, fullgraph=fullgraph, backend="eager")
     for _ in range(2):
         assert_close(compiled(x), twin.log_prob(x))
-    assert all(layer.started for layer in flow.layers if isinstance(layer, ActNorm))
+    assert all(layer.initialized for layer in flow.layers if isinstance(layer, ActNorm))
 
 
 @pytest.mark.slow
@@ -554,7 +554,7 @@ def test_score_in_training_is_that_of_the_direction_taken():
     act = ActNorm(3).double().train()
     with torch.no_grad():
         act.forward_and_score(x, -x)
-    assert not act.started
+    assert not act.initialized
 
 
 @pytest.mark.parametrize("name", ["coupling, affine", "radial", "compose", "inverse autoregressive"])

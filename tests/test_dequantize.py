@@ -55,7 +55,7 @@ def test_cells_hold_also_where_the_sum_rounds(num_levels: int, dtype: torch.dtyp
     x = torch.arange(num_levels)
     below_one = torch.nextafter(torch.ones((), dtype=dtype), torch.zeros((), dtype=dtype))
     for u in (torch.zeros((), dtype=dtype), below_one, 1 - 1e-6 + 0 * below_one):
-        y = dequantizer._place(x.to(dtype), u)
+        y = dequantizer._number_in_cell(x.to(dtype), u)
         assert (y < 1).all()
         assert torch.equal(dequantizer.quantize(y).long(), x)
 
@@ -99,9 +99,9 @@ def test_what_are_no_levels_is_refused_in_one_sentence(kind) -> None:
 
 
 def test_bad_sizes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^expected num_levels of at least 2; got 1$"):
+    with pytest.raises(ValueError, match=r"^expected num_levels to be an integer of at least 2; got 1$"):
         UniformDequantizer(2, 1)
-    with pytest.raises(ValueError, match=r"^expected num_levels to be a positive integer; got 2.5$"):
+    with pytest.raises(ValueError, match=r"^expected num_levels to be an integer of at least 2; got 2.5$"):
         UniformDequantizer(2, 2.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^expected the shape \(C, H, W\) of an image; got \(4,\)$"):
         VariationalDequantizer((4,), 4)
@@ -314,10 +314,10 @@ def test_a_value_off_its_grid_is_refused_with_its_place() -> None:
 @pytest.mark.parametrize(
     "steps, offset, message",
     [
-        ([1.0, -1.0], 0.0, r"^expected steps as one number of at least 0 for each column; got \[1.0, -1.0\]$"),
-        ([[1.0]], 0.0, r"^expected steps as one number"),
-        ([math.nan], 0.0, r"^expected steps as one number"),
-        ([], 0.0, r"^expected steps as one number"),
+        ([1.0, -1.0], 0.0, r"^expected steps as one non-negative number for each column; got \[1.0, -1.0\]$"),
+        ([[1.0]], 0.0, r"^expected steps as one non-negative number"),
+        ([math.nan], 0.0, r"^expected steps as one non-negative number"),
+        ([], 0.0, r"^expected steps as one non-negative number"),
         ([1.0], [0.0, 1.0], r"^expected an offset that is one finite number or 1; got \[0.0, 1.0\]$"),
         ([1.0], math.inf, r"^expected an offset that is one finite number or 1; got inf$"),
     ],

@@ -64,7 +64,7 @@ def test_the_flow_is_left_as_it_was():
     state = {name: value.clone() for name, value in flow.state_dict().items()}
     check(flow, 100 + torch.randn(5, 2))
     assert flow.training
-    assert not any(layer.started for layer in flow.layers if isinstance(layer, ActNorm))
+    assert not any(layer.initialized for layer in flow.layers if isinstance(layer, ActNorm))
     assert all(torch.equal(state[name], value) for name, value in flow.state_dict().items())
     assert all(parameter.grad is None for parameter in flow.parameters())
 

@@ -269,13 +269,13 @@ def test_networks_start_standard_and_their_last_layer_at_zero():
 def test_what_only_was_looked_at_starts_anew():
     network = ConvNet(2, 4, hidden_channels=8)
     network(torch.randn(8, 2, 4, 4))
-    network.first.restart_if_untrained()
-    assert not network.first.started
+    network.first.reset_if_untrained()
+    assert not network.first.initialized
     network(torch.randn(8, 2, 4, 4))
     with torch.no_grad():
         network.first.bias += 1
-    network.first.restart_if_untrained()
-    assert network.first.started
+    network.first.reset_if_untrained()
+    assert network.first.initialized
 
 
 def test_a_flow_of_additive_couplings_keeps_volume():
@@ -307,7 +307,7 @@ def test_temperature_narrows_the_latent():
     assert torch.equal(flow.sample((2,), temperature=0.0)[0], flow.sample((1,), temperature=0)[0])
     mixture = GaussianMixture(3, 2, loc=torch.tensor([[-5.0] * 3, [5.0] * 3]), covariance="full")
     assert_close(mixture.sample((100,), temperature=0.0).abs(), torch.full((100, 3), 5.0))
-    with pytest.raises(ValueError, match="expected temperature=1 of a StudentT, which has no centre; got 0.7"):
+    with pytest.raises(ValueError, match="expected temperature=1 for a StudentT, which has no centre; got 0.7"):
         StudentT(3).sample((2,), temperature=0.7)
     with pytest.raises(ValueError, match=r"expected temperature in \[0, inf\); got -1"):
         flow.sample((2,), temperature=-1)
@@ -333,14 +333,17 @@ def test_labels_are_checked():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: glow((3, 28, 28)), "expected height and width that 8 divides, for 3 halvings; got 28 x 28: use fewer"),
-        (lambda: glow((3, 4, 4)), "that 8 divides, for 3 halvings; got 4 x 4"),
+        (
+            lambda: glow((3, 28, 28)),
+            "a height and width divisible by 8, for 3 halvings; got 28 x 28: use fewer",
+        ),
+        (lambda: glow((3, 4, 4)), "divisible by 8, for 3 halvings; got 4 x 4"),
         (lambda: glow((3, 33, 32)), "got 33 x 32"),
-        (lambda: realnvp((3, 9, 9)), "that 2 divides, for 1 halvings; got 9 x 9"),
+        (lambda: realnvp((3, 9, 9)), "divisible by 2, for 1 halvings; got 9 x 9"),
         (lambda: glow((28, 28)), r"expected the shape \(C, H, W\) of an image; got \(28, 28\)"),
         (lambda: glow((3, 8, 8), permutation="lu"), "expected permutation to be one of 'conv', 'conv-full', 'shuffle'"),
         (lambda: glow((3, 8, 8), coupling="cubic"), "expected coupling to be one of 'affine', 'additive'; got 'cubic'"),
-        (lambda: glow((3, 8, 8), num_classes=3, context_features=2), "expected num_classes or context_features; got 3"),
+        (lambda: glow((3, 8, 8), num_classes=3, context_features=2), "`num_classes` cannot be combined with"),
         (lambda: glow((3, 8, 8), norm="batch"), "expected norm to be one of 'actnorm', 'weight', 'group', 'none'"),
         (lambda: glow((3, 8, 8), hidden_channels=0), "expected hidden_channels to be a positive integer; got 0"),
         (lambda: ConvCoupling((1, 4, 4)), "expected at least 2 channels for mask='channels'; got 1: squeeze"),
@@ -366,7 +369,7 @@ def test_refuses_options_of_the_other_kind():
         glow((3, 8, 8), hidden_features=(4,))
     with pytest.raises(TypeError, match="expected options among context_features, .*; got 'num_levels'"):
         realnvp(3, num_levels=2)
-    with pytest.raises(TypeError, match="expected no network options beside a conditioner; got hidden_channels"):
+    with pytest.raises(TypeError, match="`conditioner` cannot be combined with options.*; got hidden_channels"):
         ConvCoupling((2, 2, 2), conditioner=ConvNet(1, 2), hidden_channels=3)
 
 
@@ -408,7 +411,7 @@ def test_a_conditioner_of_ones_own_gives_a_parameter_for_each_number(mask, chann
     if (mask, channels, size) == ("channels", 4, 1):
         assert layer.forward_and_log_det(torch.zeros(2, 4, 4, 4))[1].shape == (2,)
         return
-    with pytest.raises(ValueError, match=rf"gives \(\*batch, [48], 4, 4\); got \(2, {channels}, "):
+    with pytest.raises(ValueError, match=rf"returns \(\*batch, [48], 4, 4\); got \(2, {channels}, "):
         layer.forward_and_log_det(torch.zeros(2, 4, 4, 4))
 
 

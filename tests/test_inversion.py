@@ -56,7 +56,7 @@ def test_inverts_to_what_a_pass_a_feature_gives(network, context_features, order
         layer = make(features, context_features, order=order, **NETWORKS[network])
         x = torch.randn(5, features).double()
         context = torch.randn(5, 3).double() if context_features else None
-        wanted, log_det = layer._in_passes(x, context)
+        wanted, log_det = layer._forward_in_passes(x, context)
         for y, terms in both_ways(layer, x, context):
             assert_close(y, wanted, 1e-10)
             assert_close(terms.sum(-1), log_det, 1e-10)
@@ -70,7 +70,7 @@ def test_gradients_are_those_of_a_pass_a_feature(network, transformer):
     weights = torch.randn(6, 7).double()
     inputs = [x, context, *layer.parameters()]
     found = []
-    for y, log_det in (layer._in_passes(x, context), layer.forward_and_log_det(x, context)):
+    for y, log_det in (layer._forward_in_passes(x, context), layer.forward_and_log_det(x, context)):
         loss = (y * weights).sum() + (log_det * weights[:, 0]).sum()
         found.append(torch.autograd.grad(loss, inputs))
     for (name, _), naive, quick in zip([("x", 0), ("context", 0), *layer.named_parameters()], *found, strict=True):
@@ -111,7 +111,7 @@ def test_wild_values_do_not_spoil_the_features_before_them(rows):
     layer = make(30, scale=4.0, hidden_features=(40, 40), transformer=Affine(bound=60.0), dtype=torch.float32)
     x = 5 * torch.randn(rows, 30)
     y = layer.forward_and_log_det(x)[0]
-    wanted = layer._in_passes(x, None)[0]
+    wanted = layer._forward_in_passes(x, None)[0]
     sure = wanted.double().abs().cummax(-1).values < 1e6
     assert sure[:, 3].all()
     torch.testing.assert_close(y[sure], wanted[sure], rtol=1e-3, atol=1e-3)

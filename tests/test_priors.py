@@ -242,18 +242,18 @@ def test_mixture_moments():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"num_components": 0}, "expected num_components of at least 1; got 0"),
-        ({"covariance": "round"}, "expected covariance to be 'diagonal' or 'full'; got 'round'"),
+        ({"num_components": 0}, "expected num_components to be a positive integer; got 0"),
+        ({"covariance": "round"}, "expected covariance to be one of 'diagonal', 'full'; got 'round'"),
         ({"loc": torch.zeros(3)}, r"expected loc of shape \(3, 2\); got \(3,\)"),
         ({"scale": -1.0}, "expected scale to be positive and finite; got -1"),
         ({"scale": torch.ones(4)}, r"expected scale of a shape that broadcasts to \(3, 2\); got \(4,\)"),
         ({"weights": [1.0, 0.0, 1.0]}, "expected weights to be positive and finite; got 0..1"),
         ({"weights": torch.ones(2)}, r"expected weights of a shape that broadcasts to \(3,\); got \(2,\)"),
-        ({"scale_tril": torch.eye(2)}, "expected scale_tril with covariance='full'"),
+        ({"scale_tril": torch.eye(2)}, "`scale_tril` cannot be combined with"),
         ({"scale_tril": torch.ones(2, 2), "covariance": "full"}, "expected scale_tril to be lower triangular"),
         ({"scale_tril": -torch.eye(2), "covariance": "full"}, "expected scale_tril to be lower triangular"),
         ({"features": (2, 2), "covariance": "full"}, r"expected a vector of features for .*; got the shape \(2, 2\)"),
-        ({"spread": 0.0}, "expected a positive spread; got 0.0"),
+        ({"spread": 0.0}, r"expected spread in \(0, inf\); got 0.0"),
     ],
 )
 def test_bad_mixture(kwargs, message):

@@ -1,5 +1,8 @@
 """The private names of libraries: each does what it is used for, so that a release that changes it fails here."""
 
+import subprocess
+import sys
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -11,6 +14,7 @@ from pyro.nn import PyroModule
 from torch import nn
 
 from pyroflows.private import (
+    DispatchMode,
     check_prototype,
     contents,
     inside_functorch,
@@ -101,3 +105,21 @@ def test_plates_of_a_guide_are_made_without_a_run():
     make_plates(guide)
     assert list(guide.plates) == ["rows"]
     assert guide.plates["rows"].size == 3
+
+
+def test_a_dispatch_mode_sees_operations_and_imports_no_compiler():
+    names = []
+
+    class Names(DispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.overloadpacket.__name__)
+            return func(*args, **kwargs or {})
+
+    with Names():
+        torch.ones(2) + 1
+    assert names == ["ones", "add"]
+    code = (
+        "import sys, torch; from pyroflows import maf; from pyroflows.recipe import describe; "
+        "describe(maf(2, num_layers=1)); assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

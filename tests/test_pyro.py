@@ -213,7 +213,7 @@ MEAN = OBSERVED.sum(0) / 0.25 / PRECISION
 @pytest.mark.parametrize(
     "build",
     [
-        lambda: Flow(DiagonalNormal(2), [LULinear(2, start="identity"), ElementwiseAffine(2)]),
+        lambda: Flow(DiagonalNormal(2), [LULinear(2, init="identity"), ElementwiseAffine(2)]),
         lambda: iaf(2, num_layers=2, hidden_features=(16,)),
         lambda: realnvp(2, num_layers=3, hidden_features=(16,)),
     ],

@@ -258,7 +258,7 @@ def test_reverse_kl_without_data():
         return (log_prob - target.log_prob(sample)).mean()
 
     torch.manual_seed(0)
-    flow = Flow(DiagonalNormal(2), [LULinear(2, start="identity")])
+    flow = Flow(DiagonalNormal(2), [LULinear(2, init="identity")])
     result = fit(flow, objective=reverse_kl, epochs=5, steps_per_epoch=80, learning_rate=5e-2, seed=0)
     assert result.steps == 400
     assert result.history["validation"] == []

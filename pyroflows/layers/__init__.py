@@ -1,4 +1,4 @@
-"""Every bijection, one family a file."""
+"""The bijections, one family per file."""
 
 from pyroflows.layers.actnorm import ActNorm
 from pyroflows.layers.autoregressive import MaskedAutoregressive

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from pyroflows.arguments import check_names
-from pyroflows.bijection import Bijection
+from pyroflows.bijection import Bijection, Pair, Triple
 from pyroflows.gradients import vjp
-from pyroflows.layers.inversion import closed, invert
-from pyroflows.layers.transformers import Transformer, make_transformer, transform
+from pyroflows.layers.inversion import attach_implicit_gradient, invert, iterate_to_fixed_point
+from pyroflows.layers.transformers import Transformer, make_transformer, num_parameters, split_by_feature
 from pyroflows.networks.made import MADE
 from pyroflows.private import inside_functorch
 
@@ -20,18 +20,18 @@ __all__ = ["MaskedAutoregressive"]
 
 
 class MaskedAutoregressive(Bijection):
-    r"""A masked autoregressive layer: one pass from data to latent; the other way each unit once, in order.
+    r"""A masked autoregressive layer: one pass from data to latent, feature after feature from latent to data.
 
     .. math:: y_i = f(x_i; \theta_i(y_{<i}, c)), \quad \log|\det dy/dx| = \sum_i \log|f'(x_i)|
 
-    A stack of these is a MAF, quickest to score; a stack of their inverses (``layer.inv``, or
-    :class:`~pyroflows.Inverse`) is an IAF, quickest to sample and to score what it sampled. The other direction is
-    exact too, and has gradients (of first order): see :func:`pyroflows.layers.inversion.invert`. Under
-    ``torch.compile`` and ``torch.func``, and with dropout in training, it takes a pass for each feature.
+    A stack of these is a MAF, fastest at scoring; a stack of their inverses (``layer.inv``, or
+    :class:`~pyroflows.Inverse`) is an IAF, fastest at sampling and at scoring its samples. The other direction is
+    exact too, and differentiable once: see :func:`pyroflows.layers.inversion.invert`. Under ``torch.compile`` and
+    ``torch.func``, and with dropout in training, it takes one pass per feature.
 
     Args:
         features: number of features.
-        transformer: "affine", "additive", "spline", or a :class:`Transformer` with options of its own.
+        transformer: "affine", "additive", "spline", or a :class:`Transformer` with other options.
         order: "sequential", "reversed", "random", or the features in the order of their dependence.
         context_features: length of the context.
         network: further options of the :class:`MADE`, such as ``hidden_features`` or ``residual``.
@@ -53,6 +53,8 @@ class MaskedAutoregressive(Bijection):
                 [1., 1., 1.]], grad_fn=<MulBackward0>)
     """
 
+    forward_passes = 2  # the approximate cost of the fast inversion
+
     def __init__(
         self,
         features: int,
@@ -63,62 +65,52 @@ class MaskedAutoregressive(Bijection):
         **network: Any,
     ):
         super().__init__(features, context_features=context_features)
-        check_names(network, MADE, but=("features", "num_parameters", "context_features", "order"))
+        check_names(network, MADE, exclude=("features", "num_parameters", "context_features", "order"))
         self.transformer = make_transformer(transformer)
         self.conditioner = MADE(
-            features, self.transformer.num_parameters, context_features=context_features, order=order, **network
+            features, num_parameters(self.transformer), context_features=context_features, order=order, **network
         )
-        self.forward_passes = 2  # about as much, for all features
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> Pair:
         dropout = self.conditioner.network.dropout
         if inside_functorch() or torch.compiler.is_compiling() or (dropout.p and dropout.training):
-            return self._in_passes(x, context)
+            return self._forward_in_passes(x, context)
         y, log_det = invert(self.conditioner, self.transformer, x, context)
         sources = [x, *self.conditioner.parameters()] + ([] if context is None else [context])
         if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
-            given = y.requires_grad_()
-            y, log_det = closed(*self.transformer.forward(x, self.conditioner(given, context)), given)
+            solution = y.requires_grad_()
+            y, log_det = self.transformer.forward(x, *self._parameters_for(solution, context))
+            y, log_det = attach_implicit_gradient(y, log_det, solution)
         return y, log_det.sum(-1)
 
-    def _in_passes(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Find a feature a pass: what maps and compiles, and sees one network where dropout makes a new one a pass."""
-        y, *features = torch.zeros_like(x), *self.conditioner.order.unbind()
+    def _forward_in_passes(self, x: Tensor, context: Tensor | None) -> Pair:
+        """Compute a feature per pass, which maps, compiles, and applies the same dropout mask to all features."""
+        y, *order = torch.zeros_like(x), *self.conditioner.order.unbind()
         positions = torch.arange(x.shape[-1], device=x.device)
-        for feature in features[:-1]:
-            found, _ = self.transformer.forward(x, self.conditioner(y, context))
-            # Features not yet found stay zero: no wild value of theirs can reach a masked product.
-            y = torch.where(positions == feature, found, y)
-        y, log_det = self.transformer.forward(x, self.conditioner(y, context))
+        for feature in order[:-1]:
+            candidate, _ = self.transformer.forward(x, *self._parameters_for(y, context))
+            # Features not yet known stay zero, so that no large value of theirs can reach a masked product.
+            y = torch.where(positions == feature, candidate, y)
+        y, log_det = self.transformer.forward(x, *self._parameters_for(y, context))
         return y, log_det.sum(-1)
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return transform(self.transformer, y, self.conditioner(y, context), forward=False)
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> Pair:
+        x, log_det = self.transformer.inverse(y, *self._parameters_for(y, context))
+        return x, log_det.sum(-1)
 
-    def inverse_and_score(
-        self, y: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Map, and carry a score along: one pass, and backward passes until the score settles, at most one a feature.
-
-        The Jacobian is triangular, so that the fixed point below is reached in as many steps as there are features,
-        and to rounding mostly in a few.
-        """
+    def inverse_and_score(self, y: Tensor, score: Tensor, context: Tensor | None = None) -> Triple:
+        """Map, and pull the score back: one forward pass, and backward passes until the score has converged."""
         with torch.enable_grad():
-            given = y if y.requires_grad else y.detach().requires_grad_()
-            moved, seen = given.view_as(given), given.view_as(given)
-            x, log_det = self.transformer.inverse(moved, self.conditioner(seen, context))
-        ones = torch.ones_like(score)
-        score = score - vjp(log_det, None, moved, ones) - vjp(log_det, None, seen, ones)
-        steepness, number = (-log_det.detach()).exp(), torch.finfo(y.dtype)
-        found = score * steepness
-        for _ in range(x.shape[-1]):
-            previous = found
-            found = (score - vjp(x, None, seen, previous)) * steepness
-            # Features not yet found may be wild, and must not overflow into those that are.
-            found = torch.where(found.abs() < number.max**0.5, found, 0)
-            if ((found - previous).abs().amax(-1) <= 8 * number.eps * found.abs().amax(-1)).all():
-                break
-        return x if torch.is_grad_enabled() else x.detach(), log_det.sum(-1), found
+            y = y if y.requires_grad else y.detach().requires_grad_()
+            transformed, seen = y.view_as(y), y.view_as(y)
+            x, log_det = self.transformer.inverse(transformed, *self._parameters_for(seen, context))
+        ones, slope = torch.ones_like(score), (-log_det.detach()).exp()
+        score = score - vjp(log_det, None, transformed, ones) - vjp(log_det, None, seen, ones)
+        score = iterate_to_fixed_point(lambda at_x: (score - vjp(x, None, seen, at_x)) * slope, score * slope)
+        return x if torch.is_grad_enabled() else x.detach(), log_det.sum(-1), score
+
+    def _parameters_for(self, y: Tensor, context: Tensor | None) -> Sequence[Tensor]:
+        return split_by_feature(self.transformer, self.conditioner(y, context), y)
 
     def extra_repr(self) -> str:
         return f"{self.latent_shape[0]}, transformer={self.transformer}"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pyroflows.arguments import check_number
-from pyroflows.bijection import Bijection
+from pyroflows.bijection import Bijection, Pair, Triple
 from pyroflows.distributed import var_mean, world_size
 from pyroflows.private import inside_functorch
 
@@ -14,20 +14,19 @@ __all__ = ["BatchNorm"]
 
 
 class BatchNorm(Bijection):
-    r"""Batch normalisation on the way to the latent.
+    r"""Batch normalisation from data to latent.
 
     .. math:: x = e^s \frac{y - \mu}{\sqrt{v + \epsilon}} + t, \quad
               \log|\det dy/dx| = \sum_i \tfrac12\log(v_i + \epsilon) - s_i
 
-    In training :math:`\mu, v` are those of the batch, over all processes of a fit, and running averages follow them.
-    At evaluation, and from latent to data, the stored statistics are used, and the map is invertible: the running
-    averages, or those of the whole train set after :meth:`set_statistics`, which :func:`~pyroflows.fit` calls before
-    it validates.
+    In training :math:`\mu, v` are those of the batch, over all processes of a fit, and update running averages. In
+    evaluation, and from latent to data, the stored statistics are used: the running averages, or those of the complete
+    training set after :meth:`set_statistics`, which :func:`~pyroflows.fit` calls before validation.
 
     Args:
         features: number of features.
-        momentum: the weight of a new batch in the running averages.
-        eps: added to the variance.
+        momentum: weight of a batch in the running averages.
+        eps: number added to the variance.
 
     Shapes:
         x, y: ``(*batch, features)``.
@@ -59,32 +58,30 @@ class BatchNorm(Bijection):
         self.register_buffer("mean", torch.zeros(self.latent_shape))
         self.register_buffer("variance", torch.ones(self.latent_shape))
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> Pair:
         spread = self.variance + self.eps
         y = (x - self.shift) * (-self.log_scale).exp() * spread.sqrt() + self.mean
         return y, -self._log_det(spread, x)
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> Pair:
         mean, variance = self.mean, self.variance
-        # A single row has no variance: it takes the stored statistics.
+        # A single row has no variance and uses the stored statistics.
         if self.training and (y.shape[:-1].numel() > 1 or world_size() > 1):
             variance, mean = var_mean(y.flatten(0, -2), [0])
             if not inside_functorch():
-                self._follow(mean.detach(), variance.detach())
+                self._update_averages(mean.detach(), variance.detach())
         spread = variance + self.eps
         x = (y - mean) * spread.rsqrt() * self.log_scale.exp() + self.shift
         return x, self._log_det(spread, y)
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        # Not read off the inverse, which in training takes other statistics than this direction.
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Triple:
+        # Not by the inverse, which in training uses other statistics.
         y, log_det = self.forward_and_log_det(x)
         return y, log_det, score * (self.log_scale.exp() * (self.variance + self.eps).rsqrt()).detach()
 
     @torch.no_grad()
-    def _follow(self, mean: Tensor, variance: Tensor) -> None:
-        # A batch that overflows must not spoil the averages for good.
+    def _update_averages(self, mean: Tensor, variance: Tensor) -> None:
+        # A batch that overflows must not spoil the averages permanently.
         finite = mean.isfinite() & variance.isfinite()
         self.mean.copy_(torch.where(finite, self.mean.lerp(mean, self.momentum), self.mean))
         self.variance.copy_(torch.where(finite, self.variance.lerp(variance, self.momentum), self.variance))
@@ -94,7 +91,7 @@ class BatchNorm(Bijection):
 
     @torch.no_grad()
     def set_statistics(self, y: Tensor) -> None:
-        """Take the stored statistics from data, shape ``(rows, features)``, as they reach this layer."""
+        """Set the stored statistics to those of the data that reach this layer, shape ``(rows, features)``."""
         self._check(y, self.data_shape, None)
         variance, mean = var_mean(y.flatten(0, -2), [0])
         self.mean.copy_(mean)

@@ -9,45 +9,46 @@ import torch
 from torch import Tensor, nn
 
 from pyroflows.arguments import Shape, as_image_shape, check_option, check_sizes
-from pyroflows.bijection import Bijection
+from pyroflows.bijection import Bijection, Pair, Triple
 from pyroflows.caching import cached
 
 __all__ = ["DenseLinear", "InvertibleConv", "LULinear"]
 
 
-def _start(features: int, start: str) -> Tensor:
+def _initial_matrix(features: int, init: str) -> Tensor:
     check_sizes(features=features)
-    check_option("start", start, ("rotation", "identity"))
-    if start == "identity":
+    check_option("init", init, ("orthogonal", "identity"))
+    if init == "identity":
         return torch.eye(features)
-    rotation = torch.linalg.qr(torch.randn(features, features, dtype=torch.float64))[0]
-    return rotation.to(torch.get_default_dtype()).contiguous()  # it comes by columns
+    matrix = torch.linalg.qr(torch.randn(features, features, dtype=torch.float64))[0]
+    return matrix.to(torch.get_default_dtype()).contiguous()
 
 
-def in_full(x: Tensor) -> AbstractContextManager:
-    """Multiply in the precision of the weights, of which the log-det is."""
-    kind = x.device.type  # a context costs as much as the product of a few channels, so there is none without need
+def full_precision(x: Tensor) -> AbstractContextManager:
+    """Return a context without autocast, so that products have the precision of the weights and the log-determinant."""
+    kind = x.device.type
+    # Entering a context takes as long as the product of a few channels.
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 class LULinear(Bijection):
-    r"""A learned linear map, factored so that its determinant is a sum of logarithms.
+    r"""A learned linear map, factored so that its log-determinant is a sum of logarithms.
 
     .. math:: x = W y + b, \quad W = P L (U + \mathrm{diag}(s)), \quad \log|\det dy/dx| = -\sum_i \log|s_i|
 
-    The permutation :math:`P` and the signs of :math:`s` are fixed. Data to latent is a product, latent to
-    data two triangular solves.
+    The permutation :math:`P` and the signs of :math:`s` are fixed. Data to latent is a product, and latent to data two
+    triangular solves.
 
     Args:
         features: number of features.
-        start: "rotation", a random one, or "identity".
+        init: "orthogonal", a random orthogonal matrix, or "identity".
         bias: whether the shift :math:`b` is learned.
 
     Shapes:
         x, y: ``(*batch, features)``.
 
     Raises:
-        ValueError: features is not a positive integer, or the start is unknown.
+        ValueError: features is not a positive integer, or init is unknown.
 
     References:
         Glow: Generative Flow with Invertible 1x1 Convolutions, Kingma and Dhariwal, 2018 (arXiv:1807.03039).
@@ -55,7 +56,7 @@ class LULinear(Bijection):
     Example:
         >>> layer = LULinear(3)
         >>> W = layer.weight()
-        >>> torch.allclose(W @ W.T, torch.eye(3), atol=1e-6)  # a rotation at the start
+        >>> torch.allclose(W @ W.T, torch.eye(3), atol=1e-6)  # orthogonal at initialisation
         True
     """
 
@@ -63,9 +64,9 @@ class LULinear(Bijection):
     signs: Tensor
     eye: Tensor
 
-    def __init__(self, features: int, *, start: str = "rotation", bias: bool = True):
+    def __init__(self, features: int, *, init: str = "orthogonal", bias: bool = True):
         super().__init__(features)
-        p, lower, upper = torch.linalg.lu(_start(features, start))
+        p, lower, upper = torch.linalg.lu(_initial_matrix(features, init))
         self.register_buffer("permutation", p.argmax(-1))  # row i of W is row permutation[i] of L U
         self.register_buffer("signs", upper.diagonal().sign())
         self.register_buffer("eye", torch.eye(features), persistent=False)
@@ -87,22 +88,20 @@ class LULinear(Bijection):
         columns = torch.linalg.solve_triangular(self.lower, columns, upper=False, unitriangular=True)
         return torch.linalg.solve_triangular(self._upper(), columns, upper=True)
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> Pair:
         y = x if self.bias is None else x - self.bias
         y = y[..., self.permutation.argsort()].reshape(-1, x.shape[-1])
         y = torch.linalg.solve_triangular(self.lower.T, y, upper=True, left=False, unitriangular=True)
         y = torch.linalg.solve_triangular(self._upper().T, y, upper=False, left=False)
-        return y.reshape(x.shape), -self._log_det().expand(x.shape[:-1])
+        return y.reshape(x.shape), -self.log_det().expand(x.shape[:-1])
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        with in_full(y):
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> Pair:
+        with full_precision(y):
             x = nn.functional.linear(y, self.weight(), self.bias)
-        return x, self._log_det().expand(y.shape[:-1])
+        return x, self.log_det().expand(y.shape[:-1])
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.no_grad(), in_full(score):
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Triple:
+        with torch.no_grad(), full_precision(score):
             score = score @ self.weight()
         return *self.forward_and_log_det(x), score
 
@@ -111,7 +110,8 @@ class LULinear(Bijection):
         return torch.addcmul(self.upper.triu(1), self.eye, self.signs * self.log_scale.exp())
 
     @cached
-    def _log_det(self) -> Tensor:
+    def log_det(self) -> Tensor:
+        """The log-determinant of W."""
         return self.log_scale.sum()
 
     def extra_repr(self) -> str:
@@ -119,20 +119,20 @@ class LULinear(Bijection):
 
 
 class DenseLinear(Bijection):
-    r"""A learned linear map without a factorisation, its determinant computed anew at each step.
+    r"""A learned linear map without a factorisation, whose determinant is computed at each step.
 
     .. math:: x = W y + b, \quad \log|\det dy/dx| = -\log|\det W|
 
     Args:
         features: number of features.
-        start: "rotation", a random one, or "identity".
+        init: "orthogonal", a random orthogonal matrix, or "identity".
         bias: whether the shift :math:`b` is learned.
 
     Shapes:
         x, y: ``(*batch, features)``.
 
     Raises:
-        ValueError: features is not a positive integer, or the start is unknown.
+        ValueError: features is not a positive integer, or init is unknown.
 
     References:
         Glow: Generative Flow with Invertible 1x1 Convolutions, Kingma and Dhariwal, 2018 (arXiv:1807.03039).
@@ -143,20 +143,20 @@ class DenseLinear(Bijection):
         True
     """
 
-    def __init__(self, features: int, *, start: str = "rotation", bias: bool = True):
+    def __init__(self, features: int, *, init: str = "orthogonal", bias: bool = True):
         super().__init__(features)
-        self.weight = nn.Parameter(_start(features, start))
+        self.weight = nn.Parameter(_initial_matrix(features, init))
         self.bias = nn.Parameter(torch.zeros(features)) if bias else None
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> Pair:
         y = x if self.bias is None else x - self.bias
         y = torch.linalg.solve(self.weight.T, y.reshape(-1, x.shape[-1]), left=False)
-        return y.reshape(x.shape), -self._log_det().expand(x.shape[:-1])
+        return y.reshape(x.shape), -self.log_det().expand(x.shape[:-1])
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        with in_full(y):
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> Pair:
+        with full_precision(y):
             x = nn.functional.linear(y, self.weight, self.bias)
-        return x, self._log_det().expand(y.shape[:-1])
+        return x, self.log_det().expand(y.shape[:-1])
 
     @cached
     def inverse_weight(self) -> Tensor:
@@ -164,7 +164,8 @@ class DenseLinear(Bijection):
         return torch.linalg.inv(self.weight)
 
     @cached
-    def _log_det(self) -> Tensor:
+    def log_det(self) -> Tensor:
+        """The log-determinant of W."""
         return torch.linalg.slogdet(self.weight).logabsdet
 
     def extra_repr(self) -> str:
@@ -176,18 +177,18 @@ class InvertibleConv(Bijection):
 
     .. math:: x_{\cdot hw} = W y_{\cdot hw}, \quad \log|\det dy/dx| = -H W \log|\det W|
 
-    The matrix is that of a :class:`LULinear` or a :class:`DenseLinear` without bias, formed once a call.
+    The matrix is that of a :class:`LULinear` or a :class:`DenseLinear` without bias.
 
     Args:
         shape: ``(C, H, W)``.
-        factored: whether the matrix is kept as P L U, whose determinant is a sum, or whole.
-        start: "rotation", a random one, or "identity".
+        factored: whether the matrix is factored as P L U.
+        init: "orthogonal", a random orthogonal matrix, or "identity".
 
     Shapes:
         x, y: ``(*batch, C, H, W)``.
 
     Raises:
-        ValueError: the shape is not that of an image, or the start is unknown.
+        ValueError: the shape is not that of an image, or init is unknown.
 
     References:
         Glow: Generative Flow with Invertible 1x1 Convolutions, Kingma and Dhariwal, 2018 (arXiv:1807.03039).
@@ -198,29 +199,29 @@ class InvertibleConv(Bijection):
         torch.Size([3, 4, 8, 8])
     """
 
-    def __init__(self, shape: Shape, *, factored: bool = True, start: str = "rotation"):
+    def __init__(self, shape: Shape, *, factored: bool = True, init: str = "orthogonal"):
         channels, height, width = as_image_shape(shape)
         super().__init__((channels, height, width))
         self.pixels = height * width
-        self.mixing = (LULinear if factored else DenseLinear)(channels, start=start, bias=False)
+        self.mixing = (LULinear if factored else DenseLinear)(channels, init=init, bias=False)
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        with in_full(x):
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> Pair:
+        with full_precision(x):
             y = self._convolve(x, self.mixing.inverse_weight())
         return y, self._log_det(x, -self.pixels)
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        with in_full(y):
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> Pair:
+        with full_precision(y):
             x = self._convolve(y, self.mixing.weight() if isinstance(self.mixing, LULinear) else self.mixing.weight)
         return x, self._log_det(y, self.pixels)
 
     def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
-        # A product for each image: of so few channels it takes half the time of conv2d, or less.
+        # For few channels a product per image takes at most half the time of conv2d.
         images = x.reshape(math.prod(x.shape[:-3]), self.latent_shape[0], self.pixels)
         return torch.bmm(weight.expand(images.shape[0], -1, -1), images).reshape(x.shape)
 
     def _log_det(self, x: Tensor, times: int) -> Tensor:
-        return (times * self.mixing._log_det()).expand(x.shape[:-3])
+        return (times * self.mixing.log_det()).expand(x.shape[:-3])
 
     def extra_repr(self) -> str:
         return f"{tuple(self.latent_shape)}"

@@ -1,4 +1,4 @@
-"""The multi-scale architecture: half of the channels leave for the latent at each level."""
+"""The multi-scale architecture: channels are factored out into the latent at each level."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ from collections.abc import Iterable
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
-from pyroflows.bijection import Bijection
+from pyroflows.bijection import Bijection, Pair
 
 __all__ = ["Multiscale"]
 
 
 class Multiscale(Bijection):
-    r"""A stack of levels between a flat vector and an image, each of which hands only its first channels on.
+    r"""A stack of levels between a flat vector and an image, each of which passes on only its first channels.
 
     .. math:: h_1 = f_1(z_1), \quad h_k = f_k([h_{k-1}, z_k]), \quad y = h_n, \quad z = (z_1, \dots, z_n)
 
-    Glow's learned prior of the channels that leave, an affine map of :math:`z_k` given :math:`h_{k-1}`, is an affine
-    coupling at the latent end of a level: it keeps the channels that stay, and moves those that leave.
+    Glow's learned prior of the channels that are factored out, an affine map of :math:`z_k` given :math:`h_{k-1}`, is
+    an affine coupling at the latent end of a level.
 
     Args:
-        levels: bijections between images, the first nearest the latent. The channels that a level's latent has beyond
-            the data of the level below it are those that leave.
+        levels: bijections between images, the first nearest the latent. The channels of a level's latent beyond those
+            of the data of the level below are factored out.
 
     Shapes:
         x: ``(*batch, C * H * W)``; y: ``(*batch, C, H, W)``, the data of the last level.
 
     Raises:
-        ValueError: no level, or one whose latent does not hold the data of the level below and at least a channel more.
+        ValueError: no level, or a level whose latent does not have more channels than the data of the level below.
 
     References:
         Density estimation using Real NVP, Dinh et al., 2017 (arXiv:1605.08803);
@@ -68,12 +68,12 @@ class Multiscale(Bijection):
         super().__init__(features, data_shape=levels[-1].data_shape, context_features=contexts[0] if contexts else 0)
         self.levels = nn.ModuleList(levels)
         self.codomain = levels[-1].codomain
-        stays = [0, *(level.data_shape[0] for level in levels[:-1])]
-        self.stays = stays
-        self.leaves = [
-            (level.latent_shape[0] - stay, *level.latent_shape[1:]) for level, stay in zip(levels, stays, strict=True)
+        self.passed_on = [0, *(level.data_shape[0] for level in levels[:-1])]  # channels from the level below
+        self.factored_shapes = [
+            Size((level.latent_shape[0] - channels, *level.latent_shape[1:]))
+            for level, channels in zip(levels, self.passed_on, strict=True)
         ]
-        self.sizes = [channels * height * width for channels, height, width in self.leaves]
+        self.sizes = [shape.numel() for shape in self.factored_shapes]
 
     @property
     def forward_passes(self) -> int:  # type: ignore[override]
@@ -83,23 +83,24 @@ class Multiscale(Bijection):
     def inverse_passes(self) -> int:  # type: ignore[override]
         return sum(level.inverse_passes for level in self.levels)  # type: ignore[misc]
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        parts = [part.unflatten(-1, shape) for part, shape in zip(x.split(self.sizes, -1), self.leaves, strict=True)]
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> Pair:
+        parts = zip(self.levels, x.split(self.sizes, -1), self.factored_shapes, strict=True)
         total, h = 0, None
-        for level, part in zip(self.levels, parts, strict=True):
+        for level, part, shape in parts:
+            part = part.unflatten(-1, shape)
             h = part if h is None else torch.cat([h, part], -3)
-            h, log_det = level.forward_and_log_det(h, level.context_for(context))  # type: ignore[operator]
+            h, log_det = level.unchecked_forward_and_log_det(h, level.context_for(context))  # type: ignore[operator]
             total = total + log_det
         return h, total  # type: ignore[return-value]
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> Pair:
         parts, total, h = [], 0, y
-        for level, stay in zip(reversed(self.levels), reversed(self.stays), strict=True):
-            h, log_det = level.inverse_and_log_det(h, level.context_for(context))  # type: ignore[operator]
+        for level, channels in zip(reversed(self.levels), reversed(self.passed_on), strict=True):
+            h, log_det = level.unchecked_inverse_and_log_det(h, level.context_for(context))  # type: ignore[operator]
             total = total + log_det
-            h, leaves = h.split((stay, h.shape[-3] - stay), -3)
-            parts.append(leaves.flatten(-3))
+            h, factored_out = h.split((channels, h.shape[-3] - channels), -3)
+            parts.append(factored_out.flatten(-3))
         return torch.cat(parts[::-1], -1), total  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.data_shape)}, leaves={self.sizes}"
+        return f"{tuple(self.data_shape)}, factored_out={self.sizes}"

@@ -7,22 +7,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyroflows.arguments import Shape, as_shape
-from pyroflows.bijection import Bijection
+from pyroflows.arguments import Shape, as_permutation, as_shape
+from pyroflows.bijection import Bijection, Pair, Triple
 
 __all__ = ["Permutation"]
 
 
 class Permutation(Bijection):
-    r"""A fixed reordering of the features, which lets the next coupling change what this one kept.
+    r"""A fixed permutation of the features, so that the next coupling transforms other ones.
 
     .. math:: y_i = x_{\pi(i)}, \qquad \log|\det dy/dx| = 0
 
     Args:
-        features: the number of features, or the shape ``(C, H, W)`` of an image, whose channels are then reordered.
-        order: ``"reverse"``, ``"random"``, or the permutation itself: feature ``i`` of the data is feature
-            ``order[i]`` of the latent.
-        seed: the seed of a random order; torch's global generator if not given.
+        features: number of features, or the shape ``(C, H, W)`` of an image, whose channels are then permuted.
+        order: "reverse", "random", or a permutation: feature ``i`` of the data is feature ``order[i]`` of the latent.
+        seed: seed of a random order; None for torch's global generator.
 
     Shapes:
         x, y: ``(*batch, features)``, or ``(*batch, C, H, W)``.
@@ -52,26 +51,19 @@ class Permutation(Bijection):
                 order = torch.randperm(features, generator=generator)
             else:
                 raise ValueError(f"expected order to be 'reverse', 'random' or a permutation; got {order!r}")
-        given = torch.as_tensor(order).detach()
-        if given.is_floating_point() or not torch.equal(given.sort().values.cpu(), torch.arange(features)):
-            raise ValueError(f"expected order to be a permutation of 0, ..., {features - 1}; got {given.tolist()}")
-        self.register_buffer("order", given.long().clone())
-        self.register_buffer("inverse_order", given.argsort())
+        self.register_buffer("order", as_permutation(order, features))
+        self.register_buffer("inverse_order", self.order.argsort())
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> Pair:
         return self._select(x, self.order), self._zero(x)
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> Pair:
         return self._select(y, self.inverse_order), self._zero(y)
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Triple:
         return *self.forward_and_log_det(x), self._select(score, self.order)
 
-    def inverse_and_score(
-        self, y: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def inverse_and_score(self, y: Tensor, score: Tensor, context: Tensor | None = None) -> Triple:
         return *self.inverse_and_log_det(y), self._select(score, self.inverse_order)
 
     def _select(self, x: Tensor, order: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Planar flows: a push along one direction, by the height over a plane."""
+"""Planar flows: a shift along one direction, by the distance from a plane."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyroflows.arguments import check_sizes
-from pyroflows.bijection import Bijection
+from pyroflows.bijection import Bijection, Pair
 from pyroflows.networks.mlp import MLP
 
 __all__ = ["Planar"]
 
-_NEWTON_STEPS = 24  # 9 are enough for slopes up to 100, 23 up to 1e10; a fixed number compiles and vmaps
+_NEWTON_STEPS = 24  # 9 suffice for slopes up to 100, 23 up to 1e10; a fixed number works under compile and vmap
 _BOUND = 0.999
 
 
 class Planar(Bijection):
-    r"""A push along ``u`` by the squashed height of a point over the plane ``w . x + b = 0``.
+    r"""A shift along ``u`` by the squashed distance of a point from the plane ``w . x + b = 0``.
 
     .. math::
         y = x + \hat u \tanh(s), \quad s = w^\top x + b, \qquad
@@ -27,16 +27,16 @@ class Planar(Bijection):
 
     The map is invertible where :math:`w^\top \hat u > -1`, which is ensured by
     :math:`\hat u = u + (m(w^\top u) - w^\top u) \, w / \|w\|^2`.
-    Here :math:`m` is an ELU with values above -0.999: unlike the paper's softplus it leaves an allowed ``u`` almost as
-    it is, and stays tame as ``w`` goes to zero.
+    Here :math:`m` is an ELU with values above -0.999: unlike the softplus of the paper it hardly changes a valid ``u``,
+    and stays bounded as ``w`` goes to zero.
 
-    The inverse solves one scalar equation a row, :math:`s + w^\top \hat u \tanh s = w^\top y + b`, by Newton's method;
-    it is dearer than the forward direction, but as exact, and gives exact first and second derivatives.
+    The inverse solves one scalar equation per row, :math:`s + w^\top \hat u \tanh s = w^\top y + b`, by Newton's
+    method, which is slower than the forward direction but as accurate, with exact first and second derivatives.
 
     Args:
-        features: the number of features.
-        context_features: the length of the context, of which an MLP makes an offset to ``u``, ``w`` and ``b``.
-        hidden_features: the widths of the MLP's hidden layers.
+        features: number of features.
+        context_features: length of the context, from which an MLP computes an offset of ``u``, ``w`` and ``b``.
+        hidden_features: widths of the MLP's hidden layers.
 
     Shapes:
         x, y: ``(*batch, features)``; context: ``(*batch, context_features)``.
@@ -65,13 +65,13 @@ class Planar(Bijection):
             MLP(context_features, 2 * features + 1, hidden_features=hidden_features) if context_features else None
         )
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> Pair:
         u, w, b, slope = self._parameters_for(context)
         height = torch.tanh((w * x).sum(-1) + b)
         log_det = torch.log1p(slope * (1 - height.square()))
         return x + u * height.unsqueeze(-1), log_det
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> Pair:
         u, w, b, slope = self._parameters_for(context)
         height = torch.tanh(_solve(slope, (w * y).sum(-1) + b))
         log_det = -torch.log1p(slope * (1 - height.square()))
@@ -99,8 +99,8 @@ class Planar(Bijection):
 def _solve(slope: Tensor, target: Tensor) -> Tensor:
     """Solve ``s + slope * tanh(s) = target`` for ``s``, where ``slope > -1``."""
     with torch.no_grad():
-        # The left side is odd, and on the positive half concave (slope > 0) or convex (slope < 0). From a start on the
-        # side of the root where Newton's tangent never crosses it, every step comes nearer and none overshoots.
+        # The left side is odd, and for positive s concave (slope > 0) or convex (slope < 0). The initial value is on
+        # the side of the root from which Newton's steps never overshoot.
         size = target.abs()
         low, high = size - slope, size / (1 + slope)
         s = torch.where(slope > 0, torch.maximum(low, high), torch.minimum(low, high))
@@ -108,8 +108,7 @@ def _solve(slope: Tensor, target: Tensor) -> Tensor:
         for _ in range(_NEWTON_STEPS):
             s = _newton_step(s, slope, size).clamp(floor, ceiling)
         s = torch.where(target < 0, -s, s)
-    # Each of these two steps changes nothing but the derivatives: the first makes those of first order exact,
-    # the second those of second order.
+    # These two steps change only the derivatives: the first makes those of first order exact, the second of second.
     return _newton_step(_newton_step(s, slope, target), slope, target)
 
 

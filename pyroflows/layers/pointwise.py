@@ -1,4 +1,4 @@
-"""Maps that act on every feature by itself: affine, sigmoid and logit, standardisation."""
+"""Maps of each feature on its own: affine, sigmoid and logit, standardisation."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn import functional as F
 
-from pyroflows.arguments import Shape, check_number
-from pyroflows.bijection import Bijection
+from pyroflows.arguments import Shape, as_float_tensor, check_number
+from pyroflows.bijection import Bijection, Pair
 from pyroflows.networks.mlp import MLP
 from pyroflows.supports import event_constraint
 
@@ -19,14 +19,14 @@ __all__ = ["ElementwiseAffine", "Logit", "Sigmoid", "Standardize"]
 
 
 class ElementwiseAffine(Bijection):
-    r"""A learnable scale and shift of every feature, the identity at the start.
+    r"""A learnable scale and shift of each feature, initialised to the identity.
 
     .. math:: y_i = x_i e^{s_i} + t_i, \qquad \log|\det dy/dx| = \sum_i s_i
 
     Args:
-        features: the number of features, or the event shape.
-        context_features: the length of the context, of which an MLP makes ``shift`` and ``log_scale``.
-        hidden_features: the widths of the MLP's hidden layers.
+        features: number of features, or the event shape.
+        context_features: length of the context, from which an MLP computes ``shift`` and ``log_scale``.
+        hidden_features: widths of the MLP's hidden layers.
 
     Shapes:
         x, y: ``(*batch, *features)``; context: ``(*batch, context_features)``.
@@ -39,13 +39,7 @@ class ElementwiseAffine(Bijection):
         torch.Size([3])
     """
 
-    def __init__(
-        self,
-        features: Shape,
-        *,
-        context_features: int = 0,
-        hidden_features: Sequence[int] = (64,),
-    ):
+    def __init__(self, features: Shape, *, context_features: int = 0, hidden_features: Sequence[int] = (64,)):
         super().__init__(features, context_features=context_features)
         if context_features:
             outputs = 2 * self.latent_shape.numel()
@@ -54,20 +48,19 @@ class ElementwiseAffine(Bijection):
             self.shift = nn.Parameter(torch.zeros(self.latent_shape))
             self.log_scale = nn.Parameter(torch.zeros(self.latent_shape))
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> Pair:
         shift, log_scale = self._parameters_for(context)
         return x * torch.exp(log_scale) + shift, _sum_event(log_scale.expand(x.shape), self)
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> Pair:
         shift, log_scale = self._parameters_for(context)
         return (y - shift) * torch.exp(-log_scale), -_sum_event(log_scale.expand(y.shape), self)
 
-    def _parameters_for(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _parameters_for(self, context: Tensor | None) -> Pair:
         if context is None:
             return self.shift, self.log_scale
-        both = self.conditioner(context).unflatten(-1, (2, *self.latent_shape))
-        shift, log_scale = both.unbind(dim=-len(self.latent_shape) - 1)
-        return shift, log_scale
+        shift, log_scale = self.conditioner(context).chunk(2, -1)
+        return shift.unflatten(-1, self.latent_shape), log_scale.unflatten(-1, self.latent_shape)
 
     def extra_repr(self) -> str:
         context = f", context_features={self.context_features}" if self.context_features else ""
@@ -75,18 +68,18 @@ class ElementwiseAffine(Bijection):
 
 
 class Sigmoid(Bijection):
-    r"""The sigmoid of every feature: as the last layer of a flow, it models data in (0, 1) such as pixels.
+    r"""The sigmoid of each feature; as the last layer of a flow it models data in (0, 1), such as pixels.
 
     .. math::
         y_i = \frac{\sigma(x_i) - \alpha}{1 - 2\alpha}, \qquad
         \log|\det dy/dx| = \sum_i \bigl(\log\sigma(x_i) + \log\sigma(-x_i) - \log(1 - 2\alpha)\bigr)
 
-    Data to latent, this is the ``logit(alpha + (1 - 2 alpha) y)`` of RealNVP, where a small ``alpha`` keeps data at
-    the ends 0 and 1 at finite latents; a sample may then be outside [0, 1] by at most about ``alpha``.
+    From data to latent this is the ``logit(alpha + (1 - 2 alpha) y)`` of RealNVP; a small ``alpha`` maps data at the
+    ends 0 and 1 to finite latents, and a sample may be outside [0, 1] by at most about ``alpha``.
 
     Args:
-        features: the number of features, or the event shape.
-        alpha: the margin at both ends, in [0, 0.5).
+        features: number of features, or the event shape.
+        alpha: margin at both ends, in [0, 0.5).
 
     Shapes:
         x, y: ``(*batch, *features)``.
@@ -107,11 +100,11 @@ class Sigmoid(Bijection):
         self.alpha = _checked_alpha(alpha)
         self.codomain = _margin(alpha, len(self.data_shape))
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> Pair:
         y, log_slope = _sigmoid(x, self.alpha)
         return y, _sum_event(log_slope, self)
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> Pair:
         x, log_slope = _logit(y, self.alpha)
         return x, _sum_event(log_slope, self)
 
@@ -120,17 +113,17 @@ class Sigmoid(Bijection):
 
 
 class Logit(Bijection):
-    r"""The logit of every feature, which maps latents in (0, 1), such as a uniform prior's, to the reals.
+    r"""The logit of each feature, which maps latents in (0, 1), such as those of a uniform prior, to the reals.
 
     .. math::
         y_i = \operatorname{logit}(\alpha + (1 - 2\alpha) x_i), \qquad
         \log|\det dy/dx| = -\sum_i \bigl(\log\sigma(y_i) + \log\sigma(-y_i) - \log(1 - 2\alpha)\bigr)
 
-    For data in (0, 1) the last layer of a flow is ``Sigmoid``, not this.
+    For data in (0, 1) the last layer of a flow is :class:`Sigmoid`, not this.
 
     Args:
-        features: the number of features, or the event shape.
-        alpha: the margin at both ends, in [0, 0.5).
+        features: number of features, or the event shape.
+        alpha: margin at both ends, in [0, 0.5).
 
     Shapes:
         x, y: ``(*batch, *features)``.
@@ -148,11 +141,11 @@ class Logit(Bijection):
         self.alpha = _checked_alpha(alpha)
         self.domain = _margin(alpha, len(self.latent_shape))
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> Pair:
         y, log_slope = _logit(x, self.alpha)
         return y, _sum_event(log_slope, self)
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> Pair:
         x, log_slope = _sigmoid(y, self.alpha)
         return x, _sum_event(log_slope, self)
 
@@ -166,8 +159,8 @@ class Standardize(Bijection):
     .. math:: y_i = x_i \sigma_i + \mu_i, \qquad \log|\det dy/dx| = \sum_i \log \sigma_i
 
     Args:
-        mean: the means of the data, one for each feature.
-        std: the standard deviations, of the same shape.
+        mean: mean of the data, one for each feature.
+        std: standard deviation, of the same shape.
 
     Shapes:
         x, y: ``(*batch, *mean.shape)``.
@@ -185,7 +178,7 @@ class Standardize(Bijection):
     std: Tensor
 
     def __init__(self, mean: Tensor, std: Tensor):
-        mean, std = _floating(mean), _floating(std)
+        mean, std = as_float_tensor(mean), as_float_tensor(std)
         if mean.dim() == 0 or mean.shape != std.shape:
             raise ValueError(
                 f"expected mean and std of one shape (features,); got {tuple(mean.shape)} and {tuple(std.shape)}"
@@ -198,31 +191,31 @@ class Standardize(Bijection):
 
     @classmethod
     def from_data(cls, y: Tensor) -> Standardize:
-        """Take mean and standard deviation from data of shape ``(rows, *features)``."""
-        y = _floating(y)
+        """Build the layer from the mean and standard deviation of data of shape ``(rows, *features)``."""
+        y = as_float_tensor(y)
         if y.dim() < 2 or y.shape[0] < 2:
             raise ValueError(f"expected data of shape (rows, features) with at least 2 rows; got {tuple(y.shape)}")
         _refuse_columns(~y.isfinite().all(dim=0), "expected finite data; got other values")
         _refuse_columns(y.amin(dim=0) == y.amax(dim=0), "expected columns that vary; got a constant")
         return cls(y.mean(dim=0), y.std(dim=0, correction=0))
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> Pair:
         return x * self.std + self.mean, _sum_event(self.std.log().expand(x.shape), self)
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> Pair:
         return (y - self.mean) / self.std, -_sum_event(self.std.log().expand(y.shape), self)
 
     def extra_repr(self) -> str:
         return _shape_of(self)
 
 
-def _sigmoid(x: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def _sigmoid(x: Tensor, alpha: float) -> Pair:
     y = (torch.sigmoid(x) - alpha) / (1 - 2 * alpha)
-    # Not softplus, which torch replaces by the identity beyond 20, an error of 2e-9.
+    # Not softplus, which torch replaces by the identity beyond 20, with an error of 2e-9.
     return y, F.logsigmoid(x) + F.logsigmoid(-x) - math.log1p(-2 * alpha)
 
 
-def _logit(y: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def _logit(y: Tensor, alpha: float) -> Pair:
     inner = alpha + (1 - 2 * alpha) * y
     log_inner, log_rest = torch.log(inner), torch.log1p(-inner)
     return log_inner - log_rest, math.log1p(-2 * alpha) - log_inner - log_rest
@@ -244,11 +237,6 @@ def _sum_event(terms: Tensor, layer: Bijection) -> Tensor:
 
 def _shape_of(layer: Bijection) -> str:
     return str(layer.latent_shape[0] if len(layer.latent_shape) == 1 else tuple(layer.latent_shape))
-
-
-def _floating(values: Tensor) -> Tensor:
-    tensor = torch.as_tensor(values).detach()
-    return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
 
 
 def _refuse_columns(bad: Tensor, message: str) -> None:

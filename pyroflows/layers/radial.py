@@ -1,4 +1,4 @@
-"""Radial flows: a push towards a centre or away from it."""
+"""Radial flows: contraction or expansion around a centre."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyroflows.arguments import check_sizes
-from pyroflows.bijection import Bijection
+from pyroflows.bijection import Bijection, Pair
 from pyroflows.networks.mlp import MLP
 
 __all__ = ["Radial"]
@@ -18,19 +18,19 @@ _BOUND = 0.999
 
 
 class Radial(Bijection):
-    r"""A contraction or an expansion around a centre, which fades with the distance from it.
+    r"""A contraction or expansion around a centre, which decays with the distance from it.
 
     .. math::
         y = x + k q \, (x - c), \quad q = \frac{\alpha}{\alpha + \|x - c\|}, \qquad
         \log|\det dy/dx| = (d - 1) \log(1 + k q) + \log(1 + k q^2)
 
-    With :math:`\beta = \alpha k` this is the paper's map; it is invertible where :math:`k > -1`. Here ``k`` is an ELU
+    With :math:`\beta = \alpha k` this is the map of the paper, invertible for :math:`k > -1`. Here ``k`` is an ELU
     of the parameter ``strength`` with values above -0.999, so that zero is the identity. The inverse is in closed form.
 
     Args:
-        features: the number of features.
-        context_features: the length of the context, of which an MLP makes an offset to the parameters.
-        hidden_features: the widths of the MLP's hidden layers.
+        features: number of features.
+        context_features: length of the context, from which an MLP computes an offset of the parameters.
+        hidden_features: widths of the MLP's hidden layers.
 
     Shapes:
         x, y: ``(*batch, features)``; context: ``(*batch, context_features)``.
@@ -57,14 +57,14 @@ class Radial(Bijection):
             MLP(context_features, features + 2, hidden_features=hidden_features) if context_features else None
         )
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> Pair:
         center, alpha, strength = self._parameters_for(context)
         offset = x - center
         radius = torch.linalg.vector_norm(offset, dim=-1, keepdim=True)
         closeness = alpha / (alpha + radius)
         return center + offset * (1 + strength * closeness), self._log_det(strength, closeness)
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> Pair:
         center, alpha, strength = self._parameters_for(context)
         offset = y - center
         radius = self._radius(torch.linalg.vector_norm(offset, dim=-1, keepdim=True), alpha, strength)
@@ -74,7 +74,7 @@ class Radial(Bijection):
     def _radius(self, stretched: Tensor, alpha: Tensor, strength: Tensor) -> Tensor:
         """Solve ``stretched = r + alpha * strength * r / (alpha + r)``, a quadratic, for its positive root."""
         half = 0.5 * (alpha + alpha * strength - stretched)
-        # Of the two textbook forms of the root the one that adds numbers of one sign; `total` is never zero.
+        # Of the two forms of the root the one that adds numbers of equal sign; `total` is never zero.
         total = half.abs() + torch.sqrt(half.square() + alpha * stretched)
         return torch.where(half > 0, alpha * stretched / total, total)
 

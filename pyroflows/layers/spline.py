@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyroflows.arguments import check_number, check_sizes
+from pyroflows.recipe import recorded
 
 __all__ = ["Spline"]
 
 
+@recorded
 @dataclass(frozen=True)
 class Spline:
     r"""A monotone rational-quadratic spline on ``[-bound, bound]``, the identity outside.
@@ -28,13 +30,13 @@ class Spline:
 
     Args:
         num_bins: number of bins.
-        bound: half the width of the interval on which the spline bends.
-        min_size: the smallest width and height of a bin, as a share of the interval.
-        min_derivative: the smallest derivative at a knot.
+        bound: half the width of the interval outside of which the spline is the identity.
+        min_size: smallest width and height of a bin, relative to the interval.
+        min_derivative: smallest derivative at a knot.
 
     Shapes:
-        x, y: ``(*batch, features)``;
-        parameters: ``(*batch, features, 3 * num_bins - 1)``, raw widths, heights and derivatives.
+        x, y: ``(*batch, features)``; parameters, raw widths, heights and derivatives of the inner knots:
+        ``(*batch, features, num_bins)``, the same, and ``(*batch, features, num_bins - 1)``.
 
     Raises:
         ValueError: fewer than two bins, a bound or minimum that is not positive, or minima that fill the interval.
@@ -44,7 +46,7 @@ class Spline:
 
     Example:
         >>> x = torch.tensor([-4.0, 0.5])
-        >>> y, log_det = Spline(num_bins=4).forward(x, torch.zeros(2, 11))
+        >>> y, log_det = Spline(num_bins=4).forward(x, torch.zeros(2, 4), torch.zeros(2, 4), torch.zeros(2, 3))
         >>> torch.allclose(y, x)  # the identity where the parameters are zero
         True
     """
@@ -62,12 +64,12 @@ class Spline:
         check_number("min_derivative", self.min_derivative, "(0, 1)")
 
     @property
-    def num_parameters(self) -> int:
-        return 3 * self.num_bins - 1
+    def parameter_shapes(self) -> tuple[tuple[int, ...], ...]:
+        return (self.num_bins,), (self.num_bins,), (self.num_bins - 1,)
 
-    def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         inside, clamped = self._inside(x)
-        x_low, width, y_low, height, d_low, d_high = self._bin(clamped, parameters, by_data=False)
+        x_low, width, y_low, height, d_low, d_high = self._bin(clamped, *parameters, by_data=False)
         slope = height / width
         xi = ((clamped - x_low) / width).clamp(0, 1)
         middle = xi * (1 - xi)
@@ -76,9 +78,9 @@ class Spline:
         log_det = self._log_derivative(xi, slope, d_low, d_high, q)
         return torch.where(inside, y, x), torch.where(inside, log_det, 0)
 
-    def inverse(self, y: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, y: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         inside, clamped = self._inside(y)
-        x_low, width, y_low, height, d_low, d_high = self._bin(clamped, parameters, by_data=True)
+        x_low, width, y_low, height, d_low, d_high = self._bin(clamped, *parameters, by_data=True)
         slope = height / width
         bend = d_high + d_low - 2 * slope
         rise = ((clamped - y_low) / height).clamp(0, 1)
@@ -97,20 +99,21 @@ class Spline:
     def _inside(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x.abs() < self.bound, x.clamp(-self.bound, self.bound)
 
-    def _bin(self, x: Tensor, parameters: Tensor, *, by_data: bool) -> tuple[Tensor, ...]:
-        bins = self.num_bins
-        widths, heights, derivatives = parameters.split((bins, bins, bins - 1), -1)
+    def _bin(
+        self, x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor, *, by_data: bool
+    ) -> tuple[Tensor, ...]:
+        """Return lower corner and size along x and along y, and the derivatives at both ends, of the bin of each x."""
         x_knots, widths = self._knots(widths)
         y_knots, heights = self._knots(heights)
         # A raw derivative of zero is a derivative of one, the slope of the tails.
         unit = math.log(math.expm1(1 - self.min_derivative))
         derivatives = F.pad(self.min_derivative + F.softplus(derivatives + unit), (1, 1), value=1.0)
         index = ((y_knots if by_data else x_knots)[..., 1:] <= x[..., None]).sum(-1, keepdim=True)
-        read = [t.gather(-1, index) for t in (x_knots, widths, y_knots, heights, derivatives)]
-        return tuple(t[..., 0] for t in (*read, derivatives.gather(-1, index + 1)))
+        lower = [t.gather(-1, index) for t in (x_knots, widths, y_knots, heights, derivatives)]
+        return tuple(t[..., 0] for t in (*lower, derivatives.gather(-1, index + 1)))
 
     def _knots(self, raw: Tensor) -> tuple[Tensor, Tensor]:
-        """Give the lower corners of the bins and their sizes."""
+        """Return the lower corners of the bins and their sizes."""
         share = self.min_size + (1 - self.min_size * self.num_bins) * raw.softmax(-1)
         sizes = 2 * self.bound * share
         return F.pad(sizes[..., :-1].cumsum(-1), (1, 0)) - self.bound, sizes

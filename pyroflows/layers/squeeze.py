@@ -1,26 +1,26 @@
-"""Space into channels: each two by two pixels of an image as one pixel of four times the channels."""
+"""Space to channels: blocks of pixels become the channels of one pixel."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from pyroflows.arguments import Shape, as_image_shape
-from pyroflows.bijection import Bijection
+from pyroflows.arguments import Shape, as_image_shape, is_integer
+from pyroflows.bijection import Bijection, Pair
 
 __all__ = ["Squeeze"]
 
 
 class Squeeze(Bijection):
-    r"""Trade space for channels: from data to latent, each block of pixels becomes the channels of one pixel.
+    r"""Space to channels: from data to latent, each block of pixels becomes the channels of one pixel.
 
     .. math:: x_{4c + 2i + j,\, h,\, w} = y_{c,\, 2h + i,\, 2w + j}, \qquad \log|\det dy/dx| = 0
 
-    ``Squeeze(shape).inv`` is the way back, from data of many channels to a larger latent.
+    ``Squeeze(shape).inv`` maps a larger latent to data of more channels.
 
     Args:
         shape: ``(C, H, W)`` of the data.
-        factor: the side of a block.
+        factor: side of a block.
 
     Shapes:
         x: ``(*batch, factor**2 * C, H / factor, W / factor)``; y: ``(*batch, C, H, W)``.
@@ -38,7 +38,7 @@ class Squeeze(Bijection):
 
     def __init__(self, shape: Shape, *, factor: int = 2):
         channels, height, width = as_image_shape(shape)
-        if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1 or height % factor or width % factor:
+        if not is_integer(factor, 1) or height % factor or width % factor:
             raise ValueError(
                 f"expected a factor that divides the height {height} and the width {width}; got {factor!r}"
             )
@@ -47,14 +47,14 @@ class Squeeze(Bijection):
         )
         self.factor = factor
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> Pair:
         _, height, width = self.latent_shape
         batch = x.shape[:-3]
         blocks = x.reshape(*batch, self.data_shape[0], self.factor, self.factor, height, width)
         y = torch.movedim(blocks, (-4, -3), (-3, -1))  # (*batch, C, H / f, f, W / f, f)
         return y.reshape(*batch, *self.data_shape), x.new_zeros(batch)
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> Pair:
         _, height, width = self.latent_shape
         batch = y.shape[:-3]
         blocks = y.reshape(*batch, self.data_shape[0], height, self.factor, width, self.factor)

@@ -1,4 +1,4 @@
-"""A lower-triangular affine map in the units of a Gaussian: what whitens a posterior."""
+"""A lower-triangular affine map in the units of a Gaussian, which whitens a posterior."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyroflows.arguments import check_sizes
-from pyroflows.bijection import Bijection
+from pyroflows.bijection import Bijection, Pair, Triple
 from pyroflows.caching import cached
-from pyroflows.layers.linear import in_full
+from pyroflows.layers.linear import full_precision
 
 __all__ = ["TriangularAffine"]
 
 
 class TriangularAffine(Bijection):
-    r"""A learned lower-triangular map, which starts as that of a given Gaussian and learns in its units.
+    r"""A learned lower-triangular affine map, initialised to that of a Gaussian and learned in its units.
 
     .. math:: y = m + S (A x + b), \qquad \log|\det dy/dx| = \sum_i (\log S_{ii} + \log A_{ii})
 
     The mean :math:`m` and the lower-triangular scale :math:`S` are fixed. The lower-triangular :math:`A` and the shift
-    :math:`b`, an identity and zeros at the start, are learned, so that steps of one size suit features of any scale.
+    :math:`b`, initialised to the identity and zeros, are learned: one learning rate suits features of any scale.
 
     Args:
         features: number of features.
-        diagonal: whether both matrices are diagonal, for many features.
+        diagonal: whether both matrices are diagonal, as for many features.
 
     Shapes:
         x, y: ``(*batch, features)``.
 
     Raises:
-        ValueError: features is not a positive integer, or :meth:`start_at` gets a scale of another shape, of numbers
-            that are not finite, or of a diagonal that is not positive.
+        ValueError: features is not a positive integer, or :meth:`start_at` gets values of another shape, that are not
+            finite, or with a diagonal that is not positive.
 
     References:
         Automatic Differentiation Variational Inference, Kucukelbir et al., 2017 (arXiv:1603.00788).
@@ -60,9 +60,9 @@ class TriangularAffine(Bijection):
 
     @torch.no_grad()
     def start_at(self, loc: Tensor, scale: Tensor) -> None:
-        """Become the map of a Gaussian of mean ``loc``, ``(features,)``, and lower-triangular or diagonal ``scale``.
+        """Set the map to that of a Gaussian of mean ``loc``, shape ``(features,)``.
 
-        A scale of shape ``(features, features)`` is a Cholesky factor, of which a diagonal layer takes the standard
+        A ``scale`` of shape ``(features, features)`` is a Cholesky factor, of which a diagonal layer takes the standard
         deviations; one of shape ``(features,)`` holds standard deviations.
         """
         features = self.latent_shape[0]
@@ -83,14 +83,14 @@ class TriangularAffine(Bijection):
         for parameter in self.parameters():
             parameter.zero_()
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        with in_full(x):
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> Pair:
+        with full_precision(x):
             shift, matrix = self._map()
             y = x * matrix + shift if self.diagonal else F.linear(x, matrix, shift)
         return y, self._log_det().expand(x.shape[:-1])
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        with in_full(y):
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> Pair:
+        with full_precision(y):
             shift, matrix = self._map()
         centred, log_det = y - shift, -self._log_det().expand(y.shape[:-1])
         if self.diagonal:
@@ -99,10 +99,8 @@ class TriangularAffine(Bijection):
         x = torch.linalg.solve_triangular(matrix.T, flat, upper=True, left=False)
         return x.reshape(y.shape), log_det
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.no_grad(), in_full(score):
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Triple:
+        with torch.no_grad(), full_precision(score):
             _, matrix = self._map()
             flat = score.reshape(-1, score.shape[-1])
             solve = torch.linalg.solve_triangular
@@ -110,11 +108,11 @@ class TriangularAffine(Bijection):
         return *self.forward_and_log_det(x), pulled.reshape(score.shape)
 
     @cached
-    def _map(self) -> tuple[Tensor, Tensor]:
-        """Give shift, and matrix or deviations, of the whole map."""
+    def _map(self) -> Pair:
+        """Return the shift, and the matrix or its diagonal, of the complete map."""
         if self.lower is None:
             return self.loc + self.scale * self.shift, self.scale * self.log_scale.exp()
-        # A row adds up as many numbers as there are features: each moves by less, so that the sum moves by a step.
+        # A row sums one number per feature: each is scaled down, so that a step changes the sum by about the step.
         below = self.lower / self.latent_shape[0] ** 0.5
         learned = self.log_scale.exp().diag().index_put((self.below[0], self.below[1]), below)
         return self.loc + self.scale @ self.shift, self.scale @ learned

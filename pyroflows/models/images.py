@@ -1,4 +1,4 @@
-"""The named flows of images, at several scales: Glow and RealNVP."""
+"""The named flows of images at several scales: Glow and RealNVP."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pyroflows.layers.multiscale import Multiscale
 from pyroflows.layers.permutation import Permutation
 from pyroflows.layers.pointwise import ElementwiseAffine, Sigmoid
 from pyroflows.layers.squeeze import Squeeze
-from pyroflows.layers.transformers import Additive, Affine
+from pyroflows.layers.transformers import Additive, Affine, num_parameters
 from pyroflows.networks.convnet import ResNet, ZeroConv
 from pyroflows.networks.one_hot import OneHot
 from pyroflows.priors import Prior, StandardNormal
@@ -53,10 +53,10 @@ def image_glow(
     transformer = Affine(scale=scale) if coupling == "affine" else Additive()
 
     def step(shape: Size) -> Bijection:
-        move = ConvCoupling(
+        coupling_layer = ConvCoupling(
             shape, transformer=transformer, context_features=context, hidden_channels=hidden_channels, norm=norm
         )
-        return Compose([move, *_mix(shape, permutation), ActNorm(shape)])
+        return Compose([coupling_layer, *_permutation(shape, permutation), ActNorm(shape)])
 
     levels: list[Bijection] = []
     shape = _divisible(features, num_levels)
@@ -69,7 +69,7 @@ def image_glow(
         elif learn_top:
             layers.insert(0, ElementwiseAffine(shape, context_features=context, hidden_features=()))
         levels.insert(0, Compose([*layers, squeeze]))
-        shape = _kept(shape)
+        shape = _passed_on(shape)
     return _image_flow(levels, alpha, prior, embedding, dequantizer)
 
 
@@ -94,29 +94,25 @@ def image_realnvp(
     transformer = Affine(scale=scale)
 
     def couplings(shape: Size, mask: str, number: int, width: int) -> list[Bijection]:
-        channels = shape[0] if mask == "checkerboard" else None
         layers: list[Bijection] = []
         for index in range(number):
             flip = index % 2 == 1
-            moved = channels or (shape[0] // 2 if flip else shape[0] - shape[0] // 2)
+            halves = (shape[0] // 2, shape[0] - shape[0] // 2)
+            seen, transformed = halves[::-1] if flip else halves
+            if mask == "checkerboard":
+                seen = transformed = shape[0]
             network = ResNet(
-                channels or shape[0] - moved,
-                2 * moved,
+                seen,
+                transformed * num_parameters(transformer),
                 hidden_channels=width,
                 num_blocks=num_blocks,
                 context_features=context,
                 norm=norm,
                 dropout=dropout,
             )
-            move = ConvCoupling(
-                shape,
-                transformer=transformer,
-                mask=mask,
-                flip=flip,
-                context_features=context,
-                conditioner=network,
-            )
-            layers.append(Compose([move, ActNorm(shape)]))
+            options: dict[str, Any] = {"mask": mask, "flip": flip, "context_features": context}
+            coupling = ConvCoupling(shape, transformer=transformer, conditioner=network, **options)
+            layers.append(Compose([coupling, ActNorm(shape)]))
         return layers
 
     levels: list[Bijection] = []
@@ -130,32 +126,32 @@ def image_realnvp(
         above = couplings(shape, "checkerboard", 3, width)
         shape = squeeze.latent_shape
         levels.insert(0, Compose([*couplings(shape, "channels", 3, 2 * width), squeeze, *above]))
-        shape = _kept(shape)
+        shape = _passed_on(shape)
     return _image_flow(levels, alpha, prior, embedding, dequantizer)
 
 
 def _conditions(num_classes: int, context_features: int) -> tuple[int, nn.Module | None]:
-    """Give the length of the layers' context, and what makes it of class labels."""
+    """Return the length of the layers' context, and the embedding of class labels, if any."""
     if not num_classes:
         return context_features, None
     if context_features:
-        raise ValueError(f"expected num_classes or context_features; got {num_classes!r} and {context_features!r}")
+        raise ValueError("`num_classes` cannot be combined with `context_features`")
     return num_classes, OneHot(num_classes)
 
 
 def _divisible(features: Shape, halvings: int, *, least: int = 1) -> Size:
     shape = as_image_shape(features)
     _, height, width = shape
-    side = 2 ** min(halvings, 64)  # no image halves so often, and a file may ask for more
+    side = 2 ** min(halvings, 64)  # a file may ask for any number of halvings
     if height % side or width % side or (height // side) * (width // side) < least:
         raise ValueError(
-            f"expected height and width that {side} divides, for {halvings} halvings; got {height} x {width}: "
+            f"expected a height and width divisible by {side}, for {halvings} halvings; got {height} x {width}: "
             f"use fewer levels, or pad the images (pyroflows.data.pad_images)"
         )
     return shape
 
 
-def _mix(shape: Size, permutation: str) -> list[Bijection]:
+def _permutation(shape: Size, permutation: str) -> list[Bijection]:
     make: dict[str, Callable[[], list[Bijection]]] = {
         "conv": lambda: [InvertibleConv(shape)],
         "conv-full": lambda: [InvertibleConv(shape, factored=False)],
@@ -167,13 +163,14 @@ def _mix(shape: Size, permutation: str) -> list[Bijection]:
 
 
 def _split_prior(shape: Size, context_features: int) -> Bijection:
-    """Glow's learned prior of the channels that leave, given those that stay."""
-    stays = _kept(shape)[0]
-    network = ZeroConv(stays, 2 * (shape[0] - stays), context_features=context_features)
+    """Return Glow's learned prior of the channels that are factored out, given those that are passed on."""
+    passed_on = shape[0] // 2
+    network = ZeroConv(passed_on, 2 * (shape[0] - passed_on), context_features=context_features)
     return ConvCoupling(shape, conditioner=network, context_features=context_features)
 
 
-def _kept(shape: Size) -> Size:
+def _passed_on(shape: Size) -> Size:
+    """Return the shape of the channels that a level passes on."""
     return Size((shape[0] // 2, *shape[1:]))
 
 

@@ -1,15 +1,14 @@
-"""The named flows: functions that give a Flow with good defaults."""
+"""The named flows: functions that build a Flow with good defaults."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from numbers import Integral
 from typing import Any, overload
 
 import torch
 from torch import nn
 
-from pyroflows.arguments import Shape, check_names, check_option, check_sizes
+from pyroflows.arguments import Shape, check_names, check_option, check_sizes, is_integer
 from pyroflows.bijection import Bijection, Inverse
 from pyroflows.flow import Flow
 from pyroflows.layers.actnorm import ActNorm
@@ -40,18 +39,18 @@ def _flow(prior: Prior | None, features: int, layers: Sequence[Bijection]) -> Fl
 def _build(
     features: Shape, options: dict[str, Any], of_vectors: Callable[..., Flow], of_images: Callable[..., Flow]
 ) -> Flow:
-    """Build the flow of vectors or that of images, whichever the shape asks for."""
-    build = of_vectors if isinstance(features, Integral) else of_images
-    check_names(options, build, but=("features",))
+    """Build the flow of vectors or of images, according to the shape."""
+    build = of_vectors if is_integer(features) else of_images
+    check_names(options, build, exclude=("features",))
     return build(features, **options)
 
 
 def _stack(
     make_layer: Callable[[int], Bijection], features: int, num_layers: int, permutation: str, norm: str
 ) -> list[Bijection]:
-    """Stack layers, and after each, towards the data, a mixing of features and a norm, as in a step of Glow.
+    """Stack layers, each followed, towards the data, by a permutation or linear map and by a norm, as in Glow.
 
-    A reversal costs nothing: every second layer is made for features in reverse.
+    A reversal needs no layer: every second layer is built for reversed features instead.
     """
     check_sizes(features=features, num_layers=num_layers)
     check_option("permutation", permutation, _PERMUTATIONS)
@@ -73,7 +72,7 @@ def _stack(
 
 
 def _couplings(features: int, permutation: str, *, mask: str = "halves", **options: Any) -> Callable[[int], Bijection]:
-    """Make couplings that move every feature in turn: the two sets take turns, or halves are moved in reverse."""
+    """Return a builder of alternating couplings: of a mask and its complement, or of reversed features."""
     check_sizes(features=features)
     if permutation != "reverse" or mask != "halves":
         return lambda number: Coupling(features, mask=mask, flip=number % 2 == 1, **options)
@@ -81,13 +80,15 @@ def _couplings(features: int, permutation: str, *, mask: str = "halves", **optio
     return lambda number: Coupling(features, mask=upper.flip(0) if number % 2 else upper, **options)
 
 
-def _order(order: str | Sequence[int], permutation: str, number: int) -> str | Sequence[int]:
-    """Give the order of an autoregressive layer of a stack."""
-    if permutation != "reverse" or number % 2 == 0:
-        return order
-    if isinstance(order, str):
-        return {"sequential": "reversed", "reversed": "sequential"}.get(order, order)
-    return [len(order) - 1 - feature for feature in order]
+def _autoregressive(
+    features: int, permutation: str, order: str | Sequence[int], **options: Any
+) -> Callable[[int], Bijection]:
+    """Return a builder of autoregressive layers of one order, or alternating with the reversed one."""
+    reversed_order: str | Sequence[int] = order
+    if permutation == "reverse":
+        named = {"sequential": "reversed", "reversed": "sequential", "random": "random"}
+        reversed_order = named.get(order, order) if isinstance(order, str) else [features - 1 - i for i in order]
+    return lambda number: MaskedAutoregressive(features, order=reversed_order if number % 2 else order, **options)
 
 
 @overload
@@ -124,46 +125,43 @@ def realnvp(
 ) -> Flow: ...
 @recorded
 def realnvp(features: Shape, **options: Any) -> Flow:
-    r"""RealNVP: affine couplings that take turns, quick in both directions; of vectors, or of images at several scales.
+    r"""RealNVP: alternating affine couplings, fast both ways, for vectors or for images at several scales.
 
-    A number of features gives the flow of vectors; the shape ``(C, H, W)`` of an image gives the paper's: at each
-    scale three checkerboard couplings, a squeeze, three channel couplings, and half of the channels factored out; four
-    checkerboard couplings at the last; residual networks whose width doubles at each scale; a logit transform.
+    A shape ``(C, H, W)`` gives the multi-scale flow of the paper: at each scale three checkerboard couplings, a squeeze
+    and three channel couplings, after which half of the channels are factored out; at the last scale four checkerboard
+    couplings; residual networks whose width doubles at each scale; and a logit transform.
 
     Args:
         features: number of features, or ``(C, H, W)``.
-        options: those below.
+        options: the options below.
         context_features: length of the context; 0 for none.
         scale: "exp" or "sigmoid", see :class:`Affine`.
-        dropout: of the networks, in training only.
-        prior: of the latent, a vector; by default a standard normal.
+        dropout: dropout of the networks, in training only.
+        prior: prior of the latent, a vector; by default a standard normal.
 
     Of vectors:
         num_layers: number of couplings (8).
-        hidden_features: widths of the hidden layers of each network, or of its residual blocks (128, 128).
-        residual: whether the networks are residual (False).
-        activation: of the networks ("relu").
-        mask: "halves" or "checkerboard"; the moved and the kept features take turns.
+        hidden_features, residual, activation: options of each :class:`MLP`.
+        mask: "halves" or "checkerboard"; transformed and identity features alternate.
         permutation: after each coupling, towards the data: "lu", "dense", "reverse", "shuffle" or "none".
         norm: after each permutation: "actnorm", "batchnorm" or "none".
 
     Of images:
         num_levels: number of scales (2).
         num_blocks: residual blocks of each network (8).
-        hidden_channels: their width at the first scale (64).
-        norm: of the networks' convolutions: "weight", "actnorm", "group" or "none".
-        num_classes: number of classes, if the context is a class label, an integer; 0 for none.
-        alpha: of the logit transform between [0, 1] and the real line (0.05); None for no transform.
-        dequantizer: what makes numbers of the pixels' levels, see :class:`Flow`.
+        hidden_channels: width of the networks at the first scale (64).
+        norm: norm of the networks' convolutions: "weight", "actnorm", "group" or "none".
+        num_classes: number of classes if the context is a class label, an integer; 0 for none.
+        alpha: margin of the logit transform from [0, 1] to the real line (0.05); None for no transform.
+        dequantizer: dequantizer of the pixels' levels, see :class:`Flow`.
 
     Shapes:
         x: ``(*batch, features)`` or ``(*batch, C, H, W)``; context: ``(*batch, context_features)``, or labels
         ``(*batch,)``.
 
     Raises:
-        TypeError: an option that is not among those of the kind.
-        ValueError: a size is not positive, an image's sides do not halve that often, or an option is not one of those
-            above.
+        TypeError: an option of the other kind of data.
+        ValueError: a size is not positive, an image cannot be halved as often, or an option is not one of those above.
 
     References:
         Density estimation using Real NVP, Dinh et al., 2017 (arXiv:1605.08803).
@@ -242,27 +240,24 @@ def glow(
 ) -> Flow: ...
 @recorded
 def glow(features: Shape, **options: Any) -> Flow:
-    r"""Glow: steps of ActNorm, an invertible linear map, and a coupling; of vectors, or of images at several scales.
+    r"""Glow: steps of ActNorm, an invertible linear map and a coupling, for vectors or for images at several scales.
 
-    A number of features gives the flow of vectors; the shape ``(C, H, W)`` of an image gives the paper's: at each level
-    a squeeze and ``num_steps`` steps, with 1x1 convolutions and convolutional couplings, after which half of the
-    channels leave, under a learned prior given the others.
+    A shape ``(C, H, W)`` gives the multi-scale flow of the paper: at each level a squeeze and ``num_steps`` steps, with
+    1x1 convolutions and convolutional couplings, after which half of the channels are factored out, with a learned
+    prior given the others.
 
     Args:
         features: number of features, or ``(C, H, W)``.
-        options: those below.
+        options: the options below.
         context_features: length of the context; 0 for none.
         coupling: "affine" or "additive".
-        scale: of affine couplings: "exp", or the paper's "sigmoid", see :class:`Affine`.
-        prior: of the latent, a vector; by default a standard normal.
+        scale: scale of affine couplings: "exp", or "sigmoid" as in the paper, see :class:`Affine`.
+        prior: prior of the latent, a vector; by default a standard normal.
 
     Of vectors:
         num_steps: number of steps (10).
-        hidden_features: widths of the hidden layers of each network, or of its residual blocks (128, 128).
-        residual: whether the networks are residual (False).
-        activation: of the networks ("relu").
-        dropout: of the networks, in training only.
-        permutation: "lu" (the 1x1 convolution, factored), "dense" (unfactored), "reverse", "shuffle" or "none".
+        hidden_features, residual, activation, dropout: options of each :class:`MLP`.
+        permutation: "lu" (factored), "dense", "reverse", "shuffle" or "none".
 
     Of images:
         num_levels: number of levels (3); each halves height and width.
@@ -273,17 +268,16 @@ def glow(features: Shape, **options: Any) -> Flow:
         num_classes: number of classes, if the context is a class label, an integer; 0 for none. The label reaches
             every network and learned prior.
         learn_top: whether mean and scale of the last level's latent are learned, given the context if there is one.
-        alpha: of a logit transform between [0, 1] and the real line; None, as in the paper, for no transform.
-        dequantizer: what makes numbers of the pixels' levels, see :class:`Flow`.
+        alpha: margin of a logit transform from [0, 1] to the real line; None, as in the paper, for no transform.
+        dequantizer: dequantizer of the pixels' levels, see :class:`Flow`.
 
     Shapes:
         x: ``(*batch, features)`` or ``(*batch, C, H, W)``; context: ``(*batch, context_features)``, or labels
         ``(*batch,)``.
 
     Raises:
-        TypeError: an option that is not among those of the kind.
-        ValueError: a size is not positive, an image's sides do not halve that often, or an option is not one of those
-            above.
+        TypeError: an option of the other kind of data.
+        ValueError: a size is not positive, an image cannot be halved as often, or an option is not one of those above.
 
     References:
         Glow: Generative Flow with Invertible 1x1 Convolutions, Kingma and Dhariwal, 2018 (arXiv:1807.03039).
@@ -341,18 +335,15 @@ def nice(
     mask: str = "checkerboard",
     prior: Prior | None = None,
 ) -> Flow:
-    r"""NICE: additive couplings that take turns, under a learned scale of each latent feature.
+    r"""NICE: alternating additive couplings, and a learned scale of each latent feature.
 
     Args:
         features: number of features.
         context_features: length of the context; 0 for none.
         num_layers: number of couplings.
-        hidden_features: widths of the hidden layers of each network, or of its residual blocks.
-        residual: whether the networks are residual.
-        activation: of the networks.
-        dropout: of the networks, in training only.
-        mask: "checkerboard" or "halves"; the moved and the kept features take turns.
-        prior: of the latent; by default a standard normal.
+        hidden_features, residual, activation, dropout: options of each :class:`MLP`.
+        mask: "checkerboard" or "halves"; transformed and identity features alternate.
+        prior: prior of the latent; by default a standard normal.
 
     Shapes:
         x: ``(*batch, features)``; context: ``(*batch, context_features)``.
@@ -400,21 +391,18 @@ def maf(
     norm: str = "actnorm",
     prior: Prior | None = None,
 ) -> Flow:
-    r"""MAF: masked autoregressive layers, one pass to score, about three passes' work to sample.
+    r"""MAF: masked autoregressive layers; scoring takes one pass, sampling the time of about three.
 
     Args:
         features: number of features.
         context_features: length of the context; 0 for none.
         num_layers: number of autoregressive layers.
-        hidden_features: widths of the hidden layers of each MADE, or of its residual blocks.
-        residual: whether the MADEs are residual.
-        activation: of the MADEs.
-        dropout: of the MADEs, in training only.
-        order: of every MADE: "sequential", "reversed", "random", or the features in the order of their dependence.
+        hidden_features, residual, activation, dropout: options of each :class:`MADE`.
+        order: "sequential", "reversed", "random", or the features in the order of their dependence.
         scale: "exp" or "sigmoid", see :class:`Affine`.
-        permutation: after each layer, towards the data: "lu", "dense", "reverse" (the paper's), "shuffle" or "none".
-        norm: after each permutation: "actnorm", "batchnorm" (the paper's) or "none".
-        prior: of the latent; by default a standard normal.
+        permutation: after each layer, towards the data: "lu", "dense", "reverse" (as in the paper), "shuffle", "none".
+        norm: after each permutation: "actnorm", "batchnorm" (as in the paper) or "none".
+        prior: prior of the latent; by default a standard normal.
 
     Shapes:
         x: ``(*batch, features)``; context: ``(*batch, context_features)``.
@@ -430,18 +418,17 @@ def maf(
         >>> maf(3, num_layers=2).log_prob(torch.zeros(4, 3)).shape
         torch.Size([4])
     """
-    network: dict[str, Any] = {
-        "context_features": context_features,
-        "hidden_features": hidden_features,
-        "residual": residual,
-        "activation": activation,
-        "dropout": dropout,
-    }
-
-    def layer(number: int) -> Bijection:
-        turn = _order(order, permutation, number)
-        return MaskedAutoregressive(features, transformer=Affine(scale=scale), order=turn, **network)
-
+    layer = _autoregressive(
+        features,
+        permutation,
+        order,
+        transformer=Affine(scale=scale),
+        context_features=context_features,
+        hidden_features=hidden_features,
+        residual=residual,
+        activation=activation,
+        dropout=dropout,
+    )
     return _flow(prior, features, _stack(layer, features, num_layers, permutation, norm))
 
 
@@ -461,21 +448,11 @@ def iaf(
     norm: str = "actnorm",
     prior: Prior | None = None,
 ) -> Flow:
-    r"""IAF: inverse autoregressive layers, one pass to sample and score the sample; made for guides.
+    r"""IAF: inverse autoregressive layers; sampling and scoring the sample take one pass, as guides need.
 
     Args:
-        features: number of features.
-        context_features: length of the context; 0 for none.
-        num_layers: number of inverse autoregressive layers.
-        hidden_features: widths of the hidden layers of each MADE, or of its residual blocks.
-        residual: whether the MADEs are residual.
-        activation: of the MADEs.
-        dropout: of the MADEs, in training only.
-        order: of every MADE: "sequential", "reversed", "random", or the features in the order of their dependence.
-        scale: "exp" or "sigmoid", see :class:`Affine`.
-        permutation: after each layer, towards the data: "lu", "dense", "reverse", "shuffle" or "none".
-        norm: after each permutation: "actnorm", "batchnorm" or "none".
-        prior: of the latent; by default a standard normal.
+        features, context_features, num_layers, order, scale, permutation, norm, prior: as in :func:`maf`.
+        hidden_features, residual, activation, dropout: options of each :class:`MADE`.
 
     Shapes:
         x: ``(*batch, features)``; context: ``(*batch, context_features)``.
@@ -492,19 +469,19 @@ def iaf(
         >>> x.shape, log_prob.shape
         (torch.Size([4, 3]), torch.Size([4]))
     """
-    network: dict[str, Any] = {
-        "context_features": context_features,
-        "hidden_features": hidden_features,
-        "residual": residual,
-        "activation": activation,
-        "dropout": dropout,
-    }
-
-    def layer(number: int) -> Bijection:
-        turn = _order(order, permutation, number)
-        return Inverse(MaskedAutoregressive(features, transformer=Affine(scale=scale), order=turn, **network))
-
-    return _flow(prior, features, _stack(layer, features, num_layers, permutation, norm))
+    layer = _autoregressive(
+        features,
+        permutation,
+        order,
+        transformer=Affine(scale=scale),
+        context_features=context_features,
+        hidden_features=hidden_features,
+        residual=residual,
+        activation=activation,
+        dropout=dropout,
+    )
+    layers = _stack(lambda number: Inverse(layer(number)), features, num_layers, permutation, norm)
+    return _flow(prior, features, layers)
 
 
 @recorded
@@ -528,18 +505,14 @@ def nsf(
 
     Args:
         features: number of features.
-        autoregressive: whether the layers are autoregressive (the work of a few passes to sample) or couplings.
+        autoregressive: whether the layers are autoregressive, slower to sample, or couplings.
         context_features: length of the context; 0 for none.
         num_layers: number of spline layers.
-        hidden_features: widths of the hidden layers of each network, or of its residual blocks.
-        residual: whether the networks are residual.
-        activation: of the networks.
-        dropout: of the networks, in training only.
-        num_bins: bins of each spline.
-        bound: half the width of the interval on which the splines bend.
+        hidden_features, residual, activation, dropout: options of each :class:`MLP`.
+        num_bins, bound: options of each :class:`Spline`.
         permutation: after each layer, towards the data: "lu", "dense", "reverse", "shuffle" or "none".
         norm: after each permutation: "actnorm", "batchnorm" or "none".
-        prior: of the latent; by default a standard normal.
+        prior: prior of the latent; by default a standard normal.
 
     Shapes:
         x: ``(*batch, features)``; context: ``(*batch, context_features)``.
@@ -563,13 +536,10 @@ def nsf(
         "activation": activation,
         "dropout": dropout,
     }
-    coupling = _couplings(features, permutation, **options)
-
-    def layer(number: int) -> Bijection:
-        if not autoregressive:
-            return coupling(number)
-        return MaskedAutoregressive(features, order=_order("sequential", permutation, number), **options)
-
+    if autoregressive:
+        layer = _autoregressive(features, permutation, "sequential", **options)
+    else:
+        layer = _couplings(features, permutation, **options)
     return _flow(prior, features, _stack(layer, features, num_layers, permutation, norm))
 
 
@@ -582,14 +552,14 @@ def planar(
     hidden_features: Sequence[int] = (64,),
     prior: Prior | None = None,
 ) -> Flow:
-    r"""Planar flow: small maps that bend space along one direction each; scored by a root search.
+    r"""Planar flow: layers that each move points along one direction; scoring solves for a root.
 
     Args:
         features: number of features.
         context_features: length of the context; 0 for none.
         num_layers: number of planar layers.
-        hidden_features: widths of the network that gives their parameters from a context.
-        prior: of the latent; by default a standard normal.
+        hidden_features: widths of the network that computes their parameters from a context.
+        prior: prior of the latent; by default a standard normal.
 
     Shapes:
         x: ``(*batch, features)``; context: ``(*batch, context_features)``.
@@ -605,13 +575,8 @@ def planar(
         >>> planar(2).log_prob(torch.zeros(3, 2)).shape
         torch.Size([3])
     """
-    layers = _stack(
-        lambda _: Planar(features, context_features=context_features, hidden_features=hidden_features),
-        features,
-        num_layers,
-        "none",
-        "none",
-    )
+    options: dict[str, Any] = {"context_features": context_features, "hidden_features": hidden_features}
+    layers = _stack(lambda _: Planar(features, **options), features, num_layers, "none", "none")
     return _flow(prior, features, [*layers, ActNorm(features)])
 
 
@@ -624,14 +589,10 @@ def radial(
     hidden_features: Sequence[int] = (64,),
     prior: Prior | None = None,
 ) -> Flow:
-    r"""Radial flow: small maps that draw space towards a point, or away from it.
+    r"""Radial flow: layers that each move points towards a centre or away from it.
 
     Args:
-        features: number of features.
-        context_features: length of the context; 0 for none.
-        num_layers: number of radial layers.
-        hidden_features: widths of the network that gives their parameters from a context.
-        prior: of the latent; by default a standard normal.
+        features, context_features, num_layers, hidden_features, prior: as in :func:`planar`.
 
     Shapes:
         x: ``(*batch, features)``; context: ``(*batch, context_features)``.
@@ -647,11 +608,6 @@ def radial(
         >>> radial(2).log_prob(torch.zeros(3, 2)).shape
         torch.Size([3])
     """
-    layers = _stack(
-        lambda _: Radial(features, context_features=context_features, hidden_features=hidden_features),
-        features,
-        num_layers,
-        "none",
-        "none",
-    )
+    options: dict[str, Any] = {"context_features": context_features, "hidden_features": hidden_features}
+    layers = _stack(lambda _: Radial(features, **options), features, num_layers, "none", "none")
     return _flow(prior, features, [*layers, ActNorm(features)])

@@ -1,4 +1,4 @@
-"""Networks that compute a layer's parameters."""
+"""Networks that compute the parameters of layers."""
 
 from pyroflows.networks.convnet import ConvNet, ResNet, ZeroConv
 from pyroflows.networks.made import MADE, MaskedLinear

@@ -1,9 +1,9 @@
-"""Convolutional networks that compute the parameters of image layers: Glow's, and RealNVP's residual one."""
+"""Convolutional networks for the parameters of image layers: Glow's, and RealNVP's residual one."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Size, Tensor, nn
@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from pyroflows.arguments import Shape, as_image_shape, check_number, check_option, check_sizes
 from pyroflows.caching import cached
 from pyroflows.distributed import var_mean
+from pyroflows.networks.data_dependent import DataDependent
 from pyroflows.networks.mlp import ACTIVATIONS
-from pyroflows.private import inside_functorch
 from pyroflows.recipe import Recorded
 
 __all__ = ["NORMS", "ConvNet", "ResNet", "ZeroConv"]
@@ -21,14 +21,12 @@ __all__ = ["NORMS", "ConvNet", "ResNet", "ZeroConv"]
 NORMS = ("actnorm", "weight", "group", "none")
 
 
-class _Conv(nn.Conv2d):
+class _Conv(DataDependent, nn.Conv2d):
     """A convolution with "same" padding and a gain for each output channel, folded into the weights.
 
-    With "actnorm" and "weight" the first training batch sets gain and bias so that each output channel is standard;
-    "actnorm" scales the weights as they are, "weight" their direction (Salimans and Kingma, 2016, arXiv:1602.07868).
+    With "actnorm" and "weight" the first training batch initialises gain and bias so that each output channel has mean
+    0 and variance 1; "actnorm" scales the weights as they are, "weight" their direction (weight normalisation).
     """
-
-    started: Tensor
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, norm: str):
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
@@ -37,20 +35,18 @@ class _Conv(nn.Conv2d):
         self.log_gain = None if gain is None else nn.Parameter(gain)
         self.group = nn.GroupNorm(math.gcd(8, out_channels), out_channels) if norm == "group" else None
         if self.log_gain is not None:
-            self.register_buffer("started", torch.tensor(False))
-        self._started = self.log_gain is None
-        self._first: tuple[Tensor, ...] | None = None
+            self.wait_for_data("log_gain", "bias")
 
     def forward(self, x: Tensor) -> Tensor:
         if self.log_gain is None:
             h = super().forward(x)
             return h if self.group is None else self.group(h)
-        if not self._started and self.training and x.shape[0]:
-            self._start(x)
-        return self._conv_forward(x, self._scaled(), self.bias)
+        if self.takes_data and x.shape[0]:
+            self.initialize(self._statistics(x))
+        return F.conv2d(x, self._scaled_weight(), self.bias, padding=self.padding)
 
     @cached
-    def _scaled(self) -> Tensor:
+    def _scaled_weight(self) -> Tensor:
         gain = self.log_gain.exp()  # type: ignore[union-attr]
         gain = gain if self.norm == "actnorm" else gain / self._length()
         return self.weight * gain.view(-1, 1, 1, 1)
@@ -59,47 +55,27 @@ class _Conv(nn.Conv2d):
         return self.weight.flatten(1).norm(dim=1)
 
     @torch.no_grad()
-    def _start(self, x: Tensor) -> None:
-        if inside_functorch():
-            return  # under vmap a row is not a batch, and nothing may be written
-        h = self._conv_forward(x, self.weight, None).to(self.weight.dtype)
+    def _statistics(self, x: Tensor) -> dict[str, Tensor]:
+        h = F.conv2d(x, self.weight, padding=self.padding).to(self.weight.dtype)
         variance, mean = var_mean(h, (0, 2, 3))
         scale = variance.sqrt()
-        scale = torch.where(scale > 1e-6 * (1 + mean.abs()), scale, 1)  # a dead input's channel keeps its gain
-        self.log_gain.copy_(-scale.log() + (self._length().log() if self.norm == "weight" else 0))  # type: ignore[union-attr]
-        self.bias.copy_(-mean / scale)  # type: ignore[union-attr]
-        self.started.fill_(True)
-        self._started = True
-        self._first = (self.log_gain.detach().clone(), self.bias.detach().clone())  # type: ignore[union-attr]
-
-    @torch.no_grad()
-    def restart_if_untrained(self) -> None:
-        """Wait for data again, if nothing has moved the numbers since the start; a fit begins with this."""
-        if self._first is None:
-            return
-        now = (self.log_gain, self.bias)
-        if all(torch.equal(a, b.to(a)) for a, b in zip(now, self._first, strict=True)):  # type: ignore[arg-type]
-            self.started.fill_(False)
-            self._started, self._first = False, None
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        if self.log_gain is not None:
-            self._started, self._first = bool(self.started), None
+        scale = torch.where(scale > 1e-6 * (1 + mean.abs()), scale, 1)  # a channel of zeros keeps its gain
+        length = self._length().log() if self.norm == "weight" else 0
+        return {"log_gain": length - scale.log(), "bias": -mean / scale}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, norm={self.norm!r}"
 
 
 class ZeroConv(Recorded, nn.Module):
-    r"""A convolution that starts at zero, with a learned gain :math:`e^{3s}` of each output channel.
+    r"""A convolution initialised to zero, with a learned gain :math:`e^{3s}` of each output channel.
 
-    Alone it is the network of Glow's learned priors; the networks below end in one.
+    It is the network of Glow's learned priors, and the last layer of the networks below.
 
     Args:
-        in_channels: channels of the input; 0 for a map of the context alone, or a learned constant.
+        in_channels: channels of the input; 0 for a function of the context alone, or a learned constant.
         out_channels: channels of the output.
-        context_features: length of the context, of which a linear map that starts at zero is added.
+        context_features: length of the context; a linear map of it, initialised to zero, is added.
         kernel_size: the side of the kernel, odd.
 
     Shapes:
@@ -126,14 +102,14 @@ class ZeroConv(Recorded, nn.Module):
             nn.init.zeros_(self.context.weight)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        batch, images = _flat(x)
-        h = F.conv2d(images, *self._scaled(), padding=self.kernel_size // 2)
+        batch, images = _flatten_batch(x)
+        h = F.conv2d(images, *self._scaled_weights(), padding=self.kernel_size // 2)
         if self.context is not None:
-            h = h + _spread(self.context(context), batch)
-        return h.contiguous().reshape(*batch, *h.shape[1:])  # a coupling reads channels, each in one piece
+            h = h + _expand_over_pixels(self.context(context), batch)
+        return h.contiguous().reshape(*batch, *h.shape[1:])  # a coupling reads channels, each one piece of memory
 
     @cached
-    def _scaled(self) -> tuple[Tensor, Tensor]:
+    def _scaled_weights(self) -> tuple[Tensor, Tensor]:
         gain = torch.exp(3 * self.log_gain)
         return self.weight * gain.view(-1, 1, 1, 1), self.bias * gain
 
@@ -143,7 +119,7 @@ class ZeroConv(Recorded, nn.Module):
 
 
 class _Context(nn.Module):
-    """Brings a context into a network: a vector as a bias of the first convolution, an image as channels beside."""
+    """The context of a network: a vector is a bias of the first convolution, an image is more input channels."""
 
     def __init__(self, width: int, context_features: int, context_shape: Shape | None):
         super().__init__()
@@ -153,36 +129,35 @@ class _Context(nn.Module):
                 f"expected context_features={self.shape.numel()} for context_shape={tuple(self.shape)}; "
                 f"got {context_features}"
             )
-        vector = context_features and self.shape is None
-        self.linear = nn.Linear(context_features, width, bias=False) if vector else None
+        is_vector = context_features and self.shape is None
+        self.linear = nn.Linear(context_features, width, bias=False) if is_vector else None
 
     @property
     def channels(self) -> int:
         return 0 if self.shape is None else self.shape[0]
 
-    def beside(self, images: Tensor, batch: Size, context: Tensor | None) -> Tensor:
+    def append_channels(self, images: Tensor, batch: Size, context: Tensor | None) -> Tensor:
         if self.shape is None or context is None:
             return images
-        pictures = context.expand(*batch, context.shape[-1]).reshape(math.prod(batch), *self.shape)
-        return torch.cat([images, pictures], 1)
+        channels = context.expand(*batch, context.shape[-1]).reshape(math.prod(batch), *self.shape)
+        return torch.cat([images, channels], 1)
 
-    def bias(self, h: Tensor, batch: Size, context: Tensor | None) -> Tensor:
-        return h if self.linear is None else h + _spread(self.linear(context), batch)
+    def add_bias(self, h: Tensor, batch: Size, context: Tensor | None) -> Tensor:
+        return h if self.linear is None else h + _expand_over_pixels(self.linear(context), batch)
 
 
 class ConvNet(Recorded, nn.Module):
-    r"""Glow's network: convolutions of 3x3, 1x1 and 3x3 pixels, the last of which starts at zero.
+    r"""Glow's network: convolutions of 3x3, 1x1 and 3x3 pixels, the last initialised to zero.
 
     Args:
         in_channels: channels of the input.
         out_channels: channels of the output.
-        hidden_channels: channels between.
-        context_features: length of the context, which is a bias of the first convolution.
-        context_shape: ``(c, H, W)``, if the context is an image flattened, which then enters as channels beside the
-            input.
-        norm: of the hidden convolutions: "actnorm", "weight" (normalised weights), both started by the first
-            training batch, "group" (normalised activations of a row) or "none".
-        activation: one of "relu", "silu", "gelu", "elu", "tanh", "leaky_relu".
+        hidden_channels: channels of the hidden layers.
+        context_features: length of the context, which becomes a bias of the first convolution.
+        context_shape: ``(c, H, W)`` if the context is a flattened image, which then becomes ``c`` more input channels.
+        norm: of the hidden convolutions: "actnorm" or "weight" (weight normalisation), both initialised by the first
+            training batch, "group" (group normalisation) or "none".
+        activation: as in :class:`MLP`.
 
     Shapes:
         x: ``(*batch, in_channels, H, W)``; context: ``(*batch, context_features)``; output:
@@ -218,13 +193,13 @@ class ConvNet(Recorded, nn.Module):
         self.first = _Conv(in_channels + self.context.channels, hidden_channels, 3, norm)
         self.second = _Conv(hidden_channels, hidden_channels, 1, norm)
         self.last = ZeroConv(hidden_channels, out_channels)
-        # In place: memory for a second image of so many channels costs more than the ReLU.
+        # In place: allocating another image of as many channels costs more than the ReLU.
         self.activation = nn.ReLU(inplace=True) if activation == "relu" else ACTIVATIONS[activation]()
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        batch, images = _flat(x)
-        h = self.first(self.context.beside(images, batch, context))
-        h = self.activation(self.context.bias(h, batch, context))
+        batch, images = _flatten_batch(x)
+        h = self.first(self.context.append_channels(images, batch, context))
+        h = self.activation(self.context.add_bias(h, batch, context))
         h = self.last(self.activation(self.second(h)))
         return h.reshape(*batch, *h.shape[1:])
 
@@ -237,13 +212,12 @@ class ResNet(Recorded, nn.Module):
     Args:
         in_channels: channels of the input.
         out_channels: channels of the output.
-        hidden_channels: channels of the stream to which each block adds.
+        hidden_channels: channels of the hidden layers.
         num_blocks: number of residual blocks.
-        context_features: length of the context, which is a bias of the first convolution.
-        context_shape: ``(c, H, W)``, if the context is an image flattened, which then enters as channels.
-        norm: of the convolutions: "weight" (the paper's, beside batch norm), "actnorm", "group" or "none".
-        activation: one of "relu", "silu", "gelu", "elu", "tanh", "leaky_relu".
-        dropout: share of channels dropped inside the blocks, in training only.
+        context_features, context_shape: as in :class:`ConvNet`.
+        norm: of the convolutions: "weight" (as in the paper, which adds batch norm), "actnorm", "group" or "none".
+        activation: as in :class:`MLP`.
+        dropout: probability of dropping a channel inside the blocks, in training only.
 
     Shapes:
         x: ``(*batch, in_channels, H, W)``; context: ``(*batch, context_features)``; output:
@@ -291,9 +265,9 @@ class ResNet(Recorded, nn.Module):
         self.dropout = nn.Dropout2d(dropout)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        batch, images = _flat(x)
-        h = self.first(self.context.beside(images, batch, context))
-        h = self.context.bias(h, batch, context)
+        batch, images = _flatten_batch(x)
+        h = self.first(self.context.append_channels(images, batch, context))
+        h = self.context.add_bias(h, batch, context)
         for block in self.blocks:
             first, second = cast(nn.ModuleList, block)
             h = h + second(self.dropout(self.activation(first(self.activation(h)))))
@@ -301,14 +275,14 @@ class ResNet(Recorded, nn.Module):
         return h.reshape(*batch, *h.shape[1:])
 
 
-def _flat(x: Tensor) -> tuple[Size, Tensor]:
-    """Give the batch shape, and the images in one batch dimension, as convolutions take them."""
+def _flatten_batch(x: Tensor) -> tuple[Size, Tensor]:
+    """Return the batch shape, and the images with one batch dimension."""
     images = x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
-    if x.device.type == "cpu":  # where convolutions are up to twice as fast if the channels of a pixel lie together
+    if x.device.type == "cpu":  # convolutions are up to twice as fast in the channels-last format
         images = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     return x.shape[:-3], images
 
 
-def _spread(bias: Tensor, batch: Size) -> Tensor:
-    """Give a bias of ``(*batch, channels)`` for each of the flattened images, over all their pixels."""
+def _expand_over_pixels(bias: Tensor, batch: Size) -> Tensor:
+    """Expand a bias of shape ``(*batch, channels)`` to all pixels of the flattened images."""
     return bias.expand(*batch, bias.shape[-1]).reshape(math.prod(batch), bias.shape[-1], 1, 1)

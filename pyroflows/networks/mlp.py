@@ -1,4 +1,4 @@
-"""Multilayer perceptrons that compute a layer's parameters."""
+"""Multilayer perceptrons that compute the parameters of layers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.modules import module
 
 from pyroflows.arguments import as_widths, check_number, check_option, check_sizes
 from pyroflows.recipe import Recorded
@@ -28,39 +26,22 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 LinearFactory = Callable[[int, int], nn.Linear]
 
 
-class Linear(nn.Linear):
-    """torch's linear map, but a call on which nothing is hooked is the product alone.
-
-    What torch's own call does beside it takes as long as the product of a narrow network.
-    """
-
-    def __call__(self, input: Tensor) -> Tensor:
-        own = self._parameters
-        weight = own.get("weight")  # none where it is pruned or parametrized
-        as_made = type(self) is Linear and "forward" not in self.__dict__ and self._compiled_call_impl is None
-        hooked = self._forward_pre_hooks or self._forward_hooks or self._backward_pre_hooks or self._backward_hooks
-        hooked = hooked or module._has_any_global_hook()
-        if weight is None or "bias" not in own or not as_made or hooked or torch.compiler.is_compiling():
-            return cast(Tensor, super().__call__(input))
-        return F.linear(input, weight, own["bias"])
-
-
 class MLP(Recorded, nn.Module):
     r"""A multilayer perceptron, plain or residual, of an input and an optional context.
 
-    The plain network is :math:`W_n a(\dots a(W_0 x + C c))`. The residual one keeps a stream of one
-    width, to which each block adds :math:`B\, a(A\, a(h))`.
+    The plain network is :math:`W_n a(\dots a(W_0 x + C c))`; a residual block is
+    :math:`h \leftarrow h + B\, a(A\, a(h))`.
 
     Args:
-        in_features: length of the input; 0 for a network of the context alone, or a learned constant.
+        in_features: length of the input; 0 for a function of the context alone, or a learned constant.
         out_features: length of the output.
-        hidden_features: widths of the hidden layers; of the residual blocks, all equal, where ``residual``.
-        context_features: length of the context, which enters the first layer and so reaches every unit.
+        hidden_features: widths of the hidden layers, or of the residual blocks, which are all equal.
+        context_features: length of the context, which enters the first layer.
         residual: whether the hidden layers are residual blocks of two linear maps.
         activation: one of "relu", "silu", "gelu", "elu", "tanh", "leaky_relu".
-        dropout: share of hidden units dropped, in training only.
-        zero_last: start with an output of zero, so that the layer it serves starts as the identity.
-        linear: makes the linear maps, in order, from their numbers of inputs and outputs.
+        dropout: probability of dropping a hidden unit, in training only.
+        zero_last: initialise the output to zero, and so the layer that uses the network to the identity.
+        linear: builds each linear map, in order, from its numbers of inputs and outputs.
 
     Shapes:
         x: ``(*batch, in_features)``; context: ``(*batch, context_features)``; output: ``(*batch, out_features)``.
@@ -88,7 +69,7 @@ class MLP(Recorded, nn.Module):
         activation: str = "relu",
         dropout: float = 0.0,
         zero_last: bool = True,
-        linear: LinearFactory = Linear,
+        linear: LinearFactory = nn.Linear,
     ):
         super().__init__()
         hidden_features = as_widths("hidden_features", hidden_features)
@@ -99,19 +80,18 @@ class MLP(Recorded, nn.Module):
         if residual and len(set(hidden_features)) != 1:
             raise ValueError(f"expected residual blocks of one width; got hidden_features={hidden_features}")
         self.in_features, self.out_features, self.residual = in_features, out_features, residual
-        # Without residuals nothing reads a hidden unit before its activation, which can take its place.
+        # Without residuals nothing reads a hidden unit before its activation.
         in_place = activation == "relu" and not residual and bool(hidden_features)
         self.activation = torch.relu_ if in_place else ACTIVATIONS[activation]()
         self.dropout = nn.Dropout(dropout)
-        # A network of no input learns a constant: its first layer sees a single one.
+        # Without inputs the network learns a constant: its first layer sees a single 1.
         sizes = [max(in_features, 1), *(hidden_features[:1] if residual else hidden_features), out_features]
         pairs = list(pairwise(sizes))
         blocks = [(width, width) for width in hidden_features for _ in range(2)] if residual else []
         self.linears = nn.ModuleList(linear(*pair) for pair in [pairs[0], *blocks, *pairs[1:]])
         self.context = nn.Linear(context_features, sizes[1], bias=False) if context_features else None
-        for number, made in enumerate(self.linears):
-            if residual and number and number % 2 == 0:  # the second of a block: it starts as almost nothing
-                nn.init.uniform_(made.weight, -1e-3, 1e-3)  # type: ignore[arg-type]
+        for second_of_block in self.linears[2::2] if residual else []:
+            nn.init.uniform_(second_of_block.weight, -1e-3, 1e-3)  # type: ignore[arg-type]
         if zero_last:
             for part in self.last:
                 for parameter in part.parameters():
@@ -119,9 +99,9 @@ class MLP(Recorded, nn.Module):
 
     @property
     def last(self) -> list[nn.Module]:
-        """The maps that give the output."""
-        alone = len(self.linears) == 1 and self.context is not None
-        return [self.linears[-1], cast(nn.Module, self.context)] if alone else [self.linears[-1]]
+        """The linear maps whose sum is the output."""
+        with_context = len(self.linears) == 1 and self.context is not None
+        return [self.linears[-1], cast(nn.Module, self.context)] if with_context else [self.linears[-1]]
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if self.in_features == 0:
@@ -135,8 +115,8 @@ class MLP(Recorded, nn.Module):
             for a, b in zip(blocks[::2], blocks[1::2], strict=True):
                 h = h + b(self.dropout(self.activation(a(self.activation(h)))))
             return last(self.activation(h))
-        activation, dropout = self.activation, self.dropout if self.dropout.p else None
+        activation, dropout = self.activation, self.dropout
         for linear in inner:
             h = activation(h)
-            h = linear(h if dropout is None else dropout(h))
+            h = linear(dropout(h) if dropout.p else h)
         return h

@@ -1,4 +1,4 @@
-"""Class labels as a context."""
+"""One-hot class labels as a context."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["OneHot"]
 
 
 class OneHot(Recorded, nn.Module):
-    """Class labels as vectors of zeros and a one, the embedding of class-conditional flows.
+    """One-hot vectors of class labels, the embedding of class-conditional flows.
 
     Args:
         num_classes: number of classes, labelled from 0.
@@ -24,8 +24,7 @@ class OneHot(Recorded, nn.Module):
 
     Raises:
         TypeError: the labels are not integers.
-        ValueError: a label is not one of the classes (at a call looked for on the CPU alone, where it costs nothing;
-            by :meth:`check` wherever the labels lie).
+        ValueError: a label is not one of the classes; a call checks this only on a CPU, :meth:`check` on any device.
 
     Example:
         >>> OneHot(3)(torch.tensor([2, 0]))
@@ -41,15 +40,15 @@ class OneHot(Recorded, nn.Module):
         self.register_buffer("table", torch.eye(num_classes), persistent=False)
 
     def forward(self, labels: Tensor) -> Tensor:
-        self._check_dtype(labels)
-        # Neither a compiled graph nor a mapped function can look at values.
+        self.check_dtype(labels)
+        # A compiled graph and a mapped function cannot read values.
         if labels.device.type == "cpu" and not torch.compiler.is_compiling() and not inside_functorch():
             self.check(labels)
         return F.embedding(labels.long(), self.table)
 
     def check(self, labels: Tensor) -> None:
-        """Refuse labels that are not those of the classes."""
-        self._check_dtype(labels)
+        """Raise an error for labels that are not those of the classes."""
+        self.check_dtype(labels)
         if not labels.numel():
             return
         low, high = int(labels.min()), int(labels.max())
@@ -57,7 +56,8 @@ class OneHot(Recorded, nn.Module):
             raise ValueError(f"expected class labels from 0 to {len(self.table) - 1}; got {low} to {high}")
 
     @staticmethod
-    def _check_dtype(labels: Tensor) -> None:
+    def check_dtype(labels: Tensor) -> None:
+        """Raise a TypeError for labels that are not integers."""
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise TypeError(f"expected class labels that are integers; got {labels.dtype}")
 

@@ -10,6 +10,7 @@ from pyroflows import distributed
 from pyroflows.contexts import random_state, set_random_state
 from pyroflows.flow import Flow
 from pyroflows.layers.batchnorm import BatchNorm
+from pyroflows.networks.data_dependent import DataDependent
 from pyroflows.training.batches import Batches, Rows, Steps, parts_of
 from pyroflows.training.options import FitOptions
 
@@ -21,13 +22,13 @@ _STATISTICS_ROWS = 2**17  # of data in a file
 def restart_norms(flow: Flow) -> None:
     """Let norms that saw data before the fit, but were not trained since, start from its first batch."""
     for part in flow.modules():
-        if hasattr(part, "restart_if_untrained"):
-            part.restart_if_untrained()  # type: ignore[operator]
+        if isinstance(part, DataDependent):
+            part.reset_if_untrained()
 
 
 def start_norms(flow: Flow, objective: Any, train: Rows | Batches | Steps, options: FitOptions) -> None:
     """Start norms from the first batch, as the first step does, without moving on in data or random numbers."""
-    if all(bool(getattr(part, "started", True)) for part in flow.modules()):
+    if not any(isinstance(part, DataDependent) and part.awaits_data for part in flow.modules()):
         return
     position, state, rank_state = train.position, random_state(flow.device), distributed.rank_random_state()
     batch = next(iter(train.epoch()))
