@@ -1,7 +1,5 @@
 """Run the command line as ``python -m pyroflows``."""
 
-from __future__ import annotations
-
 import sys
 
 from pyroflows.cli import main

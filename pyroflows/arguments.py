@@ -1,7 +1,5 @@
 """Checks of arguments: each raises one sentence, what was expected and what came."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from inspect import signature

@@ -1,7 +1,5 @@
 """Bijections: a layer writes two methods, its users get Pyro's whole transform protocol."""
 
-from __future__ import annotations
-
 import functools
 import weakref
 from collections.abc import Callable
@@ -28,11 +26,11 @@ def _checked(method: Callable[..., Any], side: str) -> Callable[..., Any]:
     """Check the input of a method, and broadcast it with the context."""
 
     @functools.wraps(method)
-    def checked(self: Bijection, x: Tensor, context: Tensor | None = None) -> Any:
+    def checked(self: "Bijection", x: Tensor, context: Tensor | None = None) -> Any:
         return method(self, self._check(x, getattr(self, side), context), context)
 
     @functools.wraps(method)
-    def score_checked(self: Bijection, x: Tensor, score: Tensor, context: Tensor | None = None) -> Any:
+    def score_checked(self: "Bijection", x: Tensor, score: Tensor, context: Tensor | None = None) -> Any:
         x = self._check(x, getattr(self, side), context)
         return method(self, x, check_score(score, x), context)
 
@@ -164,7 +162,7 @@ class Bijection(Recorded, EvaluatedOnce, TransformModule):
     # Pyro's protocol
 
     @property
-    def inv(self) -> Bijection:
+    def inv(self) -> "Bijection":
         """The inverse, a module that shares this one's parameters."""
         inverse = None if self._inv is None else self._inv()
         if inverse is None:
@@ -172,7 +170,7 @@ class Bijection(Recorded, EvaluatedOnce, TransformModule):
             object.__setattr__(self, "_inv", weakref.ref(inverse))
         return inverse
 
-    def condition(self, context: Tensor) -> Bijection:
+    def condition(self, context: Tensor) -> "Bijection":
         """Fix the context; a map that takes none is returned as it is, so that both kinds go into one stack."""
         return Conditioned(self, context) if self.context_features else self
 

@@ -1,7 +1,5 @@
 """Reuse of results while nothing that they depend on has changed: of weights alone, and of one evaluation."""
 
-from __future__ import annotations
-
 import functools
 import weakref
 from collections.abc import Callable, Iterator

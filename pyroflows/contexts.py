@@ -1,7 +1,5 @@
 """Context managers for seeding and module modes, and the state of torch's random number generators."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from numbers import Integral

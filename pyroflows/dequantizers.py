@@ -1,7 +1,5 @@
 """Dequantisation: noise of known density that makes discrete data continuous."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 
@@ -277,7 +275,7 @@ class ColumnDequantizer(Dequantizer):
     @classmethod
     def from_data(
         cls, x: Tensor, *, mean: Tensor | Sequence[float] | None = None, scale: Tensor | Sequence[float] | None = None
-    ) -> ColumnDequantizer:
+    ) -> "ColumnDequantizer":
         """Build a dequantizer of the columns of rows ``x`` that hold only integers.
 
         ``mean`` and ``scale`` are those of a standardised table, such as a :class:`Table`, whose columns are tested in

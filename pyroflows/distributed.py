@@ -1,7 +1,5 @@
 """Data-parallel work under torchrun: ranks, collectives, and random numbers that are shared or each rank's own."""
 
-from __future__ import annotations
-
 import atexit
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -40,7 +38,7 @@ __all__ = [
 # The functions below reach other processes only within `together`: elsewhere, as in evaluation by one process alone,
 # the others would never answer.
 _together = False
-_streams: _Streams | None = None
+_streams: "_Streams | None" = None
 
 
 def choose_device(name: str | torch.device = "auto", near: torch.device | None = None) -> torch.device:

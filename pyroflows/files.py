@@ -1,7 +1,5 @@
 """Files of flows and posteriors: safetensors with a header in JSON and a checksum, from which no code is run."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

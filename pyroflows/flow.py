@@ -1,7 +1,5 @@
 """A flow, which is a prior and a stack of bijections; its Pyro distribution; and its file."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -135,7 +133,7 @@ class Flow(Recorded, nn.Module):
         numbers = (number for number in chain(self.parameters(), self.buffers()) if number.is_floating_point())
         return next(numbers, torch.empty(()))
 
-    def forward(self, context: Tensor | None = None) -> FlowDistribution:
+    def forward(self, context: Tensor | None = None) -> "FlowDistribution":
         """Return the distribution given a context, whose batch shape it has."""
         return FlowDistribution(self, self.embed(context))
 
@@ -305,7 +303,7 @@ class FlowDistribution(TransformedDistribution):
         super().__init__(flow.prior(), fixed[:1])  # torch derives the shapes from the stack as one, which is quicker
         self.transforms = fixed[1:]
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> FlowDistribution:
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "FlowDistribution":
         new = type(self).__new__(type(self)) if _instance is None else _instance
         new.flow, new.context = self.flow, self.context
         return super().expand(batch_shape, _instance=new)

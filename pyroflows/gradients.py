@@ -1,7 +1,5 @@
 """Gradients of a map times a vector, and scores of densities behind a map."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

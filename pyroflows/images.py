@@ -1,7 +1,5 @@
 """Samples, reconstructions and interpolations of a flow of images, as levels of pixels."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Priors: distributions of the latent as modules, which return a Pyro distribution; and the logit-normal."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from numbers import Number
@@ -480,7 +478,7 @@ class LogitNormal(TorchDistribution):
         batch_shape = Size() if isinstance(loc, Number) and isinstance(scale, Number) else self.loc.shape
         super().__init__(batch_shape, validate_args=validate_args)
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> LogitNormal:
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "LogitNormal":
         new = self._get_checked_instance(LogitNormal, _instance)
         batch_shape = Size(batch_shape)
         new.loc = self.loc.expand(batch_shape)

@@ -1,7 +1,5 @@
 """Recipes: how a module was built, as JSON, by which it can be built again."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import math

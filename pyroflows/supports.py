@@ -1,7 +1,5 @@
 """Supports: constraints on whole events."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

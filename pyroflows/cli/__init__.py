@@ -1,7 +1,5 @@
 """The command line: ``pyroflows COMMAND``, each command in a module of its own, imported when it runs."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """``pyroflows bench``: measure rows per second on this machine."""
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import time

@@ -1,7 +1,5 @@
 """``pyroflows check``: check that a model inverts, and that its log-determinants are right, on rows of a table."""
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import asdict
 

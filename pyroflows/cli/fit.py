@@ -1,7 +1,5 @@
 """``pyroflows fit``: fit a density to the rows of a table, and write it to a model file."""
 
-from __future__ import annotations
-
 import argparse
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """``pyroflows info``: describe what a model file holds."""
 
-from __future__ import annotations
-
 import argparse
 from collections import Counter
 

@@ -1,7 +1,5 @@
 """The flow of a table in a model file: which columns it takes, and how their cells become numbers."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

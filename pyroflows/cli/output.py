@@ -1,7 +1,5 @@
 """What commands print: lines for people, or one line of JSON."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

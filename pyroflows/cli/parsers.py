@@ -1,7 +1,5 @@
 """The arguments of each command: parsed and checked before anything heavy is imported."""
 
-from __future__ import annotations
-
 import argparse
 import ast
 import math

@@ -1,7 +1,5 @@
 """``pyroflows plot``: draw a model's samples next to the data, or its training."""
 
-from __future__ import annotations
-
 import argparse
 import math
 

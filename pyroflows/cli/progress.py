@@ -1,7 +1,5 @@
 """Progress on standard error: a bar on a terminal, a line now and then in a log."""
 
-from __future__ import annotations
-
 import signal
 import sys
 import threading
@@ -35,7 +33,7 @@ class Progress:
         self.bar = tqdm(total=total, desc=verb, unit="row", unit_scale=True, leave=False, disable=quiet or not terminal)
         self.began = self.said = time.perf_counter()
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *_: Any) -> None:

@@ -1,7 +1,5 @@
 """``pyroflows sample``: draw new rows of a table."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import os

@@ -1,7 +1,5 @@
 """``pyroflows score``: compute the log-density of each row of a table."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import sys
@@ -49,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
     say(options, _describe(moments, bound, speed))
 
 
-def _score(model: TableModel, options: argparse.Namespace) -> tuple[_Moments, float]:
+def _score(model: TableModel, options: argparse.Namespace) -> "tuple[_Moments, float]":
     """Score the rows, write the scores, and return their moments and the rows per second."""
     table, moments, score = model.open(options.data), _Moments(), partial(model.log_prob, draws=options.draws)
     with together(model.flow.device), Progress("scored", table.num_rows, options.quiet) as progress:
@@ -67,7 +65,7 @@ def _score(model: TableModel, options: argparse.Namespace) -> tuple[_Moments, fl
         return moments, progress.rows_per_second
 
 
-def _describe(moments: _Moments, bound: str | None, speed: float) -> str:
+def _describe(moments: "_Moments", bound: str | None, speed: float) -> str:
     what = "mean log-density" if bound is None else f"mean log-probability, a lower bound by {bound}:"
     error = "" if moments.rows == 1 else f" +- {moments.standard_error:.4f}"
     rows = "1 row" if moments.rows == 1 else f"{moments.rows:,} rows"

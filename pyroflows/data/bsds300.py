@@ -1,7 +1,5 @@
 """BSDS300: small patches of natural grey images, prepared as in the density estimation benchmark."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Images as integer levels, in three parts: digits, MNIST, Fashion-MNIST, CIFAR-10, folders, your own arrays."""
 
-from __future__ import annotations
-
 import gzip
 import os
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Named arrays of an NPZ file."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Batches of a Parquet file that does not fit into memory."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any

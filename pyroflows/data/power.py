@@ -1,7 +1,5 @@
 """POWER: the electric power consumption of a household, prepared as in the density estimation benchmark."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Random splits of rows into three parts."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Tables in files: CSV, Parquet, NPY and NPZ, read and written in chunks, so that they may be of any size."""
 
-from __future__ import annotations
-
 import csv
 import io
 import math
@@ -58,7 +56,7 @@ class TableFile:
 
     def __init__(
         self,
-        source: _Source,
+        source: "_Source",
         columns: Sequence[str] | None,
         categories: Mapping[str, Sequence[str] | None],
         dtype: str,
@@ -78,7 +76,7 @@ class TableFile:
         if self.num_rows == 0:
             raise self._no_rows()
 
-    def select(self, columns: Sequence[str]) -> TableFile:
+    def select(self, columns: Sequence[str]) -> "TableFile":
         """Read these columns only, in this order."""
         self._check_names(columns)
         self.columns = list(columns)

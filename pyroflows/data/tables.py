@@ -1,7 +1,5 @@
 """Tables of numbers, split and standardized: scikit-learn's bundled data sets, or rows of your own."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Toy densities in the plane: seeded samples, and their exact log-density."""
 
-from __future__ import annotations
-
 import functools
 import math
 from dataclasses import dataclass

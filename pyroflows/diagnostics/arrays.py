@@ -1,7 +1,5 @@
 """Arguments of diagnostics and plots as NumPy arrays, names of columns, and text tables."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 

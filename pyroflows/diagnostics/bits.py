@@ -1,7 +1,5 @@
 """Bits per dimension of discrete data, the unit in which papers on images report likelihoods."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Calibration by simulation: ranks, coverage, and the band of chance."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Checks of a flow: whether it inverts, whether its log-determinants are right, and whether its latent is normal."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass

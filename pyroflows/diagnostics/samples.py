@@ -1,7 +1,5 @@
 """Distances between samples, their moments and their densities."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Importance weights: Pareto smoothing, k-hat and the effective sample size."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from importlib import import_module

@@ -1,7 +1,5 @@
 """Amortised posteriors: the posterior of a simulator's latents for any data, by a conditional flow."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -40,7 +38,7 @@ def fit_amortized(
     seed: int | None = None,
     progress: bool | None = None,
     **fit_options: Any,
-) -> AmortizedPosterior:
+) -> "AmortizedPosterior":
     r"""Learn the posterior of a Pyro model for any data: simulate latents and data, and fit a conditional flow.
 
     .. math:: \max_\phi \; \mathbb{E}_{p(\theta) p(y \mid \theta)} \log q_\phi(\theta \mid y)

@@ -1,7 +1,5 @@
 """An amortised guide: a flow over the latents of each row of a plate, conditional on an encoding of the row's data."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -127,7 +125,7 @@ class AmortizedFlow(AutoGuide):
         self.inputs = inputs
         self.latents: list[LatentSite] = []
 
-    def setup(self, *args: Any, **kwargs: Any) -> AmortizedFlow:
+    def setup(self, *args: Any, **kwargs: Any) -> "AmortizedFlow":
         """Build the guide from the model's arguments; return the guide."""
         self._setup_prototype(*args, **kwargs)
         return self
@@ -294,7 +292,7 @@ class AmortizedFlow(AutoGuide):
             parameter.__dict__.pop("unconstrained", None)
         return {**self.__dict__, "_model": None, "master": None, "prototype_trace": None, "plates": {}}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> AmortizedFlow:
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AmortizedFlow":
         other = self.__class__.__new__(self.__class__)
         memo[id(self)] = other
         shared = {"_model": self._model, "master": None, "prototype_trace": self.prototype_trace}

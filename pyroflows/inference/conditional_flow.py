@@ -1,7 +1,5 @@
 """The flow of an amortised posterior: data on one scale, a linear regression, and splines for the shape."""
 
-from __future__ import annotations
-
 from typing import cast
 
 import torch

@@ -1,7 +1,5 @@
 """An ELBO over several processes, for Pyro's SVI."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any

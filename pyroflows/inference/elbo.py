@@ -1,7 +1,5 @@
 """Objectives for Pyro's SVI: the ELBO with its path gradient, a tempered one, and the importance-weighted bound."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any

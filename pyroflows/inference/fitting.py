@@ -1,7 +1,5 @@
 """Fit the posterior of any Pyro model in one call: a search for a learning rate, then stages."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import math

@@ -1,7 +1,5 @@
 """A flow as the guide of any Pyro model."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -125,7 +123,7 @@ class AutoFlow(AutoContinuous):
         if args is not None or kwargs is not None or _needs_no_arguments(model):
             self.setup(*(args or ()), **(kwargs or {}))
 
-    def setup(self, *args: Any, **kwargs: Any) -> AutoFlow:
+    def setup(self, *args: Any, **kwargs: Any) -> "AutoFlow":
         """Build the guide from the model's arguments, and initialise it; return the guide."""
         self._setup_prototype(*args, **kwargs)
         return self
@@ -256,7 +254,7 @@ class AutoFlow(AutoContinuous):
 
     # What a guide that is not built would do silently
 
-    def _apply(self, fn: Any, recurse: bool = True) -> AutoFlow:
+    def _apply(self, fn: Any, recurse: bool = True) -> "AutoFlow":
         self.require_flow()
         return super()._apply(fn, recurse)
 
@@ -274,7 +272,7 @@ class AutoFlow(AutoContinuous):
 
     # Copies share the model; pickles leave it out with its data, since a model can rarely be pickled
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> AutoFlow:
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AutoFlow":
         new = memo[id(self)] = self.__class__.__new__(self.__class__)
         shared = ("_model", "log_joint", "master")
         state = {k: v if k in shared else copy.deepcopy(v, memo) for k, v in self.__dict__.items()}

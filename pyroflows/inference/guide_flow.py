@@ -1,7 +1,5 @@
 """The flow of a guide: built, checked against the latents, and registered in Pyro's store of parameters."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Importance weights of a guide's draws: evidence, errors, missed modes, and a verdict."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Posteriors as ArviZ holds them, and ArviZ's diagnostics of Markov chains."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Gaussian approximations of a posterior, found from its log joint density and score alone, to initialise a guide."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The log joint density of a Pyro model over one unconstrained vector, for many points at once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial

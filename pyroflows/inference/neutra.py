@@ -1,7 +1,5 @@
 """Markov chains in the latent space of a trained guide (NeuTra)."""
 
-from __future__ import annotations
-
 import copy
 import math
 import sys
@@ -93,7 +91,7 @@ class _Reparam(NeuTraReparam):
         super().__init__(guide)
 
     @property
-    def transform(self) -> _SharedLogDet | None:
+    def transform(self) -> "_SharedLogDet | None":
         """The transform of the guide, which Pyro sets."""
         return self._transform
 

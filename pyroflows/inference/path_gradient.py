@@ -1,7 +1,5 @@
 """Path gradients of log weights: by the draws of a guide alone, without those of its log-density at fixed draws."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +36,7 @@ class _Draw:
     density: _ScoredDensity | None = None
 
     @classmethod
-    def of(cls, fn: Any, *args: Any, **kwargs: Any) -> _Draw:
+    def of(cls, fn: Any, *args: Any, **kwargs: Any) -> "_Draw":
         if args or kwargs or not _is_flow(fn):
             value, density = fn(*args, **kwargs), None
         else:

@@ -1,7 +1,5 @@
 """A fitted posterior: draws, a verdict, ArviZ, predictions, Markov chains, files."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -233,7 +231,7 @@ class Posterior:
         num_warmup: int = 200,
         seed: int | None = None,
         progress: bool | None = None,
-    ) -> Posterior:
+    ) -> "Posterior":
         """Run NUTS in the latent space of the flow, where the posterior is nearly standard normal; return the result.
 
         Args:
@@ -271,7 +269,7 @@ class Posterior:
         *args: Any,
         flow: Callable[..., Flow] | Flow | None = None,
         **kwargs: Any,
-    ) -> Posterior:
+    ) -> "Posterior":
         """Read what :meth:`save` wrote, with the model and its arguments, which no file holds.
 
         Args:

@@ -1,7 +1,5 @@
 """Files of posteriors: a guide's flow, the draws that were weighed, and how to verify the model on load."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any

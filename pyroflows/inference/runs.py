@@ -1,7 +1,5 @@
 """Runs of a Pyro model at points of unconstrained space: one point at a time, or many in one run."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress

@@ -1,7 +1,5 @@
 """Simulations of a Pyro model's latents and data, many in one run where the model allows it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any

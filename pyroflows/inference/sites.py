@@ -1,7 +1,5 @@
 """Latent sites of a Pyro model, and their slices of one unconstrained vector."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast

@@ -1,7 +1,5 @@
 """The structure of a Pyro model, read from its first run."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
@@ -56,7 +54,7 @@ class ModelStructure:
     max_plate_nesting: int = 0
 
     @classmethod
-    def of(cls, model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> ModelStructure:
+    def of(cls, model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> "ModelStructure":
         """Run a model with each latent at its initial value, and read the trace."""
         trace = _first_run(model, args, kwargs)
         structure = cls(parameters=[name for name, node in trace.nodes.items() if node["type"] == "param"])

@@ -1,7 +1,5 @@
 """Activation normalisation: a scale and shift initialised from data."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

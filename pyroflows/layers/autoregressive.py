@@ -1,7 +1,5 @@
 """Masked autoregressive layers: each feature is transformed by the features before it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Batch normalisation as a bijection."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Coupling layers of images: channels or pixels transform the others through a convolutional network."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Coupling layers: some features transform the others."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

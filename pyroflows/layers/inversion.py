@@ -1,7 +1,5 @@
 """Fast inversion of autoregressive layers, with implicit gradients."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, cast
 

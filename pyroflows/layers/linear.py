@@ -1,7 +1,5 @@
 """Learned linear mixing: of features, and of the channels of an image, Glow's 1x1 convolution."""
 
-from __future__ import annotations
-
 import math
 from contextlib import AbstractContextManager, nullcontext
 

@@ -1,7 +1,5 @@
 """The multi-scale architecture: channels are factored out into the latent at each level."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from itertools import pairwise
 

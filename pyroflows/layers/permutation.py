@@ -1,7 +1,5 @@
 """Fixed permutations of the features, or of the channels of an image."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Planar flows: a shift along one direction, by the distance from a plane."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Maps of each feature on its own: affine, sigmoid and logit, standardisation."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
@@ -190,7 +188,7 @@ class Standardize(Bijection):
         self.register_buffer("std", std.clone())
 
     @classmethod
-    def from_data(cls, y: Tensor) -> Standardize:
+    def from_data(cls, y: Tensor) -> "Standardize":
         """Build the layer from the mean and standard deviation of data of shape ``(rows, *features)``."""
         y = as_float_tensor(y)
         if y.dim() < 2 or y.shape[0] < 2:

@@ -1,7 +1,5 @@
 """Radial flows: contraction or expansion around a centre."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Monotone rational-quadratic splines with linear tails."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Space to channels: blocks of pixels become the channels of one pixel."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Transformers: increasing maps of single numbers, whose parameters a conditioner computes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

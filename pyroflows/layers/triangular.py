@@ -1,7 +1,5 @@
 """A lower-triangular affine map in the units of a Gaussian, which whitens a posterior."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -1,7 +1,5 @@
 """The named flows of images at several scales: Glow and RealNVP."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The named flows: functions that build a Flow with good defaults."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, overload
 

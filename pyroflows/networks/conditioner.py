@@ -1,7 +1,5 @@
 """The network that computes a coupling's parameters."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import nn

@@ -1,7 +1,5 @@
 """Convolutional networks for the parameters of image layers: Glow's, and RealNVP's residual one."""
 
-from __future__ import annotations
-
 import math
 from typing import cast
 

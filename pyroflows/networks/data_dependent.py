@@ -1,7 +1,5 @@
 """Parameters initialised by the first batch of training data."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

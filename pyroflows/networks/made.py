@@ -1,7 +1,5 @@
 """Masked autoencoders: networks each of whose outputs sees only the features before its own."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 

@@ -1,7 +1,5 @@
 """Multilayer perceptrons that compute the parameters of layers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import cast

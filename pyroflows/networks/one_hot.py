@@ -1,7 +1,5 @@
 """One-hot class labels as a context."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

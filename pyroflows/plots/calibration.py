@@ -1,7 +1,5 @@
 """Calibration: normality of a latent, uniformity of ranks and transforms, and coverage of intervals."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import cycle
 from typing import Literal

@@ -1,7 +1,5 @@
 """Axes to draw on: the caller's, or new ones at the width and type sizes of a paper's columns."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Images: grids and interpolations."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from matplotlib.axes import Axes

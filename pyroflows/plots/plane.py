@@ -1,7 +1,5 @@
 """The plane: densities, samples, and the latent grid after each layer of a flow."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import matplotlib.pyplot as plt

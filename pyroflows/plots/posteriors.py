@@ -1,7 +1,5 @@
 """Posteriors: draws against reference draws, and k-hat of importance weights."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Tables of data against samples: the distribution of each column, and every pair of columns."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from textwrap import fill
 

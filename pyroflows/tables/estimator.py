@@ -1,7 +1,5 @@
 """Flows as scikit-learn estimators: a density, and a classifier by Bayes' rule."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -126,7 +124,7 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         self.random_state = random_state
         self.verbose = verbose
 
-    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> FlowDensity:
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> "FlowDensity":
         """Train the flow on rows, each of weight one by default, and on their ``y`` if it is conditional."""
         if self.conditional is not None:
             check_option("conditional", self.conditional, ("class", "number"))
@@ -323,7 +321,7 @@ class FlowClassifier(ClassifierMixin, BaseEstimator):
         self.density = density
         self.priors = priors
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> FlowClassifier:
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "FlowClassifier":
         """Train the density of rows given their class, and count the classes."""
         if self.density is not None and not isinstance(self.density, FlowDensity):
             raise TypeError(f"expected density as a FlowDensity; got {type(self.density).__name__}")

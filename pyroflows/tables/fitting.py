@@ -1,7 +1,5 @@
 """Fit a flow to a table: build it from the rows, hold rows out, and train."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any

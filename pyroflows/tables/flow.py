@@ -1,7 +1,5 @@
 """The flow of a table: a named flow in the units of the table's columns."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any

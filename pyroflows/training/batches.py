@@ -1,7 +1,5 @@
 """Batches for training: rows of an array, batches of the user's own, or steps without data."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from typing import Any, NamedTuple
@@ -78,7 +76,7 @@ class MappedArray:
         self.dtype = dtype if empty.is_floating_point() else empty.dtype
         self.rows: Tensor | None = None  # a subset of the array's rows; None for all
 
-    def subset(self, rows: Tensor) -> MappedArray:
+    def subset(self, rows: Tensor) -> "MappedArray":
         """Return a view of these rows, without reading them."""
         view = copy(self)
         view.rows = rows.cpu() if self.rows is None else self.rows[rows.cpu()]
@@ -154,7 +152,7 @@ class Rows:
         start, stop, _ = part.indices(len(self))
         return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
 
-    def sample(self, most: int) -> Rows:
+    def sample(self, most: int) -> "Rows":
         """Return at most this number of rows, evenly spaced, if they are in a file; else all."""
         if isinstance(self.x, Tensor) or len(self) <= most:
             return self

@@ -1,7 +1,5 @@
 """Checkpoints: the file from which a fit resumes, and what must be the same when it does."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

@@ -1,7 +1,5 @@
 """Train a flow by maximum likelihood, or by any other objective."""
 
-from __future__ import annotations
-
 import copy
 import os
 from collections.abc import Callable, Iterable

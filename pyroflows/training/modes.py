@@ -1,7 +1,5 @@
 """How a flow runs while it trains: memory layout, precision, activation checkpointing, compiled methods."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager

@@ -1,7 +1,5 @@
 """Adam and Adamax of torch, without its compiler, and the schedule of the learning rate."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Iterable

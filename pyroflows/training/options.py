@@ -1,7 +1,5 @@
 """Options of a fit that most users leave alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

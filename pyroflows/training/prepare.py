@@ -1,7 +1,5 @@
 """Data for a fit: checked, on the device, and divided into training and held-out rows."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """Gradients summed over ranks, and FSDP: parameters, gradients and optimizer state sharded over ranks."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

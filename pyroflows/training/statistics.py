@@ -1,7 +1,5 @@
 """What norms take from data: the statistics of batch norms, and the first batch of norms that start from one."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """``pyroflows demo``: a first look, on bundled data."""
 
-from __future__ import annotations
-
 import argparse
 
 from pyroflows.cli.demo.report import write_report

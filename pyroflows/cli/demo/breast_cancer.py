@@ -1,7 +1,5 @@
 """A real table: flows and simpler models by the likelihood of test rows."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Densities that the demo compares: flows and simpler models."""
 
-from __future__ import annotations
-
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence

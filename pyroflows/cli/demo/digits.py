@@ -1,7 +1,5 @@
 """Images: a small Glow of scikit-learn's digits next to a Gaussian mixture, in bits per dimension and as samples."""
 
-from __future__ import annotations
-
 import math
 import time
 import warnings

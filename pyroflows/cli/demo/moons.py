@@ -1,7 +1,5 @@
 """Two moons: flows and simpler models next to the exact density."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

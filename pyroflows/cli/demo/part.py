@@ -1,7 +1,5 @@
 """A part of the demo, and what all parts need: one thread, one seed, figures and printed lines."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

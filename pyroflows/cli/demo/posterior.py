@@ -1,7 +1,5 @@
 """A posterior: one call of ``fit_posterior`` next to a mean-field guide and the exact numbers."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from pathlib import Path

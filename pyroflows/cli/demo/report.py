@@ -1,7 +1,5 @@
 """The complete demo: its parts one after another, figures and a short report."""
 
-from __future__ import annotations
-
 import json
 import platform
 import time
