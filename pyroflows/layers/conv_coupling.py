@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
-from pyroflows.arguments import Shape, as_image_shape, check_option, check_outputs
+from pyroflows.arguments import Shape, as_image_shape, check_option
 from pyroflows.bijection import Bijection, Pair
 from pyroflows.layers.transformers import Transform, Transformer, make_transformer, num_parameters, split_by_parameter
 from pyroflows.networks.conditioner import make_conditioner
@@ -97,9 +97,7 @@ class ConvCoupling(Bijection):
         return torch.cat([y, identity] if self.flip else [identity, y], -3), log_det.sum((-3, -2, -1))
 
     def _parameters_for(self, x: Tensor, seen: Tensor, context: Tensor | None) -> Sequence[Tensor]:
-        output = self.conditioner(seen, context)
-        check_outputs(output, self.output_shape)
-        return split_by_parameter(self.transformer, output, x, dim=-3)
+        return split_by_parameter(self.transformer, self.conditioner(seen, context), x, self.output_shape)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.latent_shape)}, mask={self.mask!r}, flip={self.flip}, transformer={self.transformer}"

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
-from pyroflows.arguments import as_mask, check_outputs, check_sizes
+from pyroflows.arguments import as_mask, check_sizes
 from pyroflows.bijection import Bijection, Pair, Triple
 from pyroflows.gradients import vjp
 from pyroflows.layers.transformers import (
@@ -43,8 +43,7 @@ class Coupling(Bijection):
         x, y: ``(*batch, features)``; context: ``(*batch, context_features)``.
 
     Raises:
-        ValueError: a size is not positive, a mask or option is not one of those above, or the conditioner returns
-            another shape.
+        ValueError: a size is not positive, a mask or option is unknown, or the conditioner returns another shape.
 
     References:
         Density estimation using Real NVP, Dinh et al., 2017 (arXiv:1605.08803);
@@ -83,9 +82,8 @@ class Coupling(Bijection):
         self.register_buffer("order", order)
         self.register_buffer("inverse_order", order.argsort())
         self.transformer = make_transformer(transformer)
-        outputs = self.num_transformed * num_parameters(self.transformer)
-        self.output_shape = Size((outputs,))
-        self.conditioner = make_conditioner(conditioner, MLP, sizes[0], outputs, context_features, network)
+        self.output_shape = Size((self.num_transformed * num_parameters(self.transformer),))
+        self.conditioner = make_conditioner(conditioner, MLP, sizes[0], self.output_shape[0], context_features, network)
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> Pair:
         return self._map(self.transformer.forward, x, context)
@@ -117,8 +115,7 @@ class Coupling(Bijection):
         return self._merge(identity, y), log_det.sum(-1), self._merge(identity_score, score)
 
     def _parameters_from(self, output: Tensor, x: Tensor) -> Sequence[Tensor]:
-        check_outputs(output, self.output_shape)
-        return split_by_parameter(self.transformer, output, x)
+        return split_by_parameter(self.transformer, output, x, self.output_shape)
 
     def _split(self, x: Tensor) -> Pair:
         """Split features into identity and transformed ones."""

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 from torch.nn import functional as F
 
-from pyroflows.arguments import check_number, check_option
+from pyroflows.arguments import check_number, check_option, check_outputs
 from pyroflows.gradients import vjp
 from pyroflows.layers.spline import Spline
 from pyroflows.recipe import recorded
@@ -167,13 +167,14 @@ def split_by_feature(transformer: Transformer, output: Tensor, x: Tensor) -> Seq
     return [part.unflatten(-1, shape) if shape else part.squeeze(-1) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def split_by_parameter(transformer: Transformer, output: Tensor, x: Tensor, dim: int = -1) -> Sequence[Tensor]:
-    """Split outputs into the parameters for ``x``, and of its dtype.
+def split_by_parameter(transformer: Transformer, output: Tensor, x: Tensor, shape: Size) -> Sequence[Tensor]:
+    """Split outputs ``(*batch, *shape)`` into the parameters for ``x``, and of its dtype.
 
-    Along ``dim``, that of the features or channels, the outputs are the first parameter of all features, then the
-    second, and so on, so that each parameter and its gradient is one piece of memory.
+    The first dimension of ``shape`` is that of the features or channels. The outputs along it are the first parameter
+    of all features, then the second, and so on, so that each parameter and its gradient is one piece of memory.
     """
-    shapes = transformer.parameter_shapes
+    check_outputs(output, shape)
+    shapes, dim = transformer.parameter_shapes, -len(shape)
     output = output if output.dtype == x.dtype else output.to(x.dtype)
     if not any(shapes):
         return output.chunk(len(shapes), dim)
