@@ -26,6 +26,7 @@ __all__ = [
     "check_event_shape",
     "check_finite",
     "check_integer",
+    "check_log_det",
     "check_names",
     "check_number",
     "check_option",
@@ -276,6 +277,15 @@ def check_placement(name: str, tensor: Any, number: Tensor) -> None:
         raise TypeError(f"expected {name} of the flow's {number.dtype}; got {tensor.dtype}")
     if isinstance(tensor, Tensor) and tensor.device != number.device:
         raise ValueError(f"expected {name} on the flow's device, {number.device}; got {tensor.device}")
+
+
+def check_log_det(layer: Any, log_det: Tensor, batch: Size) -> None:
+    """Refuse a layer's log-determinant that is not one number for each point, which would broadcast."""
+    if log_det.shape != batch:
+        raise ValueError(
+            f"expected {type(layer).__name__} to return a log-determinant of shape {tuple(batch)}, one number for each "
+            f"point, summed over its features; got {tuple(log_det.shape)}"
+        )
 
 
 def check_score(score: Any, x: Tensor) -> Tensor:

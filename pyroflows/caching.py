@@ -203,6 +203,12 @@ class EvaluatedOnce:
     def _inv_call(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         return self.evaluate(y, context, forward=False)
 
+    def _call(self, x: Tensor) -> Tensor:
+        return self.forward_and_log_det(x)[0]  # torch's documented hooks for transforms, which leave no record
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self.inverse_and_log_det(y)[0]
+
     def evaluate(self, x: Tensor, context: Tensor | None, *, forward: bool) -> Tensor:
         """Map in one direction, and leave a record; or take the one that leads back."""
         record = self._record

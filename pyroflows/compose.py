@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pyroflows.arguments import check_log_det
 from pyroflows.bijection import Bijection, Pair, Triple
 
 __all__ = ["Compose"]
@@ -95,7 +96,8 @@ class Compose(Bijection):
     def _run(self, name: str, inputs: tuple[Tensor, ...], context: Tensor | None) -> tuple[Tensor, ...]:
         """Apply one method of every layer, and sum the log-determinants."""
         layers: list[Any] = list(self.layers)  # not of self, whose iterator torch 2.6 does not compile
-        layers = layers if name.startswith("forward") else layers[::-1]
+        forward = name.startswith("forward")
+        layers = layers if forward else layers[::-1]
         checkpointing = self.activation_checkpointing and torch.is_grad_enabled() and name.endswith("log_det")
         total: Tensor | None = None
         for layer in layers:
@@ -103,6 +105,7 @@ class Compose(Bijection):
             if checkpointing and not _checkpoints_within(layer):
                 method = _checkpointed(layer, method)
             x, log_det, *score = method(*inputs, layer.context_for(context))
+            check_log_det(layer, log_det, x.shape[: x.dim() - len(layer.data_shape if forward else layer.latent_shape)])
             inputs = (x, *score)
             total = log_det if total is None else total + log_det
         point, *score = inputs

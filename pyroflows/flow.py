@@ -251,6 +251,7 @@ class Flow(Recorded, nn.Module):
             return torch.export.export(_LogProb(self), inputs, dynamic_shapes=tuple({0: rows} for _ in inputs))
 
     def _sample_shape(self, shape: Shape, context: Tensor | None) -> Size:
+        self.check_input()
         return as_sample_shape(shape) + self.bijection.broadcast_batch(Size(), context)
 
     def embed(self, context: Tensor | None) -> Tensor | None:
@@ -274,6 +275,11 @@ class Flow(Recorded, nn.Module):
         if torch.compiler.is_compiling():
             return  # the walk over Pyro's modules, which define their own hash, would break the graph
         number = self._number()
+        if number.dtype in (torch.float16, torch.bfloat16):
+            raise TypeError(
+                f"expected a flow of float32 or float64, since densities need their digits; got {number.dtype}: call "
+                "flow.float(), and train networks in bfloat16 by FitOptions(precision='bf16-mixed')"
+            )
         for name, tensor in inputs.items():
             check_placement(name, tensor, number)
 

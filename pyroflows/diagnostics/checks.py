@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyroflows.arguments import check_number, check_sizes
 from pyroflows.bijection import Bijection
+from pyroflows.compose import Compose
 from pyroflows.diagnostics.arrays import Array, NumPyArray, as_rows
 from pyroflows.flow import Flow
 
@@ -101,7 +102,7 @@ def check(
     if isinstance(flow, Flow):
         flow.check_input(data=x, context=context)
     copied = copy.deepcopy(flow).eval()
-    bijection = copied.bijection if isinstance(copied, Flow) else copied
+    bijection = copied.bijection if isinstance(copied, Flow) else Compose([copied])
     with torch.no_grad():
         if isinstance(copied, Flow):
             context = copied.embed(context)

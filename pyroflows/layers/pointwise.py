@@ -208,15 +208,22 @@ class Standardize(Bijection):
 
 
 def _sigmoid(x: Tensor, alpha: float) -> Pair:
-    y = (torch.sigmoid(x) - alpha) / (1 - 2 * alpha)
+    # Rounding must not put a sample on an end, where its density is zero, nor on the way back.
+    eps, tiny = torch.finfo(x.dtype).eps, torch.finfo(x.dtype).tiny
+    low, high = (2 * eps * alpha, 1 - 2 * eps) if alpha else (tiny, 1 - eps / 2)
+    y = (torch.sigmoid(x).clamp(low, high) - alpha) / (1 - 2 * alpha)
     # Not softplus, which torch replaces by the identity beyond 20, with an error of 2e-9.
     return y, F.logsigmoid(x) + F.logsigmoid(-x) - math.log1p(-2 * alpha)
 
 
 def _logit(y: Tensor, alpha: float) -> Pair:
     inner = alpha + (1 - 2 * alpha) * y
+    outside = (inner <= 0) | (inner >= 1)
+    # A point outside has density zero; it is mapped as the middle is, so that the gradients of all rows are finite.
+    inner = torch.where(outside, 0.5, inner)
     log_inner, log_rest = torch.log(inner), torch.log1p(-inner)
-    return log_inner - log_rest, math.log1p(-2 * alpha) - log_inner - log_rest
+    log_slope = math.log1p(-2 * alpha) - log_inner - log_rest
+    return log_inner - log_rest, torch.where(outside, -math.inf, log_slope)
 
 
 def _checked_alpha(alpha: float) -> float:
