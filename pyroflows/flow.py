@@ -1,6 +1,7 @@
 """A flow, which is a prior and a stack of bijections; its Pyro distribution; and its file."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -166,9 +167,11 @@ class Flow(Recorded, nn.Module):
             return self.bijection.forward_and_log_det(z, context)[0]
 
     def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Return the latent of data, shape ``(*batch, *latent_shape)``."""
+        """Return the latent of data, shape ``(*batch, *latent_shape)``; NaN for data outside the flow's support."""
         self.check_input(data=x)
-        return self.bijection.inverse_and_log_det(x, self.embed(context))[0]
+        z, log_det = self.bijection.inverse_and_log_det(x, self.embed(context))
+        outside = log_det.isneginf().reshape(log_det.shape + (1,) * len(self.prior.event_shape))
+        return z.masked_fill(outside, math.nan)
 
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the data of a latent, shape ``(*batch, *event_shape)``."""
