@@ -14,13 +14,12 @@ from pyroflows import distributed
 from pyroflows.arguments import check_number, check_sizes
 from pyroflows.contexts import random_state, seeded, set_random_state
 from pyroflows.flow import Flow
+from pyroflows.networks.data_dependent import DataDependent
+from pyroflows.training.batches import parts_of
 from pyroflows.training.checkpoint import Checkpoint, must_match
-from pyroflows.training.modes import CompiledFlow, training_modes
-from pyroflows.training.options import FitOptions
+from pyroflows.training.modes import CompiledFlow, shard, training_modes
+from pyroflows.training.options import FitOptions, FitResult
 from pyroflows.training.prepare import prepare
-from pyroflows.training.result import FitResult
-from pyroflows.training.sharding import shard
-from pyroflows.training.statistics import restart_norms, start_norms
 from pyroflows.training.trainer import Trainer
 
 __all__ = ["Objective", "fit", "negative_log_likelihood"]
@@ -138,11 +137,9 @@ def fit(
     options = FitOptions() if options is None else options
     _check(flow, options, x, objective, checkpoint)
     check_sizes(epochs=epochs)
+    check_sizes(optional=True, patience=patience)
     check_number("learning_rate", learning_rate, "(0, inf)")
-    if patience is not None:
-        check_sizes(patience=patience)
-    if max_seconds is not None:
-        check_number("max_seconds", max_seconds, "(0, inf)")
+    check_number("max_seconds", max_seconds, "(0, inf)", optional=True)
     device = distributed.choose_device(device, near=flow.device)
     distributed.initialize(device)
     with seeded(seed, device), distributed.together(device), ExitStack() as stack:
@@ -152,16 +149,20 @@ def fit(
             state = distributed.on_first_rank(file.load)
         if state is not None:
             set_random_state(state["initial_random_state"], device)  # so that the same rows are held out
-        metadata: dict[str, Any] = {"initial_random_state": random_state(device), "must_match": {}}
-        train, held_out = prepare(flow, (x, context, weights), validation, batch_size, options, device)
-        if file is not None or distributed.world_size() > 1:
-            metadata["must_match"] = must_match(options, flow, train, held_out, learning_rate, seed, objective)
-            _check_ranks(distributed.all_gather(metadata["must_match"]))
-        if file is not None and state is not None:
-            file.check(state["must_match"], metadata["must_match"])
-        restart_norms(flow)
+        initial_random_state = random_state(device)
         stack.callback(flow.to, flow.device)
         flow.to(device)
+        train, held_out = prepare(flow, (x, context, weights), validation, batch_size, options)
+        if file is not None or distributed.world_size() > 1:
+            expected = must_match(flow, train, held_out, options, objective, learning_rate=learning_rate, seed=seed)
+            _check_ranks(distributed.all_gather(expected))
+            if file is not None:
+                file.metadata = {"initial_random_state": initial_random_state, "must_match": expected}
+            if file is not None and state is not None:
+                file.check(state["must_match"], expected)
+        for part in flow.modules():
+            if isinstance(part, DataDependent):
+                part.reset_if_untrained()
         distributed.synchronize(flow)
         if state is not None:
             flow.load_state_dict(state["weights"])
@@ -177,7 +178,6 @@ def fit(
             max_seconds=None if max_seconds is None else float(max_seconds),
             options=options,
             checkpoint=file,
-            metadata=metadata,
         )
         if state is not None:
             trainer.resume(state)
@@ -189,8 +189,16 @@ def _trained(flow: Flow, objective: Objective, train: Any, options: FitOptions, 
     if options.strategy != "fsdp" or distributed.world_size() == 1:
         stack.enter_context(training_modes(flow, options))
         return CompiledFlow(flow, options) if options.compile else flow
-    # Norms that start from data write to parameters, which is lost if these are sharded.
-    start_norms(flow, objective, train, options)
+    if any(isinstance(part, DataDependent) and part.awaits_data for part in flow.modules()):
+        # Norms start from the first batch, as in the first step; once sharded they would lose what they write to
+        # parameters. The fit moves on neither in the data nor in its random numbers.
+        position, state, rank_state = train.position, random_state(flow.device), distributed.rank_random_state()
+        batch = next(train.epoch())
+        with distributed.rank_rng():
+            objective(flow.train(), *next(parts_of(batch, options)).inputs)
+        train.position = position
+        set_random_state(state, flow.device)
+        distributed.set_rank_random_state(rank_state)
     copied = copy.deepcopy(flow)
     stack.enter_context(training_modes(copied, options))
     return shard(copied)

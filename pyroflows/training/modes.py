@@ -1,4 +1,4 @@
-"""How a flow runs while it trains: memory layout, precision, activation checkpointing, compiled methods."""
+"""How a flow runs while it trains: its memory layout and precision, compiled, checkpointed, or sharded over ranks."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -8,15 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyroflows import distributed
 from pyroflows.bijection import Bijection
 from pyroflows.compose import Compose
 from pyroflows.flow import Flow
 from pyroflows.training.options import FitOptions
 
-__all__ = ["METHODS", "CompiledFlow", "activation_checkpointing", "bf16_networks", "channels_last", "training_modes"]
+__all__ = [
+    "CompiledFlow",
+    "activation_checkpointing",
+    "bf16_networks",
+    "channels_last",
+    "gather",
+    "shard",
+    "shard_like",
+    "sum_gradients",
+    "training_modes",
+]
 
-METHODS = ("log_prob", "dequantized_log_prob", "rsample_and_log_prob", "rsample_and_score")
-"""The methods of a flow that an objective calls, and that are compiled or sharded."""
+# The methods of a flow that an objective calls, and those of a stack that its flow or an outer stack calls.
+_METHODS = ("log_prob", "dequantized_log_prob", "rsample_and_log_prob", "rsample_and_score")
+_DIRECTIONS = ("forward_and_log_det", "inverse_and_log_det", "forward_and_score", "inverse_and_score")
 
 
 class CompiledFlow:
@@ -24,7 +36,7 @@ class CompiledFlow:
 
     def __init__(self, flow: Flow, options: FitOptions):
         self.flow = flow
-        for name in METHODS:
+        for name in _METHODS:
             method = getattr(flow, name)
             if options.precision is not None:
                 method = _with_hooks(method)
@@ -61,24 +73,24 @@ def training_modes(flow: Flow, options: FitOptions) -> Iterator[None]:
         yield
 
 
+def _has_stacks(stack: nn.Module) -> bool:
+    return any(isinstance(part, Compose) and part is not stack for part in stack.modules())
+
+
 @contextmanager
 def activation_checkpointing(flow: Flow) -> Iterator[None]:
     """Keep only the inputs of layers: of the flow's own, or of the innermost stacks if it has stacks of stacks."""
-    outermost = {id(part.bijection) for part in flow.modules() if isinstance(part, Flow)}
-    stacks = [
-        part
-        for part in flow.modules()
-        if isinstance(part, Compose)
-        and (id(part) in outermost or any(isinstance(inner, Compose) and inner is not part for inner in part.modules()))
-    ]
-    before = [stack.activation_checkpointing for stack in stacks]
+    outermost = [part.bijection for part in flow.modules() if isinstance(part, Flow)]
+    stacks = [part for part in flow.modules() if isinstance(part, Compose)]
+    stacks = [stack for stack in stacks if _has_stacks(stack) or any(stack is part for part in outermost)]
+    stacks = [stack for stack in stacks if not stack.activation_checkpointing]
     for stack in stacks:
         stack.activation_checkpointing = True
     try:
         yield
     finally:
-        for stack, value in zip(stacks, before, strict=True):
-            stack.activation_checkpointing = value
+        for stack in stacks:
+            stack.activation_checkpointing = False
 
 
 @contextmanager
@@ -97,31 +109,27 @@ def bf16_networks(flow: Flow) -> Iterator[None]:
 
     Rounded, a map's point would have another log-determinant. Hooks switch autocast on for each call of a network.
     """
-    parents = [part for part in flow.modules() if isinstance(part, (Bijection, Flow))]
-    networks = {id(network): network for parent in parents for network in _networks(parent)}
-    device, handles = flow.device.type, []
-    outer = _autocast_state(device)
-    for network in networks.values():
-        hook = _Autocast(device, flow.dtype)
-        handles.append(network.register_forward_pre_hook(hook.enter))
-        handles.append(network.register_forward_hook(hook.leave))
+    device = flow.device.type
+    before, hooks, handles = _autocast_state(device), _Autocast(device, flow.dtype), []
+    for network in {network: None for part in flow.modules() for network in _networks(part)}:
+        handles += [network.register_forward_pre_hook(hooks.enter), network.register_forward_hook(hooks.leave)]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-        _set_autocast(device, *outer)  # after an error or interrupt within a network, for which no hook is called
+        _set_autocast(device, *before)  # after an error or interrupt within a network, for which no hook is called
 
 
 class _Autocast:
-    """Forward hooks that run a network in bfloat16 in training mode.
+    """Hooks that do what ``torch.autocast`` does, which the compiler does not trace if entered by one, left by another.
 
-    They set what ``torch.autocast`` sets: the compiler does not trace a context that one hook enters and another exits.
+    A class, so that a flow can be pickled and copied with them.
     """
 
     def __init__(self, device: str, dtype: torch.dtype):
         self.device, self.dtype = device, dtype
-        self.outer: list[tuple[bool, torch.dtype]] = []
+        self.outer: list[tuple[bool, torch.dtype]] = []  # the states outside each network, as one may hold others
 
     def enter(self, network: nn.Module, inputs: Any) -> None:
         self.outer.append(_autocast_state(self.device))
@@ -147,5 +155,59 @@ def _networks(parent: nn.Module) -> list[nn.Module]:
     """Return the networks of a bijection, its children that are none, or the embedding of a flow."""
     if isinstance(parent, Flow):
         return [] if parent.embedding is None else [parent.embedding]
+    if not isinstance(parent, Bijection):
+        return []
     children = [c for child in parent.children() for c in (child if isinstance(child, nn.ModuleList) else [child])]
     return [child for child in children if not isinstance(child, Bijection)]
+
+
+def shard(flow: Flow) -> Any:
+    """Shard a flow by PyTorch's FSDP2: the innermost stacks one by one, then the rest.
+
+    A stack's parameters are gathered while it runs, forward and again backward.
+    """
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    for part in list(flow.modules()):
+        if isinstance(part, Compose) and part is not flow.bijection and not _has_stacks(part):
+            fully_shard(part)
+            for direction in _DIRECTIONS:
+                register_fsdp_forward_method(part, direction)
+                register_fsdp_forward_method(part, f"unchecked_{direction}")  # what an outer stack calls
+    fully_shard(flow)
+    for method in _METHODS:
+        register_fsdp_forward_method(flow, method)
+    return flow
+
+
+def gather(tree: Any) -> Any:
+    """Return a tree of lists and dicts with sharded tensors gathered; called on all ranks at once."""
+    if isinstance(tree, dict):
+        return {name: gather(value) for name, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [gather(value) for value in tree]
+    return tree.full_tensor() if hasattr(tree, "full_tensor") else tree
+
+
+@torch.no_grad()
+def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """Return a tensor sharded as another is, if it is; called on all ranks at once."""
+    from torch.distributed.tensor import distribute_tensor
+
+    if not hasattr(other, "placements"):
+        return tensor
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)  # type: ignore[attr-defined]
+
+
+def sum_gradients(parameters: list[nn.Parameter], loss: Tensor) -> Tensor:
+    """Sum gradients, in place, and the loss over the ranks.
+
+    Not by DistributedDataParallel, which sees only calls of a module's ``forward``, and expects a gradient of every
+    parameter: an objective may call any of a flow's methods, several times, and leave parameters out.
+    """
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    parts = [*(gradient.flatten() for gradient in gradients), loss.to(gradients[0])[None]]
+    sums = distributed.all_reduce(torch.cat(parts)).split([len(part) for part in parts])
+    for parameter, gradient, total in zip(parameters, gradients, sums, strict=False):
+        parameter.grad = gradient.copy_(total.view_as(gradient))  # in its layout, the one that a fused optimizer knows
+    return sums[-1][0]

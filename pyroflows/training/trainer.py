@@ -1,5 +1,6 @@
-"""The training loop."""
+"""The training loop, its optimizers and the statistics of its batch norms."""
 
+import inspect
 import math
 import time
 from collections.abc import Callable
@@ -13,15 +14,31 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from pyroflows import distributed
 from pyroflows.contexts import random_state, set_random_state
 from pyroflows.flow import Flow
+from pyroflows.layers.batchnorm import BatchNorm
 from pyroflows.training.batches import Batch, Batches, Rows, Steps, as_channels_last, parts_of
 from pyroflows.training.checkpoint import Checkpoint
-from pyroflows.training.optimizers import build_optimizer, schedule_factor
-from pyroflows.training.options import FitOptions
-from pyroflows.training.result import FitResult
-from pyroflows.training.sharding import gather, shard_like, sum_gradients
-from pyroflows.training.statistics import set_batch_statistics
+from pyroflows.training.modes import gather, shard_like, sum_gradients
+from pyroflows.training.options import FitOptions, FitResult
 
-__all__ = ["Trainer"]
+__all__ = ["Adam", "Adamax", "Trainer"]
+
+_SAVED = ("epoch_step", "sums", "skipped", "best_weights")  # attributes of a trainer
+_STATISTICS_ROWS = 2**17  # of data in a file
+
+
+def _without_compiler(optimizer: type[torch.optim.Optimizer]) -> Any:
+    """Derive an optimizer that does not import torch's compiler, which takes seconds.
+
+    Torch wraps these methods so that the compiler leaves them alone, and the wrappers import it at the first call.
+    """
+    names = ("add_param_group", "load_state_dict", "state_dict", "zero_grad")
+    methods: dict[str, Any] = {name: inspect.unwrap(getattr(optimizer, name)) for name in names}
+    methods["step"] = torch.no_grad()(inspect.unwrap(optimizer.step))
+    return type(optimizer.__name__, (optimizer,), methods)
+
+
+Adam = _without_compiler(torch.optim.Adam)
+Adamax = _without_compiler(torch.optim.Adamax)
 
 
 @dataclass
@@ -39,14 +56,16 @@ class Trainer:
     max_seconds: float | None
     options: FitOptions
     checkpoint: Checkpoint | None
-    metadata: dict[str, Any]  # of the checkpoint
 
     def __post_init__(self) -> None:
         self.device = self.flow.device
         self.sharded = isinstance(self.trained, Flow) and self.trained is not self.flow
         self.parameters = list(self.trained.parameters())
         self.trainable = [p for p in self.parameters if p.requires_grad]
-        self.optimizer = build_optimizer(self.trainable, self.learning_rate, self.options)
+        # Adam is fused, so that it can skip a step without waiting for the device.
+        kind, implementation = (Adam, "fused") if self.options.optimizer == "adam" else (Adamax, "foreach")
+        decay = float(self.options.weight_decay)
+        self.optimizer = kind(self.trainable, self.learning_rate, weight_decay=decay, **{implementation: True})
         self.ema = [p.detach().clone() for p in self.parameters] if self.options.ema_decay else []
         self.result = FitResult({k: [] for k in ("train", "validation", "gradient_norm", "learning_rate", "seconds")})
         self.total_steps = self.epochs * self.train.steps if self.train.steps else None
@@ -54,19 +73,17 @@ class Trainer:
         self.skipped = torch.zeros(2, device=self.device)  # steps, in all and in a row
         self.sums = torch.zeros(3, device=self.device)  # of this epoch: losses, gradient norms, steps not skipped
         self.epoch_step = 0
-        self.initial_weights: dict[str, Tensor] | None = self._weights()  # until there are best ones
-        self.best_weights: dict[str, Tensor] | None = None
+        self.best_weights = self._weights()  # the initial ones, until an epoch is the best
         self.began = time.perf_counter()
 
     def run(self, progress: bool | str | None) -> FitResult:
         """Train until there is a reason to stop, and leave the flow with its best weights."""
         result = self.result
         try:
-            with progress_bar(progress, self.total_steps, result.steps) as bar:
+            with _progress_bar(progress, self.total_steps, result.steps) as bar:
                 while not result.stopped:
                     train_loss, gradient_norm = self._epoch(bar)
-                    if self.total_steps is None:
-                        self.total_steps = self.epochs * result.steps
+                    self.total_steps = self.total_steps or self.epochs * result.steps
                     self._swap_ema()
                     self._record(train_loss, self._evaluate(train_loss), gradient_norm)
                     self._swap_ema()
@@ -74,9 +91,8 @@ class Trainer:
                     self._save(epoch_ended=True)
         finally:
             # Also after an interrupt or an error of the objective the flow has its best weights, after an epoch.
-            weights = self.initial_weights if self.best_weights is None and self._diverged() else self.best_weights
-            if weights is not None:
-                self.flow.load_state_dict(weights)
+            if result.best_epoch is not None or self._diverged():
+                self.flow.load_state_dict(self.best_weights)
             self.flow.eval()
         distributed.synchronize(self.flow)
         return result
@@ -115,8 +131,15 @@ class Trainer:
         return (loss / steps, norm / steps) if steps else (math.nan, math.nan)
 
     def _set_learning_rate(self, elapsed: float) -> None:
-        done = 0.0 if self.max_seconds is None else min(elapsed / self.max_seconds, 1.0)
-        factor = schedule_factor(self.result.steps, self.total_steps, done, self.options)
+        """Set the rate by the share of the steps taken, if their number is known, or of the time that has elapsed."""
+        steps, total, warmup = self.result.steps, self.total_steps, self.options.warmup
+        time_share = 0.0 if self.max_seconds is None else elapsed / self.max_seconds
+        done = min(max(steps / total if total else 0.0, time_share), 1.0)
+        # Until the number of steps is known, a hundred warm up.
+        step = 1 / total if total else warmup * (steps + 1) / 100
+        factor = min(1.0, (done + step) / warmup) if warmup else 1.0
+        if self.options.schedule == "cosine":
+            factor = factor * (1 + math.cos(math.pi * done)) / 2
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * factor
 
@@ -125,7 +148,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
         for part in parts_of(batch, self.options):
-            loss = check_loss(self.objective(self.trained, *part.inputs))
+            loss = self.objective(self.trained, *part.inputs)
+            if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
+                got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                raise TypeError(f"expected an objective that returns a scalar tensor with a gradient; got {got}")
             share = part.share * batch.share
             loss = loss if share == 1 else loss * share
             # FSDP averages gradients over the ranks.
@@ -139,7 +165,7 @@ class Trainer:
         bad = (~(loss.isfinite() & norm.isfinite())).float()
         if self.options.optimizer == "adam":
             # The fused optimizer reads this flag on the device, and skips the step.
-            self.optimizer.found_inf = bad  # type: ignore[attr-defined]
+            self.optimizer.found_inf = bad
             self.optimizer.step()
         elif not bad:  # waits for a GPU, which is little next to a step of a flow of images
             self.optimizer.step()
@@ -166,16 +192,18 @@ class Trainer:
             self.flow.load_state_dict(gather(self.trained.state_dict()))
         flow = self.flow if self.sharded else self.trained
         flow.eval()
-        loss = train_loss
+        rows, total = self.held_out, 0.0
         with distributed.rank_rng():
             if isinstance(self.train, Rows):
-                set_batch_statistics(self.flow, self.train)
-            if self.held_out is not None:
-                loss = mean_loss(flow, self.objective, self.held_out, self.options)
+                _set_batch_statistics(self.flow, self.train)
+            if rows is not None:
+                for part in rows.slices():
+                    inputs = as_channels_last(rows[part], self.options).inputs
+                    total += float(self.objective(flow, *inputs)) * (part.stop - part.start)
         if self.sharded:
             for buffer, value in zip(self.trained.buffers(), self.flow.buffers(), strict=True):
                 buffer.copy_(value)  # the statistics of batch norms
-        return loss
+        return train_loss if rows is None else sum(distributed.all_gather(total)) / len(rows)
 
     def _record(self, train_loss: float, loss: float, gradient_norm: float) -> None:
         """Add an epoch to the history, and keep its weights, which the flow has, if they are the best."""
@@ -192,7 +220,7 @@ class Trainer:
         better = loss < result.best_loss or self.held_out is None
         if math.isfinite(loss) and better and not self._diverged():
             result.best_loss, result.best_epoch = loss, len(history["train"]) - 1
-            self.best_weights, self.initial_weights = self._weights(), None
+            self.best_weights = self._weights()
 
     def _stop_reason(self) -> str:
         if self._diverged():
@@ -232,17 +260,12 @@ class Trainer:
         result = self.result
         result.seconds = result.history["seconds"][-1] if result.stopped else self._seconds()
         return {
-            **self.metadata,
+            **{name: getattr(self, name) for name in _SAVED},
             "result": asdict(result),
-            "epoch_step": self.epoch_step,
             "steps_per_epoch": self.total_steps // self.epochs if self.total_steps else None,
-            "sums": self.sums,
-            "skipped": self.skipped,
             "weights": gather(self.trained.state_dict()),
             "ema": gather(self.ema),
             "optimizer": gather(self.optimizer.state_dict()),
-            "initial_weights": self.initial_weights,
-            "best_weights": self.best_weights,
             "position": self.train.position,
             "random_state": random_state(self.device),
             "rank_random_states": distributed.all_gather(distributed.rank_random_state()),
@@ -250,6 +273,8 @@ class Trainer:
 
     def resume(self, state: dict[str, Any]) -> None:
         """Continue from the state of a checkpoint, whose weights the flow has."""
+        vars(self).update({name: state[name] for name in _SAVED})
+        self.sums, self.skipped = self.sums.to(self.device), self.skipped.to(self.device)
         self.result = FitResult(**state["result"])
         if state["steps_per_epoch"]:
             self.total_steps = self.epochs * state["steps_per_epoch"]
@@ -260,11 +285,7 @@ class Trainer:
             like = self.trainable[number]
             moments[number] = {k: v if v.dim() == 0 else shard_like(v, like) for k, v in values.items()}
         self.optimizer.load_state_dict(state["optimizer"])
-        self.skipped.copy_(state["skipped"])
-        self.sums.copy_(state["sums"])
-        self.epoch_step = state["epoch_step"]
-        self.initial_weights, self.best_weights = state["initial_weights"], state["best_weights"]
-        self.train.seek(state["position"])
+        self.train.position = state["position"]
         self.began = time.perf_counter() - self.result.seconds
         set_random_state(state["random_state"], self.device)
         if len(state["rank_random_states"]) == distributed.world_size():  # else the others start new ones
@@ -275,28 +296,25 @@ class Trainer:
             self.result.stopped = self._stop_reason()
 
 
-def check_loss(loss: Any) -> Tensor:
-    """Return the loss of an objective, if it is a scalar with a gradient."""
-    if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
-        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise TypeError(f"expected an objective that returns a scalar tensor with a gradient; got {got}")
-    return loss
+@torch.no_grad()
+def _set_batch_statistics(flow: Flow, train: Rows) -> None:
+    """Set the statistics of every BatchNorm of the stack from the training rows, in one pass from data to latent."""
+    if not any(isinstance(layer, BatchNorm) for layer in flow.layers):
+        return
+    train = train.sample(_STATISTICS_ROWS)
+    chunks = [train[rows] for rows in train.slices()]
+    xs = [chunk.x if flow.dequantizer is None else flow.dequantizer(chunk.x)[0] for chunk in chunks]
+    contexts = [None if chunk.context is None else flow.embed(chunk.context) for chunk in chunks]
+    for layer in reversed(flow.layers):
+        if isinstance(layer, BatchNorm):
+            layer.set_statistics(torch.cat(xs))
+        xs = [layer.inverse_and_log_det(x, layer.context_for(c))[0] for x, c in zip(xs, contexts, strict=True)]
 
 
-def mean_loss(flow: Any, objective: Callable[..., Tensor], rows: Rows, options: FitOptions) -> float:
-    """Return the mean loss over rows, of which each rank evaluates its slice."""
-    total = 0.0
-    for part in rows.slices(distributed.rank_slice(len(rows))):
-        inputs = as_channels_last(rows[part], options).inputs
-        total += float(objective(flow, *inputs)) * (part.stop - part.start)
-    return sum(distributed.all_gather(total)) / len(rows)
-
-
-def progress_bar(progress: bool | str | None, total: int | None, done: int) -> Any:
+def _progress_bar(progress: bool | str | None, total: int | None, done: int) -> Any:
     """Return a bar of steps on the first rank: shown or not; by default, and with a label, shown on a terminal only."""
     from tqdm.auto import tqdm
 
     label = progress if isinstance(progress, str) else None
-    disable = None if progress is None or label is not None else not progress
-    disable = True if distributed.rank() else disable
+    disable = True if distributed.rank() else not progress if isinstance(progress, bool) else None
     return tqdm(total=total, initial=done, desc=label, disable=disable, unit="step", leave=False)
