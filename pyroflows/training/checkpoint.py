@@ -64,10 +64,10 @@ class Checkpoint:
         with replacing(self.path) as file:
             torch.save({"format": _FORMAT, **self.metadata, **state}, file)
 
-    def check(self, saved: dict[str, Any], expected: dict[str, Any]) -> None:
-        """Refuse the checkpoint of a fit with other options, of another flow or of other data."""
-        for name, value in expected.items():
-            got = saved.get(name)
+    def check(self, state: dict[str, Any]) -> None:
+        """Refuse the saved state of a fit with other options, of another flow or of other data."""
+        for name, value in self.metadata["must_match"].items():
+            got = state["must_match"].get(name)
             if got != value and name in ("flow", "data"):
                 raise ValueError(f"expected the checkpoint of a fit of this {name}; got that of another in {self.path}")
             if got != value:

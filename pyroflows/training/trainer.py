@@ -51,11 +51,11 @@ class Trainer:
     held_out: Rows | None
     objective: Callable[..., Tensor]
     learning_rate: float
+    options: FitOptions
+    checkpoint: Checkpoint | None
     epochs: int
     patience: int | None
     max_seconds: float | None
-    options: FitOptions
-    checkpoint: Checkpoint | None
 
     def __post_init__(self) -> None:
         self.device = self.flow.device
