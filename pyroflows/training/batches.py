@@ -5,8 +5,7 @@ and has a ``position`` in the data, which a checkpoint saves and sets.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from copy import copy
-from itertools import repeat
+from itertools import count, repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,17 +73,14 @@ def as_numbers(array: np.ndarray[Any, Any]) -> Tensor:
 class MappedArray:
     """A memory-mapped array that is indexed like a tensor, and read only where it is indexed."""
 
-    def __init__(self, array: np.memmap[Any, Any], dtype: torch.dtype, device: torch.device):
-        self.array, self.device = array, device
+    def __init__(self, array: Any, dtype: torch.dtype, device: torch.device, rows: Tensor | None = None):
+        self.array, self.device, self.rows = array, device, rows  # without rows, all of the array's
         empty = as_numbers(np.array(array[:0]))
         self.dtype = dtype if empty.is_floating_point() else empty.dtype
-        self.rows: Tensor | None = None  # a subset of the array's rows; None for all
 
     def subset(self, rows: Tensor) -> "MappedArray":
         """Return a view of these rows of the whole array, without reading them."""
-        view = copy(self)
-        view.rows = rows.cpu()
-        return view
+        return MappedArray(self.array, self.dtype, self.device, rows.cpu())
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -102,21 +98,10 @@ class MappedArray:
 
 
 class Rows:
-    """Rows on the device, or in a memory-mapped file, in batches drawn by shuffling their indices.
-
-    An epoch is a pass over the rows; those left over by its last batch wait for another shuffle. With ``steps``, an
-    epoch has this number of steps, and a shuffle runs on through epochs until all rows were seen. Each rank takes its
-    slice of every batch.
-    """
+    """Rows in memory or in a file: an epoch is a pass over them or, with ``steps``, part of a shuffle that runs on."""
 
     def __init__(
-        self,
-        x: Tensor | MappedArray,
-        context: Tensor | MappedArray | None = None,
-        weights: Tensor | None = None,
-        *,
-        batch_size: int = 1,
-        steps: int | None = None,
+        self, x: Any, context: Any = None, weights: Any = None, *, batch_size: int = 1, steps: int | None = None
     ):
         self.x, self.context, self.weights, self.batch_size = x, context, weights, batch_size
         self.steps = steps or len(x) // batch_size
@@ -156,11 +141,7 @@ class Rows:
 
 
 class Batches:
-    """Batches that come from the user, such as a DataLoader's.
-
-    Each is the batch of all ranks, of which each takes its slice of the rows; if the batches are sharded, each rank
-    reads batches of its own.
-    """
+    """Batches that come from the user: each rank takes its slice of each or, if they are sharded, reads its own."""
 
     def __init__(self, batches: Iterable[Any], as_rows: Callable[[Any, Any, str], Any], device: torch.device):
         self.batches, self.as_rows, self.device = batches, as_rows, device
@@ -181,20 +162,19 @@ class Batches:
             self.position = state
         if self.sampler is not None:
             self.sampler.set_epoch(int(torch.randint(2**31, ())))  # or every epoch would have the same order
-        numbered = enumerate(self.batches)
-        whole = (self._slice(batch, number) for number, batch in numbered)
-        batches = self._slices(numbered) if distributed.world_size() > 1 else whole
+        batches: Iterator[Batch] = map(self._slice, self.batches, count())
+        if distributed.world_size() > 1:
+            batches = self._shared(batches)
         for _ in range(start):
             next(batches, None)
         if start:
             set_random_state(state, self.device)
         yield from batches
 
-    def _slices(self, numbered: Iterator[tuple[int, Any]]) -> Iterator[Batch]:
-        """Yield this rank's slices; a batch with too few rows for all ranks is left out by all."""
+    def _shared(self, slices: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield this rank's slices, except for those of batches with too few rows for all ranks."""
         while True:
-            number, batch = next(numbered, (0, None))
-            own = None if batch is None else self._slice(batch, number)
+            own = next(slices, None)
             rows = 0 if own is None else len(own.x)
             counts = torch.tensor([own is not None, rows > 0, rows], device=self.device)
             batches, filled, total = distributed.all_reduce(counts).tolist()

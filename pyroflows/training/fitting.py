@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.random import fork_rng
 
 from pyroflows import distributed
 from pyroflows.arguments import check_number, check_sizes
@@ -17,7 +18,7 @@ from pyroflows.flow import Flow
 from pyroflows.networks.data_dependent import DataDependent
 from pyroflows.training.batches import parts_of
 from pyroflows.training.checkpoint import Checkpoint, must_match
-from pyroflows.training.modes import CompiledFlow, shard, training_modes
+from pyroflows.training.modes import CompiledFlow, enter_modes, shard
 from pyroflows.training.options import FitOptions, FitResult
 from pyroflows.training.prepare import prepare
 from pyroflows.training.trainer import Trainer
@@ -172,20 +173,18 @@ def fit(
 def _trained(flow: Flow, objective: Objective, train: Any, options: FitOptions, stack: ExitStack) -> Any:
     """Return what the objective gets in training: the flow, a stand-in with compiled methods, or a sharded copy."""
     if options.strategy != "fsdp" or distributed.world_size() == 1:
-        stack.enter_context(training_modes(flow, options))
+        enter_modes(stack, flow, options)
         return CompiledFlow(flow, options) if options.compile else flow
     if any(isinstance(part, DataDependent) and part.awaits_data for part in flow.modules()):
         # Norms start from the first batch, as in the first step; once sharded they would lose what they write to
         # parameters. The fit moves on neither in the data nor in its random numbers.
-        position, state, rank_state = train.position, random_state(flow.device), distributed.rank_random_state()
-        batch = next(train.epoch())
-        with distributed.rank_rng():
-            objective(flow.train(), *next(parts_of(batch, options)).inputs)
-        train.position = position
-        set_random_state(state, flow.device)
-        distributed.set_rank_random_state(rank_state)
+        gpus = [flow.device] if flow.device.type == "cuda" else []
+        with fork_rng(gpus):
+            batch = next(copy.copy(train).epoch())
+            with distributed.rank_rng(), fork_rng(gpus):
+                objective(flow.train(), *next(parts_of(batch, options)).inputs)
     copied = copy.deepcopy(flow)
-    stack.enter_context(training_modes(copied, options))
+    enter_modes(stack, copied, options)
     return shard(copied)
 
 

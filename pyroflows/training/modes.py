@@ -8,23 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyroflows import distributed
 from pyroflows.bijection import Bijection
 from pyroflows.compose import Compose
 from pyroflows.flow import Flow
 from pyroflows.training.options import FitOptions
 
-__all__ = [
-    "CompiledFlow",
-    "activation_checkpointing",
-    "bf16_networks",
-    "channels_last",
-    "gather",
-    "shard",
-    "shard_like",
-    "sum_gradients",
-    "training_modes",
-]
+__all__ = ["CompiledFlow", "activation_checkpointing", "bf16_networks", "channels_last", "enter_modes", "shard"]
 
 # The methods of a flow that an objective calls, and those of a stack that its flow or an outer stack calls.
 _METHODS = ("log_prob", "dequantized_log_prob", "rsample_and_log_prob", "rsample_and_score")
@@ -37,9 +26,7 @@ class CompiledFlow:
     def __init__(self, flow: Flow, options: FitOptions):
         self.flow = flow
         for name in _METHODS:
-            method = getattr(flow, name)
-            if options.precision is not None:
-                method = _with_hooks(method)
+            method = getattr(flow, name) if options.precision is None else _with_hooks(getattr(flow, name))
             # Batches for training and for evaluation each have one shape: a graph for each is faster than one for all.
             setattr(self, name, torch.compile(method, dynamic=False))
 
@@ -60,17 +47,14 @@ def _with_hooks(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-@contextmanager
-def training_modes(flow: Flow, options: FitOptions) -> Iterator[None]:
-    """Run a flow in the layout, the precision and the memory that the options ask for."""
-    with ExitStack() as stack:
-        if options.channels_last:
-            stack.enter_context(channels_last(flow))
-        if options.precision == "bf16-mixed":
-            stack.enter_context(bf16_networks(flow))
-        if options.activation_checkpointing:
-            stack.enter_context(activation_checkpointing(flow))
-        yield
+def enter_modes(stack: ExitStack, flow: Flow, options: FitOptions) -> None:
+    """Run a flow as the options ask for, until the stack of contexts closes."""
+    if options.channels_last:
+        stack.enter_context(channels_last(flow))
+    if options.precision == "bf16-mixed":
+        stack.enter_context(bf16_networks(flow))
+    if options.activation_checkpointing:
+        stack.enter_context(activation_checkpointing(flow))
 
 
 def _has_stacks(stack: nn.Module) -> bool:
@@ -105,11 +89,8 @@ def channels_last(flow: Flow) -> Iterator[None]:
 
 @contextmanager
 def bf16_networks(flow: Flow) -> Iterator[None]:
-    """Run conditioners and embedding in bfloat16 in training mode, and leave maps and densities in full precision.
-
-    Rounded, a map's point would have another log-determinant. Hooks switch autocast on for each call of a network.
-    """
-    device = flow.device.type
+    """Run conditioners and embedding in bfloat16 in training mode, and leave maps and densities in full precision."""
+    device = flow.device.type  # rounded, a map's point would have another log-determinant
     before, hooks, handles = _autocast_state(device), _Autocast(device, flow.dtype), []
     for network in {network: None for part in flow.modules() for network in _networks(part)}:
         handles += [network.register_forward_pre_hook(hooks.enter), network.register_forward_hook(hooks.leave)]
@@ -122,10 +103,9 @@ def bf16_networks(flow: Flow) -> Iterator[None]:
 
 
 class _Autocast:
-    """Hooks that do what ``torch.autocast`` does, which the compiler does not trace if entered by one, left by another.
+    """Hooks, which can be pickled and copied, that switch autocast on for each call of a network in training mode."""
 
-    A class, so that a flow can be pickled and copied with them.
-    """
+    # They set what `torch.autocast` sets: the compiler does not trace a context that one enters and another exits.
 
     def __init__(self, device: str, dtype: torch.dtype):
         self.device, self.dtype = device, dtype
@@ -162,10 +142,7 @@ def _networks(parent: nn.Module) -> list[nn.Module]:
 
 
 def shard(flow: Flow) -> Any:
-    """Shard a flow by PyTorch's FSDP2: the innermost stacks one by one, then the rest.
-
-    A stack's parameters are gathered while it runs, forward and again backward.
-    """
+    """Shard a flow by FSDP2: the innermost stacks, each gathered while it runs forward or backward, and the rest."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     for part in list(flow.modules()):
@@ -178,36 +155,3 @@ def shard(flow: Flow) -> Any:
     for method in _METHODS:
         register_fsdp_forward_method(flow, method)
     return flow
-
-
-def gather(tree: Any) -> Any:
-    """Return a tree of lists and dicts with sharded tensors gathered; called on all ranks at once."""
-    if isinstance(tree, dict):
-        return {name: gather(value) for name, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [gather(value) for value in tree]
-    return tree.full_tensor() if hasattr(tree, "full_tensor") else tree
-
-
-@torch.no_grad()
-def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """Return a tensor sharded as another is, if it is; called on all ranks at once."""
-    from torch.distributed.tensor import distribute_tensor
-
-    if not hasattr(other, "placements"):
-        return tensor
-    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)  # type: ignore[attr-defined]
-
-
-def sum_gradients(parameters: list[nn.Parameter], loss: Tensor) -> Tensor:
-    """Sum gradients, in place, and the loss over the ranks.
-
-    Not by DistributedDataParallel, which sees only calls of a module's ``forward``, and expects a gradient of every
-    parameter: an objective may call any of a flow's methods, several times, and leave parameters out.
-    """
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    parts = [*(gradient.flatten() for gradient in gradients), loss.to(gradients[0])[None]]
-    sums = distributed.all_reduce(torch.cat(parts)).split([len(part) for part in parts])
-    for parameter, gradient, total in zip(parameters, gradients, sums, strict=False):
-        parameter.grad = gradient.copy_(total.view_as(gradient))  # in its layout, the one that a fused optimizer knows
-    return sums[-1][0]

@@ -38,8 +38,7 @@ class FitOptions:
         strategy: how several processes share the flow: "ddp", which "auto" stands for, has a copy in each; "fsdp"
             shards parameters, gradients and optimizer state, for a flow too large for one device. With "fsdp" an
             objective may call only the methods that compute a log-density; to evaluate, each process has a copy.
-        precision: "bf16-mixed" to train conditioners and embedding in bfloat16, with the maps and densities in the
-            flow's precision; None for the flow's precision everywhere.
+        precision: "bf16-mixed" to train conditioners and embedding, not maps and densities, in bfloat16; or None.
         checkpoint_seconds: seconds between two writes of the checkpoint, at a step; the end is always written.
         checkpoint_steps: steps between two writes of the checkpoint. Without either it is written after each epoch.
 

@@ -27,11 +27,10 @@ def prepare(
 ) -> tuple[Rows | Batches | Steps, Rows | None]:
     """Return what to train on, of data, context and weights, and the held-out rows, if any."""
     x, context, weights = data
-    share = 0.0
-    if isinstance(validation, (Real, bool)):
+    is_share = isinstance(validation, Real)
+    if is_share:
         check_number("the share of validation rows", validation, "[0, 1)")
-        share, validation = float(validation), None
-    held_out = None if validation is None else _held_out(flow, validation)
+    held_out = None if validation is None or is_share else _held_out(flow, validation)
     if not hasattr(x, "__array__"):
         steps = None if x is None else options.steps_per_epoch
         of_arrays = {"context": context, "weights": weights, "batch_size": batch_size, "steps_per_epoch": steps}
@@ -44,13 +43,17 @@ def prepare(
             raise TypeError(f"expected data as a tensor, an array or batches; got {type(x).__name__}")
         return Batches(x, partial(_as_rows, flow), flow.device), held_out
     columns = _as_columns(flow, x, context, weights, "data")
-    if len(columns[0]) < 2:
-        raise ValueError(f"expected at least 2 rows of data; got {len(columns[0])}")
-    _check_varying(flow, columns[0])
-    if share and held_out is None:
+    rows = columns[0]
+    if len(rows) < 2:
+        raise ValueError(f"expected at least 2 rows of data; got {len(rows)}")
+    discrete = getattr(flow.dequantizer, "discrete", None)
+    if flow.dequantizer is None or discrete is not None:  # else all columns are discrete
+        varying = None if discrete is None else ~discrete
+        check_varying(rows, among=varying, chunk_rows=_rows_at_once(rows.shape))
+    if is_share and validation:
         # Drawn on the CPU, so that a fit that resumes on another device holds out the same rows.
-        order = torch.randperm(len(columns[0])).to(flow.device)
-        number = max(1, int(share * len(order)))
+        order = torch.randperm(len(rows)).to(flow.device)
+        number = max(1, int(float(validation) * len(order)))
         held_out = _rows(flow, [_subset(column, order[:number]) for column in columns], "the held-out rows")
         columns = [_subset(column, order[number:]) for column in columns]
     train = _rows(flow, columns, "the training rows", batch_size, options.steps_per_epoch)
@@ -106,10 +109,7 @@ def _as_columns(flow: Flow, x: Any, context: Any, weights: Any, name: str) -> li
 
 
 def _as_rows(flow: Flow, x: Any, context: Any, name: str, first_row: int = 0) -> tuple[Any, Any]:
-    """Return checked data and context on the flow's device, floating-point numbers in its dtype.
-
-    Memory-mapped arrays stay in their files, and are checked in chunks.
-    """
+    """Return checked data and context on the flow's device and in its dtype; memory-mapped ones stay in their files."""
     if isinstance(x, np.memmap) and x.ndim > 1:
         return _as_mapped_rows(flow, x, context, name)
     discrete, embedded = flow.dequantizer is not None, flow.embedding is not None
@@ -184,14 +184,6 @@ def _check_support(flow: Flow, data: Tensor, name: str, first_row: int) -> None:
             f"expected {name} in the flow's support, {support}; got {float(data[(row, *place)]):.6g} "
             f"in row {first_row + row} ({len(places)} such numbers in all)"
         )
-
-
-def _check_varying(flow: Flow, data: Tensor | MappedArray) -> None:
-    """Refuse constant columns among those that the dequantizer, if any, leaves continuous."""
-    discrete = getattr(flow.dequantizer, "discrete", None)
-    if flow.dequantizer is None or discrete is not None:  # else all columns are discrete
-        chunk_rows = None if isinstance(data, Tensor) else _rows_at_once(data.shape)
-        check_varying(data, among=None if discrete is None else ~discrete, chunk_rows=chunk_rows)
 
 
 def _rows_at_once(shape: tuple[int, ...]) -> int:

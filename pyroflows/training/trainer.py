@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pyroflows import distributed
@@ -17,7 +17,6 @@ from pyroflows.flow import Flow
 from pyroflows.layers.batchnorm import BatchNorm
 from pyroflows.training.batches import Batch, Batches, Rows, Steps, as_channels_last, parts_of
 from pyroflows.training.checkpoint import Checkpoint
-from pyroflows.training.modes import gather, shard_like, sum_gradients
 from pyroflows.training.options import FitOptions, FitResult
 
 __all__ = ["Adam", "Adamax", "Trainer"]
@@ -27,10 +26,7 @@ _STATISTICS_ROWS = 2**17  # of data in a file
 
 
 def _without_compiler(optimizer: type[torch.optim.Optimizer]) -> Any:
-    """Derive an optimizer that does not import torch's compiler, which takes seconds.
-
-    Torch wraps these methods so that the compiler leaves them alone, and the wrappers import it at the first call.
-    """
+    """Derive an optimizer without the wrappers of its methods that import torch's compiler, which takes seconds."""
     names = ("add_param_group", "load_state_dict", "state_dict", "zero_grad")
     methods: dict[str, Any] = {name: inspect.unwrap(getattr(optimizer, name)) for name in names}
     methods["step"] = torch.no_grad()(inspect.unwrap(optimizer.step))
@@ -159,9 +155,9 @@ class Trainer:
             losses.append(loss.detach())
         loss = torch.stack(losses).sum()
         if distributed.world_size() > 1:
-            loss = distributed.all_reduce(loss) if self.sharded else sum_gradients(self.trainable, loss)
+            loss = distributed.all_reduce(loss) if self.sharded else _sum_gradients(self.trainable, loss)
         max_norm = math.inf if self.options.max_grad_norm is None else float(self.options.max_grad_norm)
-        norm = gather(torch.nn.utils.clip_grad_norm_(self.parameters, max_norm, foreach=True))
+        norm = _gather(nn.utils.clip_grad_norm_(self.parameters, max_norm, foreach=True))
         bad = (~(loss.isfinite() & norm.isfinite())).float()
         if self.options.optimizer == "adam":
             # The fused optimizer reads this flag on the device, and skips the step.
@@ -189,7 +185,7 @@ class Trainer:
     def _evaluate(self, train_loss: float) -> float:
         """Return the loss on the held-out rows, in the flow's precision; without such rows that of training."""
         if self.sharded:
-            self.flow.load_state_dict(gather(self.trained.state_dict()))
+            self.flow.load_state_dict(_gather(self.trained.state_dict()))
         flow = self.flow if self.sharded else self.trained
         flow.eval()
         rows, total = self.held_out, 0.0
@@ -259,16 +255,18 @@ class Trainer:
         """Return all that the next step depends on."""
         result = self.result
         result.seconds = result.history["seconds"][-1] if result.stopped else self._seconds()
+        with distributed.rank_rng():
+            rank_random_states = distributed.all_gather(random_state(self.device))
         return {
             **{name: getattr(self, name) for name in _SAVED},
             "result": asdict(result),
             "steps_per_epoch": self.total_steps // self.epochs if self.total_steps else None,
-            "weights": gather(self.trained.state_dict()),
-            "ema": gather(self.ema),
-            "optimizer": gather(self.optimizer.state_dict()),
+            "weights": _gather(self.trained.state_dict()),
+            "ema": _gather(self.ema),
+            "optimizer": _gather(self.optimizer.state_dict()),
             "position": self.train.position,
             "random_state": random_state(self.device),
-            "rank_random_states": distributed.all_gather(distributed.rank_random_state()),
+            "rank_random_states": rank_random_states,
         }
 
     def resume(self, state: dict[str, Any]) -> None:
@@ -279,17 +277,18 @@ class Trainer:
         if state["steps_per_epoch"]:
             self.total_steps = self.epochs * state["steps_per_epoch"]
         for average, value in zip(self.ema, state["ema"], strict=True):
-            average.copy_(shard_like(value, average))
+            average.copy_(_shard_like(value, average))
         moments = state["optimizer"]["state"]
         for number, values in moments.items():
             like = self.trainable[number]
-            moments[number] = {k: v if v.dim() == 0 else shard_like(v, like) for k, v in values.items()}
+            moments[number] = {k: v if v.dim() == 0 else _shard_like(v, like) for k, v in values.items()}
         self.optimizer.load_state_dict(state["optimizer"])
         self.train.position = state["position"]
         self.began = time.perf_counter() - self.result.seconds
         set_random_state(state["random_state"], self.device)
         if len(state["rank_random_states"]) == distributed.world_size():  # else the others start new ones
-            distributed.set_rank_random_state(state["rank_random_states"][distributed.rank()])
+            with distributed.rank_rng():
+                set_random_state(state["rank_random_states"][distributed.rank()], self.device)
         if self.checkpoint is not None:
             self.checkpoint.written = self.result.seconds, self.result.steps
         if not self.epoch_step:
@@ -309,6 +308,37 @@ def _set_batch_statistics(flow: Flow, train: Rows) -> None:
         if isinstance(layer, BatchNorm):
             layer.set_statistics(torch.cat(xs))
         xs = [layer.inverse_and_log_det(x, layer.context_for(c))[0] for x, c in zip(xs, contexts, strict=True)]
+
+
+def _gather(tree: Any) -> Any:
+    """Return a tree of lists and dicts with sharded tensors gathered; called on all ranks at once."""
+    if isinstance(tree, dict):
+        return {name: _gather(value) for name, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_gather(value) for value in tree]
+    return tree.full_tensor() if hasattr(tree, "full_tensor") else tree
+
+
+@torch.no_grad()
+def _shard_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """Return a tensor sharded as another is, if it is; called on all ranks at once."""
+    from torch.distributed.tensor import distribute_tensor
+
+    if not hasattr(other, "placements"):
+        return tensor
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)  # type: ignore[attr-defined]
+
+
+def _sum_gradients(parameters: list[nn.Parameter], loss: Tensor) -> Tensor:
+    """Sum gradients, in place, and the loss over the ranks."""
+    # Not by DistributedDataParallel, which sees only calls of a module's `forward`, and expects a gradient of every
+    # parameter: an objective may call any of a flow's methods, several times, and leave parameters out.
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    parts = [*(gradient.flatten() for gradient in gradients), loss.to(gradients[0])[None]]
+    sums = distributed.all_reduce(torch.cat(parts)).split([len(part) for part in parts])
+    for parameter, gradient, total in zip(parameters, gradients, sums, strict=False):
+        parameter.grad = gradient.copy_(total.view_as(gradient))  # in its layout, the one that a fused optimizer knows
+    return sums[-1][0]
 
 
 def _progress_bar(progress: bool | str | None, total: int | None, done: int) -> Any:
