@@ -85,8 +85,7 @@ def _launched() -> bool:
 def together(device: torch.device, streams: Any = None) -> Iterator[Any]:
     """Let all processes work on the same thing in a block: the functions below then reach all of them.
 
-    The first process's random numbers become those of all, except for what is drawn within :func:`rank_rng`. Yields
-    the streams of random numbers, with which a later block can continue.
+    All draw the first one's random numbers, except within :func:`rank_rng`. Yields the streams, for a later block.
     """
     global _together, _streams, _var_mean_uncompiled
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
@@ -243,10 +242,7 @@ def shared_rng() -> Any:
 
 
 def in_turn(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """Map a function over items, which the ranks take in turn; the first rank yields the results, in order.
-
-    All ranks iterate over the items, and hold one for each rank at a time.
-    """
+    """Map a function over items, which all ranks read and take in turn; the first rank yields the results, in order."""
     items = iter(items)
     while group := list(islice(items, world_size())):
         results = all_gather(function(group[rank()]) if rank() < len(group) else None)

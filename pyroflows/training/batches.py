@@ -52,17 +52,16 @@ def parts_of(batch: Batch, options: FitOptions) -> Iterator[Batch]:
     batch = as_channels_last(batch._replace(x=x), options)
     if number > 1:  # the same number on every rank, since norms in training sum over all ranks in each part
         number = min(distributed.all_gather(min(number, len(x))))
-    columns = (batch.x, batch.context, batch.weights)
-    parts = [[None] * number if column is None else column.tensor_split(number) for column in columns]
+    parts = [[None] * number if column is None else column.tensor_split(number) for column in batch[:3]]
     for part, context, weights in zip(*parts, strict=True):
         yield Batch(part, context, weights, len(part) / len(x))
 
 
 def as_channels_last(batch: Batch, options: FitOptions) -> Batch:
     """Return a batch of images in the layout that the options ask for."""
-    if not options.channels_last or batch.x is None:
-        return batch
-    return batch._replace(x=batch.x.contiguous(memory_format=torch.channels_last))
+    if options.channels_last and batch.x is not None:
+        batch = batch._replace(x=batch.x.contiguous(memory_format=torch.channels_last))
+    return batch
 
 
 def as_numbers(array: np.ndarray[Any, Any]) -> Tensor:

@@ -65,9 +65,8 @@ def _has_stacks(stack: nn.Module) -> bool:
 def activation_checkpointing(flow: Flow) -> Iterator[None]:
     """Keep only the inputs of layers: of the flow's own, or of the innermost stacks if it has stacks of stacks."""
     outermost = [part.bijection for part in flow.modules() if isinstance(part, Flow)]
-    stacks = [part for part in flow.modules() if isinstance(part, Compose)]
+    stacks = [part for part in flow.modules() if isinstance(part, Compose) and not part.activation_checkpointing]
     stacks = [stack for stack in stacks if _has_stacks(stack) or any(stack is part for part in outermost)]
-    stacks = [stack for stack in stacks if not stack.activation_checkpointing]
     for stack in stacks:
         stack.activation_checkpointing = True
     try:
