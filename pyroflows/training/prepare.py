@@ -48,8 +48,7 @@ def prepare(
         raise ValueError(f"expected at least 2 rows of data; got {len(rows)}")
     discrete = getattr(flow.dequantizer, "discrete", None)
     if flow.dequantizer is None or discrete is not None:  # else all columns are discrete
-        varying = None if discrete is None else ~discrete
-        check_varying(rows, among=varying, chunk_rows=_rows_at_once(rows.shape))
+        check_varying(rows, among=None if discrete is None else ~discrete, chunk_rows=_rows_at_once(rows.shape))
     if is_share and validation:
         # Drawn on the CPU, so that a fit that resumes on another device holds out the same rows.
         order = torch.randperm(len(rows)).to(flow.device)

@@ -80,9 +80,9 @@ class Trainer:
                 while not result.stopped:
                     train_loss, gradient_norm = self._epoch(bar)
                     self.total_steps = self.total_steps or self.epochs * result.steps
-                    self._swap_ema()
+                    _swap(self.parameters, self.ema)
                     self._record(train_loss, self._evaluate(train_loss), gradient_norm)
-                    self._swap_ema()
+                    _swap(self.parameters, self.ema)
                     result.stopped = self._stop_reason()
                     self._save(epoch_ended=True)
         finally:
@@ -172,14 +172,6 @@ class Trainer:
             decay = min(float(self.options.ema_decay), 1 - 5 / (self.result.steps + 5))
             get_ema_multi_avg_fn(decay)(self.ema, [p.detach() for p in self.parameters], None)
         return loss, norm, bad
-
-    @torch.no_grad()
-    def _swap_ema(self) -> None:
-        """Swap the averaged weights with those that are trained."""
-        for parameter, average in zip(self.parameters, self.ema, strict=False):
-            trained = parameter.clone()
-            parameter.copy_(average)
-            average.copy_(trained)
 
     @torch.no_grad()
     def _evaluate(self, train_loss: float) -> float:
@@ -293,6 +285,15 @@ class Trainer:
             self.checkpoint.written = self.result.seconds, self.result.steps
         if not self.epoch_step:
             self.result.stopped = self._stop_reason()
+
+
+@torch.no_grad()
+def _swap(parameters: list[nn.Parameter], averages: list[Tensor]) -> None:
+    """Swap the weights that are trained with their averages, if there are any."""
+    for parameter, average in zip(parameters, averages, strict=False):
+        trained = parameter.clone()
+        parameter.copy_(average)
+        average.copy_(trained)
 
 
 @torch.no_grad()
