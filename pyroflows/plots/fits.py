@@ -1,16 +1,11 @@
 """Fits: training curves and test scores."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
 
 from pyroflows.plots.canvas import COLORS, COLUMN, STYLES, drawing
-
-if TYPE_CHECKING:
-    from pyroflows.training import FitResult
+from pyroflows.training import FitResult
 
 __all__ = ["log_likelihoods", "training_curves"]
 
@@ -21,16 +16,11 @@ def training_curves(
     """Draw the loss of fits by epoch, on the validation rows if there are any; a dot marks the best epoch.
 
     Args:
-        results: fits by name.
-        ax: the axes; new ones by default.
-        title: of the axes.
+        results: fits by name, at least one.
+        ax, title: the axes, new ones by default, and their title.
         skip: epochs to leave out at the start, where high losses would flatten the rest; at least two are drawn.
 
-    Raises:
-        ValueError: there is no fit.
-
     Example:
-        >>> from pyroflows.training import FitResult
         >>> result = FitResult({"train": [2.0, 1.5], "validation": [2.1, 1.7]}, best_epoch=1)
         >>> training_curves({"a flow": result}).get_ylabel()
         'negative log-likelihood (nats per row)'
@@ -57,12 +47,8 @@ def log_likelihoods(
     """Draw the mean log-likelihood and its standard error for each model, the first on top.
 
     Args:
-        scores: ``(mean, standard error)`` in nats per row, by the name of the model.
-        ax: the axes; new ones by default.
-        title: of the axes.
-
-    Raises:
-        ValueError: there is no score.
+        scores: ``(mean, standard error)`` in nats per row, by the name of the model; at least one.
+        ax, title: the axes, new ones by default, and their title.
 
     Example:
         >>> log_likelihoods({"Gaussian": (-14.0, 1.2), "flow": (-7.5, 0.9)}).get_xlabel()

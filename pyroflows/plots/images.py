@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from pyroflows.arguments import check_sizes
+from pyroflows.arguments import check_integer, check_sizes
 from pyroflows.plots.canvas import drawing
 
 __all__ = ["image_grid", "interpolations", "save_image_grid"]
@@ -18,17 +19,15 @@ def image_grid(
 
     Args:
         images: levels of pixels, with one channel or three.
-        ax: the axes; new ones by default.
+        ax, title: the axes, new ones by default, and their title.
         columns: images in a row.
         num_levels: the number of levels; the highest is white.
-        title: of the axes.
 
     Shapes:
         images: ``(num, C, H, W)``.
 
     Raises:
-        TypeError: not a tensor.
-        ValueError: no image, another number of channels, or a number out of range.
+        TypeError, ValueError: not a tensor, no image, another number of channels, or a number out of range.
 
     Example:
         >>> import torch
@@ -48,16 +47,11 @@ def interpolations(
     """Draw interpolations between images, one in each row, as :func:`pyroflows.interpolate` returns them.
 
     Args:
-        images: levels of pixels, with one channel or three; the first and the last in a row are the ends.
-        ax: the axes; new ones by default.
-        num_levels: the number of levels; the highest is white.
-        title: of the axes.
+        images: levels of pixels, at least two in a row, of which the first and the last are the ends.
+        ax, num_levels, title: as in :func:`image_grid`, which says what else is refused.
 
     Shapes:
         images: ``(pairs, num, C, H, W)``.
-
-    Raises:
-        ValueError: images of another shape, fewer than two in a row, or a number out of range.
 
     Example:
         >>> import torch
@@ -69,8 +63,8 @@ def interpolations(
         raise ValueError(f"expected images of shape (pairs, num, C, H, W), num of at least 2; got {got}")
     num, width = images.shape[1], images.shape[-1] + 1  # of an image and the line between two
     ax = image_grid(images.flatten(0, 1), ax, columns=num, num_levels=num_levels, title=title)
-    shares = (0.0, 0.25, 0.5, 0.75, 1.0)
-    ax.set_xticks([width * (0.5 + share * (num - 1)) for share in shares], [f"{share:g}" for share in shares])
+    shares = np.linspace(0, 1, 5)
+    ax.set_xticks(width * (0.5 + shares * (num - 1)), [f"{share:g}" for share in shares])
     ax.set_xlabel("share of the way")
     return ax
 
@@ -81,18 +75,9 @@ def save_image_grid(
     """Save a grid of images as a PNG file.
 
     Args:
-        images: levels of pixels, with one channel or three.
+        images, columns, num_levels: as in :func:`image_grid`, which says what is refused.
         path: the file.
-        columns: images in a row.
-        num_levels: the number of levels; the highest is white.
         enlarge: pixels of the file for one pixel of an image, along each side.
-
-    Shapes:
-        images: ``(num, C, H, W)``.
-
-    Raises:
-        TypeError: not a tensor.
-        ValueError: no image, another number of channels, or a number out of range.
 
     Example:
         >>> import tempfile, torch
@@ -110,8 +95,7 @@ def _grid(images: Tensor, columns: int, num_levels: int) -> Tensor:
     from torchvision.utils import make_grid  # here, because the import is slow and few plots need it
 
     check_sizes(columns=columns)
-    if num_levels < 2:
-        raise ValueError(f"expected num_levels of at least 2; got {num_levels}")
+    check_integer("num_levels", num_levels, 2)
     if not isinstance(images, Tensor):
         raise TypeError(f"expected images as a tensor; got {type(images).__name__}")
     if images.dim() != 4 or not len(images) or images.shape[1] not in (1, 3):

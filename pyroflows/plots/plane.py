@@ -1,6 +1,7 @@
 """The plane: densities, samples, and the latent grid after each layer of a flow."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -9,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from torch import Tensor
 
-from pyroflows.arguments import check_number, check_sizes
+from pyroflows.arguments import check_integer, check_number, check_sizes
 from pyroflows.contexts import evaluating
 from pyroflows.diagnostics.arrays import Array
 from pyroflows.flow import Flow
@@ -37,17 +38,16 @@ def density_2d(
         density: a flow of two features, evaluated in evaluation mode, or a function that returns log-densities of rows
             in nats.
         limits: ``(low, high)`` for both axes, or ``(left, right, bottom, top)``.
-        ax: the axes; new ones by default.
-        points: grid points along each axis.
+        ax, title: the axes, new ones by default, and their title.
+        points: grid points along each axis, at least 2.
         max_density: the density drawn lightest, for comparable pictures; by default the highest.
         colorbar: whether to draw the scale.
-        title: of the axes.
 
     Shapes:
         rows: ``(n, 2)``; log-densities: ``(n,)``.
 
     Raises:
-        ValueError: ``limits`` are neither two nor four increasing numbers, or ``points`` is below 2.
+        ValueError: ``limits`` are neither two nor four increasing numbers, or too few ``points``.
 
     Example:
         >>> from pyroflows import StandardNormal
@@ -55,21 +55,14 @@ def density_2d(
         'Density'
     """
     left, right, bottom, top = as_limits(limits)
-    if points < 2:
-        raise ValueError(f"expected points of at least 2; got {points}")
+    check_integer("points", points, 2)
     values = _density_grid(density, (left, right, bottom, top), points)
     half_x, half_y = (right - left) / (points - 1) / 2, (top - bottom) / (points - 1) / 2
     with drawing(ax) as ax:
         # imshow, not pcolormesh, whose 40,000 cells would be separate shapes in PDF and SVG.
-        image = ax.imshow(
-            values.numpy(),
-            origin="lower",
-            extent=(left - half_x, right + half_x, bottom - half_y, top + half_y),
-            vmin=0,
-            vmax=max_density,
-            cmap="viridis",
-            aspect="equal",
-        )
+        extent = (left - half_x, right + half_x, bottom - half_y, top + half_y)
+        colors: Any = {"vmin": 0, "vmax": max_density, "cmap": "viridis"}
+        image = ax.imshow(values.numpy(), origin="lower", extent=extent, aspect="equal", **colors)
         ax.set(title=title, xlabel="$x_1$", ylabel="$x_2$", xlim=(left, right), ylim=(bottom, top))
         if colorbar:
             # In the axes' own coordinates it stays as tall as the picture.
@@ -108,11 +101,9 @@ def samples_2d(
 
     Args:
         x: the rows.
-        ax: the axes; new ones by default.
-        limits: ``(low, high)`` for both axes, or ``(left, right, bottom, top)``; by default those of the rows.
-        color: of the points.
-        label: of the points, for a legend.
-        title: of the axes.
+        ax, title: the axes, new ones by default, and their title.
+        limits: as in :func:`density_2d`; by default those of the rows.
+        color, label: of the points, the label for a legend.
         names: of the two features.
 
     Shapes:
@@ -155,20 +146,15 @@ def deformed_grid(
     Args:
         flow: a flow of two features.
         ax: an axes for each panel; new ones by default.
-        context: a single one, if the flow takes a context.
-        extent: of the grid, from the middle to each side.
-        lines: of the grid in each direction.
+        context: a single one, without a batch, if the flow takes a context.
+        extent, lines: of the grid, from the middle to each side, and its lines in each direction.
         max_panels: the largest number of panels; with more layers, they are spread evenly from the latent to the data.
-
-    Shapes:
-        context: ``(context_features,)``, or what the flow's embedding maps to that, without a batch.
 
     Returns:
         The axes, shape ``(panels,)``: the latent, and the output of layers.
 
     Raises:
-        TypeError: not a flow.
-        ValueError: the flow is not of two features, a number is out of range, or another number of axes.
+        TypeError, ValueError: not a flow of two features, a number out of range, or another number of axes.
 
     Example:
         >>> from pyroflows import realnvp

@@ -13,6 +13,7 @@ from pyroflows.plots.canvas import COLORS, STYLES, AxesArray, AxesLike, drawing,
 __all__ = ["khat", "posterior_draws"]
 
 Khats = float | Sequence[float] | NumPyArray
+KhatsByName = Mapping[str, Khats | Mapping[int, Khats]]
 
 _HIGHEST = 3.0  # k-hats above are not drawn to scale: beyond 1 weights do not even have a mean
 _DOTTED: Any = {"color": "black", "linestyle": (0, (1, 1))}
@@ -32,15 +33,13 @@ def posterior_draws(
     deviations (sd) of the reference, and the ratio of the sds, from :func:`pyroflows.moment_table`.
 
     Args:
-        draws, reference, names: as in :func:`pyroflows.moment_table`; draws come from ``Posterior.draws``, for example.
+        draws, reference, names: as in :func:`pyroflows.moment_table`, which says what is refused; draws come from
+            ``Posterior.draws``, for example.
         ax: an axes for each column; new ones by default.
         labels: of the two, for the legend.
 
     Returns:
         The axes, shape ``(d,)``.
-
-    Raises:
-        TypeError, ValueError: as in :func:`pyroflows.moment_table`, or another number of axes.
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -49,10 +48,8 @@ def posterior_draws(
         'mu'
     """
     table = moment_table(draws, reference, names)
-    if isinstance(draws, Mapping) and isinstance(reference, Mapping):
-        reference = {name: reference[name] for name in draws}
     curves = []
-    for x, y in zip(as_columns("draws", draws)[0].T, as_columns("reference", reference)[0].T, strict=True):
+    for x, y in zip(*(columns.T for columns in as_columns(draws, reference)[:2]), strict=True):
         ends = np.quantile(x, (0.005, 0.995)), np.quantile(y, (0.005, 0.995))
         limits = (float(np.min(ends)), float(np.max(ends)))
         curves.append((kde(x, limits=limits), kde(y, limits=limits)))
@@ -68,27 +65,20 @@ def posterior_draws(
     return axes
 
 
-def khat(
-    values: Mapping[str, Khats | Mapping[int, Khats]],
-    ax: Axes | None = None,
-    *,
-    title: str = "Tails of importance weights",
-) -> Axes:
+def khat(values: KhatsByName, ax: Axes | None = None, *, title: str = "Tails of importance weights") -> Axes:
     """Draw k-hats of importance weights as dots: by name, or by the number of draws in a subset.
 
-    Weights can be trusted below the dotted line, which is
-    :func:`khat_threshold <pyroflows.diagnostics.khat_threshold>` of the draws in a subset; if their number is not
-    given it is 0.7, which holds for 2,200 draws or more. A k-hat above 3, or infinite, is a triangle at the top.
+    Weights can be trusted below the dotted line, :func:`khat_threshold <pyroflows.diagnostics.khat_threshold>` of the
+    draws in a subset, or 0.7 if their number is not given. A k-hat above 3, or infinite, is a triangle at the top.
 
     Args:
         values: for each name one k-hat or several, such as ``posterior.khat``; or, for each name, k-hats by the number
             of draws from :func:`khat_by_size <pyroflows.diagnostics.khat_by_size>`, with a line through their medians.
-        ax: the axes; new ones by default.
-        title: of the axes.
+        ax, title: the axes, new ones by default, and their title.
 
     Raises:
-        TypeError: k-hats that are not numbers, or are by size for some of the names only.
-        ValueError: no k-hat, one that is NaN, or a subset of fewer than 30 draws.
+        TypeError, ValueError: no k-hat, one that is no number, k-hats by size for some of the names only, or a subset
+            of fewer than 30 draws.
 
     References:
         Pareto Smoothed Importance Sampling, Vehtari et al., 2024 (arXiv:1507.02646).
@@ -127,10 +117,10 @@ def khat(
 
 
 def _draw_by_name(ax: Axes, groups: dict[str, dict[int, NumPyArray]], top: float) -> None:
-    for group in groups.values():
-        for position, khats in group.items():
-            # Side by side, dots that are nearly equal can be counted.
-            _dots(ax, position + 0.08 * (np.arange(len(khats)) - (len(khats) - 1) / 2), khats, top, COLORS[0])
+    for position, group in enumerate(groups.values()):
+        khats = group[position]
+        # Side by side, dots that are nearly equal can be counted.
+        _dots(ax, position + 0.08 * (np.arange(len(khats)) - (len(khats) - 1) / 2), khats, top, COLORS[0])
     ax.axhline(0.7, **_DOTTED)
     ax.set_xticks(range(len(groups)), list(groups))
     ax.set_xlim(-0.5, len(groups) - 0.5)

@@ -29,21 +29,15 @@ def marginals(
     outside the bins are missing from the line, and their share is written if it is above 0.5 %, as "1% out".
 
     Args:
-        data: rows of data.
-        samples: rows of as many columns, such as ``flow.sample((1000,))``.
+        data, samples: rows of data, and of as many columns of samples, such as ``flow.sample((1000,))``.
         ax: an axes for each column; new ones by default.
-        names: of the columns, with their units.
-        labels: of the two tables, for the legend.
+        names, labels: of the columns, with their units, and of the two tables, for the legend.
 
     Shapes:
-        data: ``(n, d)``; samples: ``(m, d)``.
-
-    Returns:
-        The axes, shape ``(d,)``.
+        data: ``(n, d)``; samples: ``(m, d)``; axes: ``(d,)``.
 
     Raises:
-        TypeError: not numbers.
-        ValueError: tables that do not match, are empty or not finite, or another number of names or axes.
+        TypeError, ValueError: tables that do not match, are empty or not finite, or another number of names or axes.
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -76,14 +70,11 @@ def pair_plot(
     :func:`marginals`.
 
     Args:
-        data, samples, names, labels: as in :func:`marginals`.
+        data, samples, names, labels: as in :func:`marginals`, which says what is refused.
         ax: ``d * d`` axes, row by row; new ones by default. Those above the diagonal stay empty.
 
     Returns:
         The axes, shape ``(d, d)``.
-
-    Raises:
-        TypeError, ValueError: as in :func:`marginals`.
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -123,10 +114,8 @@ def pair_plot(
         figure = axes[0, 0].figure
         figure.align_ylabels(list(axes[:, 0]))
         if ax is None:
-            margins = {"left": 0.85, "bottom": 0.7, "right": inches - 0.1, "top": inches - 0.1}
-            figure.subplots_adjust(
-                **{side: margin / inches for side, margin in margins.items()}, wspace=0.12, hspace=0.12
-            )
+            left, bottom, end = 0.85 / inches, 0.7 / inches, 1 - 0.1 / inches
+            figure.subplots_adjust(left, bottom, end, end, wspace=0.12, hspace=0.12)
     return axes
 
 
