@@ -107,9 +107,9 @@ def interpolate(flow: Flow, start: Tensor, end: Tensor, num: int = 8, *, context
     Example:
         >>> from pyroflows import UniformDequantizer, glow
         >>> flow = glow((1, 8, 8), num_levels=1, num_steps=1, dequantizer=UniformDequantizer((1, 8, 8), 17))
-        >>> images = torch.randint(17, (2, 1, 8, 8), dtype=torch.uint8)
-        >>> interpolate(flow, images[:1], images[1:], num=5).shape
-        torch.Size([1, 5, 1, 8, 8])
+        >>> start, end = torch.randint(17, (2, 3, 1, 8, 8), dtype=torch.uint8)
+        >>> interpolate(flow, start, end, num=5).shape
+        torch.Size([3, 5, 1, 8, 8])
     """
     dequantizer = _dequantizer(flow)
     check_integer("num", num, 2)

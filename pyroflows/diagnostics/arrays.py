@@ -57,7 +57,7 @@ def _columns(name: str, values: Values) -> tuple[NumPyArray, list[str]]:
         raise ValueError(f"expected {name} of at least one name; got none")
     columns, names = [], []
     for key, value in values.items():
-        shape = tuple(value.shape) if isinstance(value, Tensor) else np.shape(value)
+        shape = np.shape(value)
         if not shape:
             raise ValueError(f"expected {name} of {key!r} of shape (n, *shape); got a single number")
         columns.append(as_array(f"{name} of {key!r}", value, len(shape)).reshape(shape[0], -1))

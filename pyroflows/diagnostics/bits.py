@@ -42,10 +42,8 @@ class BitsPerDim:
     def __str__(self) -> str:
         draws = "1 draw" if self.num_draws == 1 else f"{self.num_draws} draws"
         rows = "1 row" if self.rows == 1 else f"{self.rows} rows"
-        return (
-            f"{self.value:.3f} +- {self.standard_error:.3f} bits per dimension "
-            f"({self.estimator} over {draws} of noise; {rows} of {self.dims} dimensions)"
-        )
+        bits = f"{self.value:.3f} +- {self.standard_error:.3f} bits per dimension"
+        return f"{bits} ({self.estimator} over {draws} of noise; {rows} of {self.dims} dimensions)"
 
 
 def bits_per_dim(
@@ -143,8 +141,6 @@ def _log_prob_draws(flow: Flow, x: Tensor, context: Tensor | None, num_draws: in
             flow.embedding.check(context)
     draws = torch.stack([flow.dequantized_log_prob(x, context).double() for _ in range(num_draws)])
     if context is not None and draws.shape[1:] != x.shape[:1]:
-        raise ValueError(
-            f"expected a context that gives one log-density to each of {len(x)} rows; "
-            f"got {tuple(draws.shape[1:])} from a context of shape {tuple(context.shape)}"
-        )
+        got = f"{tuple(draws.shape[1:])} from a context of shape {tuple(context.shape)}"
+        raise ValueError(f"expected a context that gives one log-density to each of {len(x)} rows; got {got}")
     return draws

@@ -31,8 +31,7 @@ def sbc_ranks(draws: Array, truth: Array) -> NumPyArray:
     the exact posterior, then each rank is uniform on ``0, ..., num_draws``.
 
     Args:
-        draws: posterior draws for each simulated data set.
-        truth: the values from which each data set was simulated.
+        draws, truth: posterior draws for each simulated data set, and the values from which it was simulated.
 
     Shapes:
         draws: ``(simulations, num_draws, d)``; truth and result: ``(simulations, d)``.
@@ -56,7 +55,7 @@ def sbc_p_values(ranks: Array, num_draws: int, *, num_bins: int | None = None) -
     """Compute the p-value, for each column, of a chi-square test of uniform ranks.
 
     Args:
-        ranks, num_draws, num_bins: as in :func:`rank_counts`, which says what is refused.
+        ranks, num_draws, num_bins: as in :func:`rank_counts`.
 
     Example:
         >>> ranks = np.random.default_rng(0).integers(0, 100, size=(1000, 1))
@@ -77,13 +76,10 @@ def rank_counts(ranks: Array, num_draws: int, *, num_bins: int | None = None) ->
     Args:
         ranks: integers from 0 to ``num_draws``, from :func:`sbc_ranks`, of at least 10 simulations.
         num_draws: posterior draws for each simulation.
-        num_bins: of the histogram; by default with 25 simulations expected in a bin, but at most 40 bins.
+        num_bins: from 2 to one for each rank; by default 25 simulations are expected in a bin, but at most 40 bins.
 
     Shapes:
         ranks: ``(simulations, d)``; counts: ``(num_bins, d)``; expected counts: ``(num_bins,)``.
-
-    Raises:
-        TypeError, ValueError: not numbers, another shape, a rank out of range, too few simulations or too many bins.
 
     Example:
         >>> counts, expected = rank_counts(np.arange(10)[:, None], 9, num_bins=3)
@@ -124,8 +120,7 @@ def pit(draws: Array, truth: Array) -> NumPyArray:
         >>> pit(np.array([[[1.0], [2.0], [3.0]]]), np.array([[2.5]]))
         array([[0.625]])
     """
-    draws, truth = _simulations(draws, truth)
-    return (sbc_ranks(draws, truth) + 0.5) / (draws.shape[1] + 1)
+    return (sbc_ranks(draws, truth) + 0.5) / (np.shape(draws)[1] + 1)
 
 
 def expected_band(shares: Array | Sequence[float], num: int, *, level: float = 0.99) -> tuple[NumPyArray, NumPyArray]:
@@ -134,15 +129,12 @@ def expected_band(shares: Array | Sequence[float], num: int, *, level: float = 0
     The level holds for each share alone: one of a hundred shares may be outside by chance.
 
     Args:
-        shares: the expected ones, such as nominal coverages or a bin's share of ranks.
+        shares: the expected ones, from 0 to 1, such as nominal coverages or a bin's share of ranks.
         num: the number of trials.
         level: the probability that an observed share is within its interval.
 
     Shapes:
         shares, lower ends and upper ends: ``(k,)``.
-
-    Raises:
-        TypeError, ValueError: not numbers, a share or a level that is no probability, or ``num`` is not positive.
 
     Example:
         >>> expected_band([0.5], 400, level=0.95)
@@ -166,8 +158,8 @@ def coverage(draws: Array, truth: Array, levels: Sequence[float] = _LEVELS) -> N
         draws, truth: as in :func:`sbc_ranks`, which says what is refused.
         levels: the probabilities of the intervals.
 
-    Shapes:
-        shares of the simulations: ``(levels, d)``.
+    Returns:
+        Shares of the simulations, ``(levels, d)``.
 
     Example:
         >>> rng = np.random.default_rng(0)

@@ -141,10 +141,7 @@ def kde(x: Array, *, points: int = 200, limits: tuple[float, float] | None = Non
         limits: the ends of the grid, which also exclude the draws beyond; by default the lowest and the highest draw.
 
     Shapes:
-        x: ``(n,)``.
-
-    Returns:
-        The grid and the density of all draws on it, each of shape ``(points,)``.
+        x: ``(n,)``; the grid and the density of all draws on it: ``(points,)``.
 
     Raises:
         TypeError, ValueError: not finite numbers of one dimension, or fewer than two different draws within the limits.
@@ -173,7 +170,6 @@ def kde(x: Array, *, points: int = 200, limits: tuple[float, float] | None = Non
 def _scale(name: str, rows: NumPyArray) -> NumPyArray:
     """Return the standard deviations of columns that vary."""
     scale = rows.std(0, ddof=1) if len(rows) > 1 else np.zeros(rows.shape[1])
-    constant = np.flatnonzero(~(scale > 0))
-    if len(constant):
+    if len(constant := np.flatnonzero(~(scale > 0))):
         raise ValueError(f"expected columns of {name} that vary; got a constant column {constant[0]}")
     return scale

@@ -86,15 +86,12 @@ def _smoothed(weights: NumPyArray) -> tuple[NumPyArray, float]:
 
 
 def khat_threshold(num_draws: int) -> float:
-    r"""Return the k-hat up to which weighted draws can be trusted; it is 0.7 for 2,200 draws or more.
+    r"""Return the k-hat of :func:`psis` up to which weighted draws can be trusted: 0.7 for 2,200 draws or more.
 
     .. math:: \min(1 - 1 / \log_{10} n, \; 0.7)
 
     Args:
         num_draws: at least 30, since no k-hat is estimated from fewer.
-
-    References:
-        Pareto Smoothed Importance Sampling, Vehtari et al., 2024 (arXiv:1507.02646).
 
     Example:
         >>> khat_threshold(100), khat_threshold(10_000)
@@ -154,8 +151,7 @@ def importance_ess(log_weights: Array) -> float:
 def _log_weights(log_weights: Array) -> NumPyArray:
     """Return a float64 copy, shifted so that the largest is 0."""
     weights = as_array("log weights", log_weights, 1, finite=False)
-    invalid = np.isnan(weights) | (weights == math.inf)
-    if invalid.any():
+    if (invalid := np.isnan(weights) | (weights == math.inf)).any():
         draw = int(invalid.argmax())
         raise ValueError(f"expected log weights that are finite or -inf; got {weights[draw]} at draw {draw}")
     if len(weights) == 0 or weights.max() == -math.inf:

@@ -65,14 +65,8 @@ def pit_ecdf(
     that are too high, one that stays below too low.
 
     Args:
-        values: probability integral transforms, from :func:`pit <pyroflows.diagnostics.pit>`.
+        values: ``(rows, columns)``, numbers from 0 to 1, as :func:`pit <pyroflows.diagnostics.pit>` returns them.
         ax, names, level, title: as in :func:`latent_normality`.
-
-    Shapes:
-        values: ``(rows, columns)``.
-
-    Raises:
-        TypeError, ValueError: not numbers from 0 to 1, another shape or number of names, or a level outside (0, 1).
 
     Example:
         >>> pit_ecdf(np.random.default_rng(0).uniform(size=(500, 1)), names=["rain"]).get_xlabel()
@@ -107,15 +101,9 @@ def rank_histograms(
 
     Args:
         result: from ``AmortizedPosterior.calibrate`` or :func:`calibration <pyroflows.diagnostics.calibration>`.
-        ax: an axes for each column; new ones by default.
-        num_bins: of the histograms; by default those of the test whose p-value is in the title.
+        ax: ``d`` axes, one for each column; new ones by default.
+        num_bins: of the histograms, at most one for each rank; by default those of the test whose p-value is shown.
         level: of the band.
-
-    Returns:
-        The axes, shape ``(d,)``.
-
-    Raises:
-        TypeError, ValueError: not a calibration, more bins than ranks, a level outside (0, 1), or other axes.
 
     Example:
         >>> from pyroflows.diagnostics import calibration
@@ -149,7 +137,7 @@ def coverage_curves(
     narrow, above it too wide.
 
     Args:
-        result: as in :func:`rank_histograms`, which says what is refused; its levels are the points.
+        result: as in :func:`rank_histograms`; its levels are the points.
         ax, level, title: as in :func:`latent_normality`.
 
     Example:

@@ -29,20 +29,13 @@ def marginals(
     outside the bins are missing from the line, and their share is written if it is above 0.5 %, as "1% out".
 
     Args:
-        data, samples: rows of data, and of as many columns of samples, such as ``flow.sample((1000,))``.
-        ax: an axes for each column; new ones by default.
+        data, samples: finite rows, ``(n, d)`` and ``(m, d)``; samples are ``flow.sample((1000,))``, for example.
+        ax: ``d`` axes, one for each column; new ones by default.
         names, labels: of the columns, with their units, and of the two tables, for the legend.
 
-    Shapes:
-        data: ``(n, d)``; samples: ``(m, d)``; axes: ``(d,)``.
-
-    Raises:
-        TypeError, ValueError: tables that do not match, are empty or not finite, or another number of names or axes.
-
     Example:
-        >>> rng = np.random.default_rng(0)
-        >>> axes = marginals(rng.normal(size=(100, 2)), rng.normal(size=(100, 2)), names=["height (m)", "mass (kg)"])
-        >>> axes[1].get_xlabel()
+        >>> data, samples = np.random.default_rng(0).normal(size=(2, 100, 2))
+        >>> marginals(data, samples, names=["height (m)", "mass (kg)"])[1].get_xlabel()
         'mass (kg)'
     """
     data, samples, names = _tables(data, samples, names)
@@ -70,15 +63,13 @@ def pair_plot(
     :func:`marginals`.
 
     Args:
-        data, samples, names, labels: as in :func:`marginals`, which says what is refused.
-        ax: ``d * d`` axes, row by row; new ones by default. Those above the diagonal stay empty.
-
-    Returns:
-        The axes, shape ``(d, d)``.
+        data, samples, names, labels: as in :func:`marginals`.
+        ax: ``d * d`` axes, row by row; new ones by default, returned in the shape ``(d, d)``. Those above the diagonal
+            stay empty.
 
     Example:
-        >>> rng = np.random.default_rng(0)
-        >>> pair_plot(rng.normal(size=(100, 3)), rng.normal(size=(100, 3)), names=["a", "b", "c"]).shape
+        >>> data, samples = np.random.default_rng(0).normal(size=(2, 100, 3))
+        >>> pair_plot(data, samples, names=["a", "b", "c"]).shape
         (3, 3)
     """
     data, samples, names = _tables(data, samples, names)
