@@ -57,8 +57,7 @@ def _columns(name: str, values: Values) -> tuple[NumPyArray, list[str]]:
         raise ValueError(f"expected {name} of at least one name; got none")
     columns, names = [], []
     for key, value in values.items():
-        shape = np.shape(value)
-        if not shape:
+        if not (shape := np.shape(value)):
             raise ValueError(f"expected {name} of {key!r} of shape (n, *shape); got a single number")
         columns.append(as_array(f"{name} of {key!r}", value, len(shape)).reshape(shape[0], -1))
         names += labels(key, shape[1:])

@@ -49,8 +49,6 @@ def sliced_wasserstein(x: Array, y: Array, *, num_projections: int = 128, seed: 
         >>> round(sliced_wasserstein(x + 0.5 * x.std(), x), 3)  # a shift by half a standard deviation
         0.5
     """
-    from scipy.stats import wasserstein_distance
-
     check_sizes(num_projections=num_projections)
     x, y = as_rows("x", x), as_rows("y", y)
     if x.shape[1] != y.shape[1]:
@@ -59,7 +57,14 @@ def sliced_wasserstein(x: Array, y: Array, *, num_projections: int = 128, seed: 
     x, y = (x - y.mean(0)) / scale, (y - y.mean(0)) / scale
     directions = np.random.default_rng(seed).normal(size=(num_projections, x.shape[1]))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-    return float(np.mean([wasserstein_distance(x @ direction, y @ direction) for direction in directions]))
+    # Between two levels of this grid neither quantile function jumps, so the integral is a finite sum.
+    levels = np.union1d(np.arange(len(x) + 1) / len(x), np.arange(len(y) + 1) / len(y))
+    widths, middles = np.diff(levels), (levels[1:] + levels[:-1]) / 2
+    total = 0.0
+    for direction in directions:
+        u, v = (np.sort(rows @ direction)[(middles * len(rows)).astype(int)] for rows in (x, y))
+        total += float(widths @ np.abs(u - v))
+    return total / num_projections
 
 
 @dataclass(frozen=True)

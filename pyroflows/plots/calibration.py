@@ -24,14 +24,13 @@ def latent_normality(
     level: float = 0.99,
     title: str = "Latent against a standard normal",
 ) -> Axes:
-    """Draw the quantiles of each feature of a latent against those of a standard normal.
+    """Draw the quantiles of each feature of a latent of held-out data against those of a standard normal.
 
     For a well-specified flow each point is in the grey band with probability ``level``. Of more than six features,
     those farthest from the normal have a colour and a name.
 
     Args:
-        z: as in :func:`normal_quantiles <pyroflows.diagnostics.normal_quantiles>`, which says what is refused, for
-            data held out.
+        z: as in :func:`normal_quantiles <pyroflows.diagnostics.normal_quantiles>`, which says what is refused.
         ax, title: the axes, new ones by default, and their title.
         names, level: of the features, and of the band.
 

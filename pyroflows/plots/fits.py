@@ -136,8 +136,7 @@ def khat(values: KhatsByName, ax: Axes | None = None, *, title: str = "Tails of 
     """
     if not values:
         raise ValueError("expected at least one k-hat; got none")
-    by_size = {isinstance(k, Mapping) for k in values.values()}
-    if len(by_size) > 1:
+    if len(by_size := {isinstance(k, Mapping) for k in values.values()}) > 1:
         raise TypeError("expected k-hats by the draws in a set for every name or for none; got both")
     groups: dict[str, dict[int, NumPyArray]] = {}
     for position, (name, k) in enumerate(values.items()):
@@ -145,8 +144,8 @@ def khat(values: KhatsByName, ax: Axes | None = None, *, title: str = "Tails of 
         groups[name] = {place: _as_khats(name, khats) for place, khats in subsets.items()}
     if not all(groups.values()):
         raise ValueError("expected at least one k-hat of each name; got none")
-    sizes = sorted(set().union(*groups.values())) if True in by_size else []
-    thresholds = {size: khat_threshold(size) for size in sizes}
+    sizes = set().union(*groups.values()) if True in by_size else ()
+    thresholds = {size: khat_threshold(size) for size in sorted(sizes)}
     every = np.concatenate([khats for group in groups.values() for khats in group.values()])
     to_scale = every[every <= _HIGHEST]
     low, top = min(0.0, to_scale.min(initial=0.0) - 0.05), max(1.1, to_scale.max(initial=0.0) + 0.1)

@@ -64,8 +64,7 @@ def pair_plot(
 
     Args:
         data, samples, names, labels: as in :func:`marginals`.
-        ax: ``d * d`` axes, row by row; new ones by default, returned in the shape ``(d, d)``. Those above the diagonal
-            stay empty.
+        ax: ``d * d`` axes, row by row; new ones by default. Above the diagonal they stay empty.
 
     Example:
         >>> data, samples = np.random.default_rng(0).normal(size=(2, 100, 3))
