@@ -8,9 +8,8 @@ import numpy as np
 import torch
 
 from pyroflows.cli.model import check_target, context_of, number_of_parameters, save_model
-from pyroflows.cli.output import finite, is_first, print_json, say
+from pyroflows.cli.output import TrainingLog, finite, is_first, print_json, say
 from pyroflows.cli.parsers import names
-from pyroflows.cli.progress import TrainingLog
 from pyroflows.data.table_files import CellError, TableFile, open_table
 from pyroflows.dequantizers import ColumnDequantizer
 from pyroflows.distributed import choose_device

@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyroflows.cli.progress import Progress
+from pyroflows.cli.output import Progress, is_first
 from pyroflows.contexts import seeded
-from pyroflows.data.table_files import TableFile, open_table
+from pyroflows.data.table_files import TableFile, open_table, write_table
 from pyroflows.distributed import choose_device, in_turn, initialize
 from pyroflows.flow import Flow, load
 
@@ -30,6 +31,7 @@ __all__ = [
     "number_of_parameters",
     "sample_rows",
     "save_model",
+    "write_chunks",
 ]
 
 _ROWS = 8192
@@ -172,7 +174,7 @@ def number_of_parameters(flow: Flow) -> int:
 
 
 @contextlib.contextmanager
-def model_file(path: str) -> Iterator[Path]:
+def model_file(path: str | Path) -> Iterator[Path]:
     """Yield the file of a model, also of one on standard input."""
     if path != "-":
         yield Path(path)
@@ -191,8 +193,9 @@ def device_of(name: str) -> torch.device:
 
 
 def load_model(path: str | Path, device: str) -> TableModel:
-    """Load a model of a table."""
-    flow = load(path, device=device_of(device)).eval()
+    """Load a model of a table, also from standard input."""
+    with model_file(path) as file:
+        flow = load(file, device=device_of(device)).eval()
     if len(flow.event_shape) != 1:
         raise ValueError(f"expected a flow of the rows of a table in {path}; got one of {tuple(flow.event_shape)}")
     columns, given, categories = (flow.notes.get(name) for name in ("columns", "given", "categories"))
@@ -205,6 +208,14 @@ def load_model(path: str | Path, device: str) -> TableModel:
 
 def _are_texts(value: Any) -> TypeGuard[list[str]]:
     return isinstance(value, list) and all(isinstance(part, str) for part in value)
+
+
+def write_chunks(path: str | None, columns: list[str], chunks: Iterable[np.ndarray], **options: Any) -> None:
+    """Write a table on the first process; the others, or all if there is no path, only compute the chunks."""
+    if path is not None and is_first():
+        write_table(path, columns, chunks, **options)
+    else:
+        deque(chunks, maxlen=0)
 
 
 def check_target(path: str, *sources: str | None) -> None:
