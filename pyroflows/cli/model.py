@@ -40,19 +40,12 @@ _NUMBERS = 2**19
 
 @dataclass
 class TableModel:
-    """A flow, and what its notes say of the table it was fitted to.
-
-    Args:
-        flow: the flow, in evaluation mode.
-        columns: names of its features; None if it was saved without.
-        given: names of the columns of its context.
-        categories: labels of each of these columns that holds labels.
-    """
+    """A flow in evaluation mode, and what its notes say of the table it was fitted to."""
 
     flow: Flow
-    columns: list[str] | None
-    given: list[str] = field(default_factory=list)
-    categories: dict[str, list[str]] = field(default_factory=dict)
+    columns: list[str] | None  # names of its features; None if it was saved without
+    given: list[str] = field(default_factory=list)  # names of the columns of its context
+    categories: dict[str, list[str]] = field(default_factory=dict)  # labels of each of these that holds labels
 
     @property
     def names(self) -> list[str]:
@@ -68,27 +61,22 @@ class TableModel:
     @torch.no_grad()
     def log_prob(self, cells: np.ndarray, draws: int) -> np.ndarray:
         """Score rows; whole numbers by the logarithm of the mean over draws of noise, a lower bound."""
-        x, context = self.split(cells)
         log_probs = []
-        for rows in self._chunks(len(x)):
-            part, its_context = x[rows], None if context is None else context[rows]
+        for x, context in map(self.split, self._chunks(cells)):
             if self.flow.dequantizer is None:
-                log_probs.append(self.flow.log_prob(part, its_context))
+                log_probs.append(self.flow.log_prob(x, context))
             else:
-                bounds = [self.flow.dequantized_log_prob(part, its_context) for _ in range(draws)]
+                bounds = [self.flow.dequantized_log_prob(x, context) for _ in range(draws)]
                 log_probs.append(torch.stack(bounds).logsumexp(0) - math.log(draws))
         return torch.cat(log_probs).cpu().numpy()
 
     @torch.no_grad()
     def sample(self, given: np.ndarray) -> np.ndarray:
         """Draw a row for each row of the given columns, of which there may be none, and append these."""
-        context = self.context(given)
         chunks = []
-        for rows in self._chunks(len(given)):
-            if context is None:
-                x = self.flow.sample((rows.stop - rows.start,))
-            else:
-                x = self.flow.sample((), context[rows])
+        for rows in self._chunks(given):
+            context = self.context(rows)
+            x = self.flow.sample((len(rows),) if context is None else (), context)
             chunks.append(x if self.flow.dequantizer is None else self.flow.dequantizer.quantize(x))  # type: ignore[operator]
         samples = torch.cat(chunks).cpu().numpy()
         return np.concatenate([samples, given.astype(samples.dtype)], axis=1)
@@ -108,11 +96,11 @@ class TableModel:
             progress.add(len(result))
             yield result
 
-    def _chunks(self, rows: int) -> list[slice]:
-        """Return the slices in which rows are evaluated, so that activations fit into a CPU's caches."""
+    def _chunks(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Return rows in the chunks in which they are evaluated, so that activations fit into a CPU's caches."""
         factor = 1 if self.flow.device.type == "cpu" else 8
         size = max(1, factor * min(_ROWS, _NUMBERS // len(self.names)))
-        return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+        return np.split(rows, range(size, len(rows), size))
 
     def open(self, path: str, *, given_alone: bool = False) -> TableFile:
         """Open a table with the model's columns; those of an array without names count in their order."""

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from tqdm import tqdm
@@ -64,23 +64,14 @@ class _Log:
         return True
 
 
-class Progress(_Log):
-    """Count rows, and show the count on standard error: by a bar on a terminal, by a line now and then in a log.
-
-    Args:
-        verb: what was done to the rows, such as "scored".
-        total: their number, if it is known.
-        quiet: whether to show nothing.
-    """
+class Progress(_Log, AbstractContextManager["Progress"]):
+    """Count rows, and show the count on standard error: by a bar on a terminal, by a line now and then in a log."""
 
     def __init__(self, verb: str, total: int | None, quiet: bool):
         super().__init__(quiet)
         self.verb, self.total, self.rows = verb, total, 0
         hidden = self.quiet or None  # None hides the bar where there is no terminal
         self.bar = tqdm(total=total, desc=verb, unit="row", unit_scale=True, leave=False, disable=hidden)
-
-    def __enter__(self) -> "Progress":
-        return self
 
     def __exit__(self, *_: Any) -> None:
         self.bar.close()
@@ -100,11 +91,7 @@ class Progress(_Log):
 
 
 class TrainingLog(_Log):
-    """Print the loss of a training step now and then; on a terminal the fit itself shows a bar.
-
-    Args:
-        quiet: whether to print nothing.
-    """
+    """Print the loss of a training step now and then; on a terminal the fit itself shows a bar."""
 
     steps, interrupted = 0, False
 

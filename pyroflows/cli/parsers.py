@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from pyroflows._version import __version__
 
-__all__ = ["FLOWS", "names", "parse"]
+__all__ = ["FLOWS", "parse"]
 
 FLOWS = ("maf", "nsf", "realnvp", "glow", "nice", "iaf", "planar", "radial")
 """The flows that ``pyroflows fit`` offers: those of ``pyroflows.models``, which takes seconds to import."""
@@ -36,16 +36,12 @@ Exit status: 0 success, 1 failure (with one line on standard error that says why
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse a command line; wrong arguments, ``--help`` and ``--version`` end in :class:`SystemExit`.
+    """Parse a command line, by default that of this process; wrong arguments, ``--help`` and ``--version`` exit.
 
-    Args:
-        arguments: the words after the program's name; by default those of this process.
-
-    Returns:
-        The options of the command; ``command`` is its name, and ``parser`` its parser.
+    ``command`` of the options is the name of the command, and ``parser`` its parser.
     """
-    texts: dict[str, Any] = {"description": _DESCRIPTION, "epilog": _EPILOG}
-    parser = _Parser(prog="pyroflows", formatter_class=argparse.RawDescriptionHelpFormatter, **texts)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog="pyroflows", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=formatter)
     parser.add_argument("--version", action="version", version=f"pyroflows {__version__}")
     commands: Any = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for add in (_add_demo, _add_fit, _add_score, _add_sample, _add_check, _add_plot, _add_info, _add_bench):
@@ -94,12 +90,16 @@ def _check(options: argparse.Namespace) -> None:
 # Types of options
 
 
-def names(text: str) -> list[str]:
+def _names(text: str) -> list[str]:
     """Parse different names, separated by commas."""
     parts = [name.strip() for name in text.split(",")]
     if not all(parts) or len(set(parts)) < len(parts):
         raise argparse.ArgumentTypeError(f"expected different names separated by commas; got {text!r}")
     return parts
+
+
+def _auto_or_names(text: str) -> Any:
+    return text if text == "auto" else [] if text == "none" else _names(text)
 
 
 def _checked(convert: Callable[[str], Any], is_valid: Callable[[Any], bool], expected: str) -> Callable[[str], Any]:
@@ -153,8 +153,7 @@ _JSON: dict[str, Any] = {"action": "store_true", "help": "print the results as o
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    devices = ("auto", "cpu", "cuda", "mps")
-    parser.add_argument("--device", default="auto", choices=devices, help="where to compute")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
     parser.add_argument("--json", **_JSON)
     parser.add_argument("--quiet", action="store_true", help="show no progress and print no summary")
 
@@ -184,11 +183,11 @@ def _add_fit(commands: Any) -> None:
     add = parser.add_argument
     add("data", **_DATA)
     add("--output", "-o", **_FILE, help='the model file, such as model.safetensors, or "-" for standard output')
-    add("--columns", type=names, metavar="A,B", help="columns to model (default: all not given)")
-    add("--given", type=names, default=[], metavar="C,D", help="columns to condition on: p(A, B | C, D)")
-    add("--categories", type=names, default=[], metavar="D", help="those of the given columns that hold labels")
+    add("--columns", type=_names, metavar="A,B", help="columns to model (default: all not given)")
+    add("--given", type=_names, default=[], metavar="C,D", help="columns to condition on: p(A, B | C, D)")
+    add("--categories", type=_names, default=[], metavar="D", help="those of the given columns that hold labels")
     kinds = 'columns of whole numbers, to be dequantized: names, "auto" for those that hold no others, or "none"'
-    add("--integer-columns", default="auto", metavar="NAMES", help=kinds)
+    add("--integer-columns", type=_auto_or_names, default="auto", metavar="NAMES", help=kinds)
     add("--flow", choices=FLOWS, default="nsf", help="which flow")
     add("--num-layers", type=_count, metavar="N", help="its number of layers")
     add("--hidden-features", type=_widths, metavar="N,N", help="widths of its networks' hidden layers")
@@ -220,8 +219,7 @@ def _add_score(commands: Any) -> None:
     add("data", **_DATA)
     add("--output", "-o", metavar="FILE", help='a table of one column, log_prob, or "-" for CSV on standard output')
     add("--draws", type=_count, default=8, metavar="N", help="draws of noise")
-    model = "write the model to standard output, for the next command in a pipe"
-    add("--pass-model", action="store_true", help=model)
+    add("--pass-model", action="store_true", help="write the model to standard output, for the next command in a pipe")
     add("--seed", **_SEED, help="seed of the noise")
     _add_common(parser)
 
@@ -255,8 +253,7 @@ def _add_check(commands: Any) -> None:
     add("model", **_MODEL)
     add("data", **_DATA)
     add("--rows", type=_count, default=100, metavar="N", help="rows to check")
-    tolerance = "largest error (default: 1e-3 in float32, 1e-6 in float64)"
-    add("--tolerance", type=_positive, metavar="E", help=tolerance)
+    add("--tolerance", type=_positive, metavar="E", help="largest error (default: 1e-3 in float32, 1e-6 in float64)")
     _add_common(parser)
 
 
@@ -298,7 +295,7 @@ def _add_bench(commands: Any) -> None:
     )
     add = parser.add_argument
     add("model", nargs="?", metavar="MODEL", help="a model file (default: named flows)")
-    add("--flows", type=names, default="realnvp,maf,nsf", metavar="A,B", help="named flows")
+    add("--flows", type=_names, default="realnvp,maf,nsf", metavar="A,B", help="named flows")
     add("--features", type=_count, default=8, metavar="N", help="their columns")
     add("--rows", type=_count, default=4096, metavar="N", help="rows at once")
     add("--seconds", type=_positive, default=1.0, metavar="S", help="time for each measurement")
