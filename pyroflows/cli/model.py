@@ -225,4 +225,3 @@ def save_model(flow: Flow, path: str, notes: dict[str, Any]) -> None:
         file = Path(folder) / "model.safetensors"
         flow.save(file, notes=notes)
         sys.stdout.buffer.write(file.read_bytes())
-        sys.stdout.buffer.flush()

@@ -43,7 +43,6 @@ def run(options: argparse.Namespace) -> None:
         return
     if content:
         sys.stdout.buffer.write(content)
-        sys.stdout.buffer.flush()
     integers = ", ".join(model.integers)
     results = {
         **_combine(moments),

@@ -36,8 +36,8 @@ def run(seed: int, quick: bool, until: float) -> Part:
     models = simple_models(table.train, table.validation, mixtures)
     models += fit_flows(flows, ", Student t prior", table.train, table.validation, until, **options)
     scores = log_likelihoods(models, table.test)
-    gaps = {name: score - scores["Gaussian mixture"] for name, score in scores.items()}
-    rows, numbers = compare(models, scores, gaps, ("log_likelihood", "above_mixture"), "+.2f")
+    names = ("log_likelihood", "above_mixture")
+    rows, numbers = compare(models, scores, lambda score: score - scores["Gaussian mixture"], names, 2, "+")
     return Part(
         "A real table: breast_cancer",
         f"{table.features} columns, standardized by its {len(table.train)} training rows; {len(table.validation)} "

@@ -94,8 +94,7 @@ def fit_flows(
     for name, flow in flows.items():
         seconds = max(2.0, (until - time.perf_counter()) / (len(flows) - len(models)))
         echo(f"  {name}: fitting, at most {seconds:.0f} s ...")
-        options |= {"validation": validation, "max_seconds": seconds, "progress": False, "device": "cpu"}
-        result = fit(flow, train, **options)
+        result = fit(flow, train, validation=validation, max_seconds=seconds, progress=False, device="cpu", **options)
         echo(f"  {name}: {result.steps} steps, {result.seconds:.1f} s, {result.stopped}")
         note = f"{number_of_parameters(flow):,} parameters{notes}, {result.steps} steps"
         models.append(
@@ -111,32 +110,35 @@ def log_likelihoods(models: Sequence[Density], rows: Tensor) -> dict[str, Tensor
 
 
 def compare(
-    models: Sequence[Density], scores: Mapping[str, Tensor], gaps: Mapping[str, Tensor], names: Sequence[str], form: str
+    models: Sequence[Density],
+    scores: Mapping[str, Tensor],
+    gap: Callable[[Tensor], Tensor],
+    names: tuple[str, str],
+    digits: int,
+    sign: str = "",
 ) -> tuple[list[Sequence[str]], dict[str, Any]]:
     """Return the rows of a table, and numbers, of models' scores of test rows and of their gaps from a reference.
 
-    ``names`` are those of scores and gaps in ``report.json``; ``form`` is the format of a gap, such as ``"+.2f"``.
+    ``names`` are those of scores and gaps in ``report.json``; ``sign`` is "+" to write the sign of every gap.
     """
     rows: list[Sequence[str]] = []
     numbers = {}
     for model in models:
-        (mean, error), (gap, gap_error) = (
-            (float(values.mean()), float(values.std() / len(values) ** 0.5))
-            for values in (scores[model.name].double(), gaps[model.name].double())
-        )
-        score, difference = f"{mean:{form[-3:]}} ± {error:{form[-3:]}}", f"{gap:{form}} ± {gap_error:{form[-3:]}}"
-        rows.append((model.name, score, difference if gap_error else "-", f"{model.seconds:.0f}", model.note))
-        numbers[model.name] = {
-            names[0]: mean,
-            "standard_error": error,
-            names[1]: gap,
-            f"{names[1]}_standard_error": gap_error,
-            "seconds": round(model.seconds, 2),
-            "note": model.note,
-        }
+        values = scores[model.name]
+        (mean, error), (difference, difference_error) = map(_mean_and_error, (values, gap(values)))
+        score = f"{mean:.{digits}f} ± {error:.{digits}f}"
+        further = f"{difference:{sign}.{digits}f} ± {difference_error:.{digits}f}" if difference_error else "-"
+        rows.append((model.name, score, further, f"{model.seconds:.0f}", model.note))
+        compared = {names[1]: difference, f"{names[1]}_standard_error": difference_error}
+        cost: dict[str, Any] = {"seconds": round(model.seconds, 2), "note": model.note}
         if model.result is not None:
-            numbers[model.name] |= {"steps": model.result.steps, "stopped": model.result.stopped}
+            cost |= {"steps": model.result.steps, "stopped": model.result.stopped}
+        numbers[model.name] = {names[0]: mean, "standard_error": error, **compared, **cost}
     return rows, numbers
+
+
+def _mean_and_error(values: Tensor) -> tuple[float, float]:
+    return float(values.double().mean()), float(values.double().std() / len(values) ** 0.5)
 
 
 def sizes(data: Any) -> dict[str, int]:

@@ -38,8 +38,8 @@ def run(seed: int, quick: bool, until: float) -> Part:
     options |= {"patience": 20, "options": FitOptions(ema_decay=0.99)}
     models += fit_flows({"Glow": flow}, "", data.train, data.validation, until, **options)
     bits = {"Gaussian mixture": _bits(fitted, data.test, seed), "Glow": _bits(flow, data.test, seed)}
-    gaps = {name: bits["Gaussian mixture"] - values for name, values in bits.items()}
-    rows, numbers = compare(models, bits, gaps, ("bits_per_dim", "below_mixture"), "+.3f")
+    names = ("bits_per_dim", "below_mixture")
+    rows, numbers = compare(models, bits, lambda values: bits["Gaussian mixture"] - values, names, 3, "+")
     samples = [dequantizer.quantize(model.sample(64).reshape(64, *_SHAPE)) for model in models]
     titles = [f"{name}: {of['bits_per_dim']:.3f} bits per dimension" for name, of in numbers.items()]
     figure = Figure(figsize=(12.6, 4.8), layout="constrained")

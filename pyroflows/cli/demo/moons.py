@@ -34,8 +34,7 @@ def run(seed: int, quick: bool, until: float) -> Part:
     options |= {"epochs": 10, "batch_size": 256} if quick else {"epochs": 75, "batch_size": 1024}
     models += fit_flows(flows, "", train, validation, until, **options)
     scores, true_log_prob = log_likelihoods(models, test), truth.log_prob(test)
-    gaps = {name: true_log_prob - score for name, score in scores.items()}
-    rows, numbers = compare(models, scores, gaps, ("log_likelihood", "kl"), ".3f")
+    rows, numbers = compare(models, scores, lambda score: true_log_prob - score, ("log_likelihood", "kl"), digits=3)
     entropy = -float(true_log_prob.double().mean())
     splits = {"train": len(train), "validation": len(validation), "test": len(test)}
     return Part(
