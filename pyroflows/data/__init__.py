@@ -1,6 +1,6 @@
 """Data to fit flows to: toy densities with an exact log-density, tables, their files, images."""
 
-from pyroflows.data.bsds300 import load_bsds300
+from pyroflows.data.benchmarks import load_bsds300, load_power
 from pyroflows.data.images import (
     IMAGES,
     ImageData,
@@ -12,7 +12,6 @@ from pyroflows.data.images import (
     random_shifts,
 )
 from pyroflows.data.parquet import ParquetBatches
-from pyroflows.data.power import load_power
 from pyroflows.data.table_files import TableFile, open_table, write_table
 from pyroflows.data.tables import TABLES, Table, load_table, make_table
 from pyroflows.data.toy import (
@@ -58,7 +57,7 @@ __all__ = [  # noqa: RUF022 - grouped by file
     "random_shifts",
     # parquet
     "ParquetBatches",
-    # power, bsds300
+    # benchmarks
     "load_bsds300",
     "load_power",
 ]

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyroflows.arguments import check_finite, check_option
-from pyroflows.data.split import PARTS, split_rows
+from pyroflows.data.arrays import PARTS, split_rows
 
 __all__ = ["TABLES", "Table", "load_table", "make_table", "mean_and_scale"]
 
@@ -83,8 +84,7 @@ def make_table(
 
     Args:
         x: the rows.
-        name: name of the table.
-        columns: a name for each column; None numbers them.
+        name, columns: of the table; None numbers the columns.
         labels: class of every row.
         test: fraction of all rows to test on.
         validation: fraction of all rows for validation.
@@ -99,11 +99,8 @@ def make_table(
         ValueError: the rows are not a finite matrix, or names, labels or fractions do not fit them.
 
     Example:
-        >>> table = make_table(torch.arange(20.0).reshape(10, 2))
-        >>> table
+        >>> make_table(torch.arange(20.0).reshape(10, 2))
         Table('table', features=2, train=7, validation=1, test=2)
-        >>> bool(table.train.mean().abs() < 1e-6)
-        True
     """
     rows = np.asarray(x.detach().cpu().double() if isinstance(x, Tensor) else x, dtype=np.float64)
     if rows.ndim != 2 or not rows.size:
@@ -130,16 +127,8 @@ def make_table(
     )
 
 
-def load_table(
-    name: str,
-    *,
-    test: float = 0.2,
-    validation: float = 0.1,
-    standardize: bool = True,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-) -> Table:
-    """Load one of scikit-learn's bundled tables, see :func:`make_table` for the other options.
+def load_table(name: str, **options: Any) -> Table:
+    """Load one of scikit-learn's bundled tables.
 
     The classification tables (breast_cancer, digits, iris, wine) have their classes as labels; the regression tables
     (diabetes, in its original units, and linnerud) have their targets as last columns. No column is dropped: one that
@@ -147,11 +136,7 @@ def load_table(
 
     Args:
         name: one of ``TABLES``.
-        test: fraction of all rows to test on.
-        validation: fraction of all rows for validation.
-        standardize: whether to standardize.
-        seed: of the split.
-        dtype: dtype of the rows.
+        options: ``test``, ``validation``, ``standardize``, ``seed`` and ``dtype`` of :func:`make_table`.
 
     Raises:
         ValueError: there is no such table, or the fractions leave no training row.
@@ -170,14 +155,4 @@ def load_table(
         rows = np.column_stack((rows, bunch.target))
         columns += ["progression"] if name == "diabetes" else list(bunch.target_names)
         labels = None
-    return make_table(
-        rows,
-        name=name,
-        columns=columns,
-        labels=labels,
-        test=test,
-        validation=validation,
-        standardize=standardize,
-        seed=seed,
-        dtype=dtype,
-    )
+    return make_table(rows, name=name, columns=columns, labels=labels, **options)
