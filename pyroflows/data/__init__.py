@@ -26,38 +26,32 @@ from pyroflows.data.toy import (
     TwoMoons,
 )
 
-__all__ = [  # noqa: RUF022 - grouped by file
-    # toy
+__all__ = [
+    "IMAGES",
+    "TABLES",
     "TOY_DENSITIES",
     "Checkerboard",
     "Circles",
     "EightGaussians",
+    "ImageData",
+    "ParquetBatches",
     "Pinwheel",
     "RandomGaussianMixture",
     "Spirals",
+    "Table",
+    "TableFile",
     "ToyDensity",
     "TwoMoons",
-    # tables
-    "TABLES",
-    "Table",
-    "load_table",
-    "make_table",
-    # table_files
-    "TableFile",
-    "open_table",
-    "write_table",
-    # images
-    "IMAGES",
-    "ImageData",
+    "load_bsds300",
     "load_image_folder",
     "load_images",
+    "load_power",
+    "load_table",
     "make_images",
+    "make_table",
+    "open_table",
     "pad_images",
     "random_flips",
     "random_shifts",
-    # parquet
-    "ParquetBatches",
-    # benchmarks
-    "load_bsds300",
-    "load_power",
+    "write_table",
 ]

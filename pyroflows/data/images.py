@@ -58,9 +58,7 @@ class ImageData:
 
     Args:
         name: name of the set.
-        train: images to train on, uint8, of shape ``(rows, C, H, W)``.
-        validation: images for validation.
-        test: images to test on.
+        train, validation, test: images of each part, uint8, of shape ``(rows, C, H, W)``.
         labels: class of every image for each part, int64; None if there are no classes.
         num_levels: number of levels; every value is below it.
         class_names: a name for each class.
@@ -118,8 +116,7 @@ def make_images(
         num_levels: number of levels, at most 256.
         channels_last: whether the last of four dimensions is that of the channels; by default the channels are the
             second or the last dimension, whichever is 1 or 3, if only one is.
-        test: fraction of all images to test on.
-        validation: fraction of all images for validation.
+        test, validation: fractions of all images.
         seed: of the split.
 
     Shapes:
@@ -167,16 +164,15 @@ def _levels(images: Any, num_levels: int, channels_last: bool | None) -> Tensor:
         if channels_last is None:
             first, last = x.shape[1] in (1, 3), x.shape[3] in (1, 3)
             if first == last:
+                unless = "unless one of the second and the last dimension is 1 or 3"
                 raise ValueError(
-                    "expected channels_last=True or False, unless one of the second and the last dimension "
-                    f"is 1 or 3; got None with shape {tuple(x.shape)}"
+                    f"expected channels_last=True or False, {unless}; got None with shape {tuple(x.shape)}"
                 )
             channels_last = last
         x = x.movedim(-1, 1) if channels_last else x
     if x.dim() != 4 or not x.numel():
-        raise ValueError(
-            f"expected images of shape (rows, H, W), (rows, C, H, W) or (rows, H, W, C); got {tuple(x.shape)}"
-        )
+        shapes = "(rows, H, W), (rows, C, H, W) or (rows, H, W, C)"
+        raise ValueError(f"expected images of shape {shapes}; got {tuple(x.shape)}")
     x = x if x.dtype in (torch.uint8, torch.bool) else x.long()
     low, high = int(x.min()), int(x.max())
     if low < 0 or high >= num_levels:
@@ -382,9 +378,7 @@ def load_image_folder(
     *,
     channels: int = 3,
     name: str | None = None,
-    test: float = 0.1,
-    validation: float = 0.1,
-    seed: int = 0,
+    **options: Any,
 ) -> ImageData:
     """Load every image file in a folder and the folders below it, and split them at random.
 
@@ -396,7 +390,7 @@ def load_image_folder(
             None takes them as they are, all of one size.
         channels: 3 for colour, 1 for grey.
         name: name of the set; by default that of the folder.
-        test, validation, seed: of the split, as for :func:`make_images`.
+        options: ``test``, ``validation`` and ``seed`` of :func:`make_images`.
 
     Raises:
         FileNotFoundError: there is no such folder, or no image in it.
@@ -412,7 +406,12 @@ def load_image_folder(
         raise FileNotFoundError(f"expected a folder of images in {folder}; got no such folder")
     if channels not in (1, 3):
         raise ValueError(f"expected channels to be 1 or 3; got {channels!r}")
-    sides = _sides(size)
+    sides = None
+    if size is not None:
+        sides = tuple(size) if isinstance(size, Sequence) else (size, size)
+        if len(sides) != 2:
+            raise ValueError(f"expected size as one number or as (height, width); got {size!r}")
+        check_sizes(height=sides[0], width=sides[1])
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
     if not files:
         raise FileNotFoundError(f"expected image files ({', '.join(SUFFIXES)}) in {folder}; got none")
@@ -422,10 +421,8 @@ def load_image_folder(
         images.append(_read_image(file, channels, sides))
         if images[-1].shape != images[0].shape:
             first, other = (f"{image.shape[0]} x {image.shape[1]}" for image in (images[0], images[-1]))
-            raise ValueError(
-                f"expected images of one size, {first} as {files[0]}; got {other} in {file}: "
-                "give size to resize and crop them"
-            )
+            expected = f"expected images of one size, {first} as {files[0]}"
+            raise ValueError(f"{expected}; got {other} in {file}: give size to resize and crop them")
     below = [file.relative_to(folder).parts for file in files]
     class_names = sorted({parts[0] for parts in below}) if all(len(parts) > 1 for parts in below) else None
     labels = None if class_names is None else [class_names.index(parts[0]) for parts in below]
@@ -435,24 +432,11 @@ def load_image_folder(
         labels=labels,
         class_names=class_names,
         channels_last=True,
-        test=test,
-        validation=validation,
-        seed=seed,
+        **options,
     )
 
 
-def _sides(size: int | Sequence[int] | None) -> tuple[int, int] | None:
-    if size is None:
-        return None
-    sides = tuple(size) if isinstance(size, Sequence) else (size, size)
-    if len(sides) != 2:
-        raise ValueError(f"expected size as one number or as (height, width); got {size!r}")
-    height, width = sides
-    check_sizes(height=height, width=width)
-    return int(height), int(width)
-
-
-def _read_image(file: Path, channels: int, sides: tuple[int, int] | None) -> np.ndarray:
+def _read_image(file: Path, channels: int, sides: Sequence[int] | None) -> np.ndarray:
     from PIL import Image, ImageOps  # here, since only images need Pillow
 
     try:
@@ -460,14 +444,12 @@ def _read_image(file: Path, channels: int, sides: tuple[int, int] | None) -> np.
             mode = opened.mode
             image = ImageOps.exif_transpose(opened).convert("RGB" if channels == 3 else "L")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"expected an image that can be read in {file}; got {type(error).__name__}: {error}"
-        ) from error
+        got = f"{type(error).__name__}: {error}"
+        raise ValueError(f"expected an image that can be read in {file}; got {got}") from error
     if mode.startswith(("I", "F")):  # Pillow would clip these at 255: a white picture
         raise ValueError(f"expected an image of 8 bits a channel in {file}; got one of more, Pillow's mode {mode!r}")
     if sides is not None:
-        height, width = sides
-        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+        image = ImageOps.fit(image, (int(sides[1]), int(sides[0])), Image.Resampling.BICUBIC)
     pixels = np.asarray(image)
     return pixels if channels == 3 else pixels[..., None]
 

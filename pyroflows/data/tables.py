@@ -24,9 +24,7 @@ class Table:
     Args:
         name: name of the table.
         columns: a name for each column.
-        train: rows to train on, of shape ``(rows, features)``.
-        validation: rows for validation.
-        test: rows to test on.
+        train, validation, test: rows of each part, of shape ``(rows, features)``.
         mean: subtracted from every row, of shape ``(features,)``, float64.
         scale: divisor of the difference, of shape ``(features,)``, float64.
         labels: class of every row for each part, int64; None if there are no classes.
@@ -86,8 +84,7 @@ def make_table(
         x: the rows.
         name, columns: of the table; None numbers the columns.
         labels: class of every row.
-        test: fraction of all rows to test on.
-        validation: fraction of all rows for validation.
+        test, validation: fractions of all rows.
         standardize: whether to standardize; otherwise the mean is 0 and the scale 1.
         seed: of the split.
         dtype: dtype of the rows.

@@ -26,13 +26,6 @@ __all__ = [
 LOG_2PI = math.log(2 * math.pi)
 
 
-def _generator(seed: int | None) -> Generator | None:
-    if seed is None:
-        return None
-    check_counts(seed=seed)
-    return Generator().manual_seed(seed)
-
-
 def _uniform(generator: Generator | None, *shape: int) -> Tensor:
     return torch.rand(shape, generator=generator, dtype=torch.float64)
 
@@ -80,7 +73,7 @@ class ToyDensity:
         return 2
 
     def sample(self, n: int, *, seed: int | None = None) -> Tensor:
-        """Draw ``n`` independent points.
+        """Draw independent points.
 
         Args:
             n: number of points.
@@ -93,7 +86,9 @@ class ToyDensity:
             ValueError: ``n`` is not a positive integer, or ``seed`` not a non-negative one.
         """
         check_sizes(n=n)
-        return self._draw(n, _generator(seed)).float()
+        if seed is not None:
+            check_counts(seed=seed)
+        return self._draw(n, None if seed is None else Generator().manual_seed(seed)).float()
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Return the log-density in nats, computed in float64 and returned in the dtype of ``x``; it has gradients.
@@ -394,7 +389,7 @@ class RandomGaussianMixture(_Parametric):
 
     @functools.cached_property
     def _parameters(self) -> tuple[Tensor, Tensor, Tensor]:
-        generator = _generator(self.seed)
+        generator = Generator().manual_seed(self.seed)
         means = 3 * _normal(generator, self.num_components, self.features)
         axes = torch.linalg.qr(_normal(generator, self.num_components, self.features, self.features)).Q
         return means, axes, 0.3 + 0.7 * _uniform(generator, self.num_components, self.features)

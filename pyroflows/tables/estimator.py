@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_array, check_consistent_length, check_is_fitted, validate_data
 from torch import Tensor
 
-from pyroflows.arguments import check_finite, check_number, check_option, check_sizes
+from pyroflows.arguments import as_tensor, check_finite, check_number, check_option, check_sizes
 from pyroflows.contexts import seeded
 from pyroflows.distributed import choose_device
 from pyroflows.flow import Flow
@@ -31,6 +32,7 @@ __all__ = ["FlowClassifier", "FlowDensity"]
 _CHUNK_ROWS = 8192
 
 
+@dataclass(eq=False, repr=False)
 class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseEstimator):
     r"""A density of the rows of a table, or of the rows given a class or numbers, by a normalizing flow.
 
@@ -87,42 +89,23 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         ((150,), (3, 4))
     """
 
-    def __init__(
-        self,
-        flow: str | Callable[..., Flow] = "nsf",
-        *,
-        num_layers: int | None = None,
-        hidden_features: Sequence[int] | None = None,
-        flow_options: Mapping[str, Any] | None = None,
-        conditional: str | None = None,
-        standardize: bool = True,
-        epochs: int = 100,
-        batch_size: int = 256,
-        learning_rate: float = 1e-3,
-        validation: float = 0.1,
-        patience: int | None = 20,
-        max_seconds: float | None = None,
-        fit_options: Mapping[str, Any] | None = None,
-        device: str = "cpu",
-        random_state: int | np.random.RandomState | None = None,
-        verbose: bool = False,
-    ):
-        self.flow = flow
-        self.num_layers = num_layers
-        self.hidden_features = hidden_features
-        self.flow_options = flow_options
-        self.conditional = conditional
-        self.standardize = standardize
-        self.epochs = epochs
-        self.batch_size = batch_size
-        self.learning_rate = learning_rate
-        self.validation = validation
-        self.patience = patience
-        self.max_seconds = max_seconds
-        self.fit_options = fit_options
-        self.device = device
-        self.random_state = random_state
-        self.verbose = verbose
+    flow: str | Callable[..., Flow] = "nsf"
+    _: KW_ONLY
+    num_layers: int | None = None
+    hidden_features: Sequence[int] | None = None
+    flow_options: Mapping[str, Any] | None = None
+    conditional: str | None = None
+    standardize: bool = True
+    epochs: int = 100
+    batch_size: int = 256
+    learning_rate: float = 1e-3
+    validation: float = 0.1
+    patience: int | None = 20
+    max_seconds: float | None = None
+    fit_options: Mapping[str, Any] | None = None
+    device: str = "cpu"
+    random_state: int | np.random.RandomState | None = None
+    verbose: bool = False
 
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> "FlowDensity":
         """Train the flow on rows, each of weight one by default, and on their ``y`` if it is conditional."""
@@ -175,20 +158,15 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         """Draw rows; from a conditional density given ``y``, one value for all rows or one for each."""
         check_is_fitted(self)
         check_sizes(n_samples=n_samples)
-        context = None
-        if self.conditional is not None:
-            context = self._context(self._broadcast_targets(y, n_samples), n_samples)
         flow = self.flow_.to(_device(self.device))
-        chunks = []
+        context = self._context(y if self.conditional is None else self._broadcast(y, n_samples), n_samples)
         with seeded(_seed(random_state), flow.device):
-            for start in range(0, n_samples, _CHUNK_ROWS):
-                rows = slice(start, min(start + _CHUNK_ROWS, n_samples))
-                if context is None:
-                    chunk = flow.sample((rows.stop - rows.start,))
-                else:
-                    chunk = flow.sample((), context[rows].to(flow.device))
-                chunks.append(chunk.cpu().numpy())
-        return np.concatenate(chunks)
+            if context is None:
+                sizes = [min(_CHUNK_ROWS, n_samples - start) for start in range(0, n_samples, _CHUNK_ROWS)]
+                chunks = [flow.sample((size,)).cpu() for size in sizes]
+            else:
+                chunks = [flow.sample((), part.to(flow.device)).cpu() for part in context.split(_CHUNK_ROWS)]
+        return torch.cat(chunks).numpy()
 
     def transform(self, X: Any, y: Any = None) -> np.ndarray:
         """Return the latents of rows."""
@@ -201,7 +179,7 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
     def inverse_transform(self, X: Any, y: Any = None) -> np.ndarray:
         """Return the rows of latents."""
         check_is_fitted(self)
-        z = _tensor(check_array(X, dtype=np.float64, ensure_all_finite=False))
+        z = as_tensor(check_array(X, dtype=np.float64, ensure_all_finite=False))
         if z.shape[1] != self.n_features_in_:
             raise ValueError(f"expected latents of {self.n_features_in_} columns; got {z.shape[1]}")
         check_finite("X", z)
@@ -222,46 +200,55 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
     def _rows(self, X: Any, *, reset: bool) -> np.ndarray:
         options = {"dtype": np.float64, "ensure_all_finite": False, "ensure_min_samples": 2 if reset else 1}
         rows = validate_data(self, X, reset=reset, **options)
-        check_finite("X", _tensor(rows), getattr(self, "feature_names_in_", None))
+        check_finite("X", as_tensor(rows), getattr(self, "feature_names_in_", None))
         return rows
 
     def _learn_targets(self, x: np.ndarray, y: Any, is_used: np.ndarray) -> np.ndarray | None:
         """Learn the classes, or how many numbers ``y`` has, from the rows that are used, and return their context."""
         if self.conditional is None:
             return None
-        _refuse_missing(y, self.conditional)
-        check_consistent_length(x, y)
+        targets = self._targets(y)
+        check_consistent_length(x, targets)
+        targets = targets[is_used]
         if self.conditional == "class":
-            self.classes_, labels = np.unique(_labels(y)[is_used], return_inverse=True)
-            return labels
-        numbers = _numbers(y)[is_used]
-        self._numbers_of_y = numbers.shape[1]
+            self.classes_, targets = np.unique(targets, return_inverse=True)
+        else:
+            self._numbers_of_y = targets.shape[1]
+        return targets
+
+    def _targets(self, y: Any) -> np.ndarray:
+        """Return class labels, ``(rows,)``, or numbers, ``(rows, numbers)``."""
+        _refuse_missing(y, self.conditional)
+        if self.conditional == "class":
+            return np.asarray(column_or_1d(y))
+        numbers = check_array(y, dtype=np.float64, ensure_2d=False, ensure_all_finite=False, input_name="y")
+        numbers = numbers[:, None] if numbers.ndim == 1 else numbers
+        check_finite("y", numbers)
         return numbers
 
     def _read(self, X: Any, y: Any) -> tuple[Tensor, Tensor | None]:
         check_is_fitted(self)
         x = self._rows(X, reset=False)
-        return _tensor(x), self._context(y, len(x))
+        return as_tensor(x), self._context(y, len(x))
 
     def _context(self, y: Any, rows: int) -> Tensor | None:
         """Return the context of rows, as the flow takes it."""
         if self.conditional is None:
             return None
-        _refuse_missing(y, self.conditional)
-        targets = _numbers(y) if self.conditional == "number" else _labels(y)
+        targets = self._targets(y)
         if len(targets) != rows:
             raise ValueError(f"expected y for each of {rows} rows; got {len(targets)}")
         if self.conditional == "number":
             if targets.shape[1] != self._numbers_of_y:
                 raise ValueError(f"expected {self._numbers_of_y} numbers a row in y; got {targets.shape[1]}")
-            return _tensor(targets)
+            return as_tensor(targets)
         is_unknown = ~np.isin(targets, self.classes_)
         if is_unknown.any():
             labels = ", ".join(map(str, self.classes_))
             raise ValueError(f"expected class labels among {labels}; got {targets[is_unknown][0]}")
-        return _tensor(np.searchsorted(self.classes_, targets))
+        return as_tensor(np.searchsorted(self.classes_, targets))
 
-    def _broadcast_targets(self, y: Any, rows: int) -> np.ndarray:
+    def _broadcast(self, y: Any, rows: int) -> np.ndarray:
         """Return ``y`` for each row, from one for all rows or one for each."""
         _refuse_missing(y, self.conditional)
         targets = np.asarray(y)
@@ -275,14 +262,18 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
     @torch.no_grad()
     def _map(self, method: str, x: Tensor, context: Tensor | None) -> np.ndarray:
         flow = self.flow_.to(_device(self.device))
-        chunks = []
-        for start in range(0, len(x), _CHUNK_ROWS):
-            rows = slice(start, start + _CHUNK_ROWS)
-            its_context = None if context is None else context[rows].to(flow.device)
-            chunks.append(getattr(flow, method)(x[rows].to(flow.device), its_context).cpu().numpy())
-        return np.concatenate(chunks)
+        parts = x.split(_CHUNK_ROWS)
+        contexts = [None] * len(parts) if context is None else context.split(_CHUNK_ROWS)
+        function = getattr(flow, method)
+        return np.concatenate(
+            [
+                function(part.to(flow.device), None if given is None else given.to(flow.device)).cpu().numpy()
+                for part, given in zip(parts, contexts, strict=True)
+            ]
+        )
 
 
+@dataclass(eq=False, repr=False)
 class FlowClassifier(ClassifierMixin, BaseEstimator):
     r"""A generative classifier: the density of the rows given each class, by one flow, and Bayes' rule.
 
@@ -317,9 +308,9 @@ class FlowClassifier(ClassifierMixin, BaseEstimator):
         ((150, 3), True)
     """
 
-    def __init__(self, density: FlowDensity | None = None, *, priors: Sequence[float] | None = None):
-        self.density = density
-        self.priors = priors
+    density: FlowDensity | None = None
+    _: KW_ONLY
+    priors: Sequence[float] | None = None
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "FlowClassifier":
         """Train the density of rows given their class, and count the classes."""
@@ -337,9 +328,8 @@ class FlowClassifier(ClassifierMixin, BaseEstimator):
         if self.priors is not None:
             priors = np.asarray(self.priors, dtype=np.float64)
             if priors.shape != self.classes_.shape or not (priors > 0).all() or not np.isclose(priors.sum(), 1):
-                raise ValueError(
-                    f"expected {len(self.classes_)} priors above 0 that sum to 1, one a class; got {self.priors}"
-                )
+                expected = f"expected {len(self.classes_)} priors above 0 that sum to 1, one a class"
+                raise ValueError(f"{expected}; got {self.priors}")
             self.class_prior_ = priors
         return self
 
@@ -390,19 +380,3 @@ def _refuse_missing(y: Any, conditional: str | None) -> None:
     if y is None:
         # The words that scikit-learn looks for.
         raise ValueError(f"requires y to be passed, but the target y is None: conditional={conditional!r}")
-
-
-def _labels(y: Any) -> np.ndarray:
-    return np.asarray(column_or_1d(y))
-
-
-def _numbers(y: Any) -> np.ndarray:
-    numbers = check_array(y, dtype=np.float64, ensure_2d=False, ensure_all_finite=False, input_name="y")
-    numbers = numbers[:, None] if numbers.ndim == 1 else numbers
-    check_finite("y", _tensor(numbers))
-    return numbers
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    # torch takes neither an array that may not be written to nor one that is read backwards.
-    return torch.from_numpy(np.require(array, requirements=("C", "W")))

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyroflows.arguments import as_tensor
 from pyroflows.contexts import seeded
 from pyroflows.flow import Flow
 from pyroflows.layers.pointwise import Standardize
@@ -81,12 +82,13 @@ def fit_table(
     """
     if weights is not None:
         x, context, weights = _merge(x, context, weights)
+    rows, conditions = as_tensor(x), None if context is None else as_tensor(context)
     with seeded(seed):
         built = table_flow(
-            _tensor(x),
+            rows,
             flow,
-            context=_tensor(context),
-            weights=_tensor(weights),
+            context=conditions,
+            weights=None if weights is None else as_tensor(weights),
             integer_columns=integer_columns,
             standardize=standardize,
             columns=columns,
@@ -98,11 +100,11 @@ def fit_table(
     training, held_out, divided = _split(x, context, weights, validation, seed, is_continuous)
     if weights is not None and (weights == weights[0]).all():
         weights = None
-    trained, data, conditions, log_scale = _training_form(built, _tensor(x), _tensor(context), dtype)
+    trained, rows, conditions, log_scale = _training_form(built, rows, conditions, dtype)
 
-    def part(rows: np.ndarray, share: float) -> tuple[Tensor, Tensor | None, np.ndarray | None]:
-        its_weights = None if weights is None else np.where(divided, share * weights, weights)[rows]
-        return data[rows], None if conditions is None else conditions[rows], its_weights
+    def part(places: np.ndarray, share: float) -> tuple[Tensor, Tensor | None, np.ndarray | None]:
+        its_weights = None if weights is None else np.where(divided, share * weights, weights)[places]
+        return rows[places], None if conditions is None else conditions[places], its_weights
 
     def objective(flow: Any, *batch: Tensor) -> Tensor:
         loss = negative_log_likelihood(flow, *batch) + log_scale
@@ -168,7 +170,7 @@ def _split(
         chosen = rng.permutation(np.flatnonzero(~divided))[: int(share * number)]
     else:
         if is_continuous:  # whole numbers alone are often equal by chance
-            group = _groups(x, context)
+            group = np.unique(_table(x, context), axis=0, return_inverse=True)[1].ravel()
             is_frequent = np.bincount(group)[group] > share * number
             group = np.unique(np.where(is_frequent, number + np.arange(number), group), return_inverse=True)[1]
         order = rng.permutation(group.max() + 1)
@@ -183,25 +185,11 @@ def _merge(
     x: np.ndarray, context: np.ndarray | None, weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
     """Make one row of equal rows, with the sum of their weights, in sorted order."""
-    group = _groups(x, context)
-    first = np.unique(group, return_index=True)[1]
-    weights = np.bincount(group, weights)
+    first, group = np.unique(_table(x, context), axis=0, return_index=True, return_inverse=True)[1:]
     if len(first) < 2:
         raise ValueError(f"expected at least 2 different rows of a weight above zero; got {len(first)}")
-    return x[first], None if context is None else context[first], weights
+    return x[first], None if context is None else context[first], np.bincount(group.ravel(), weights)
 
 
-def _groups(x: np.ndarray, context: np.ndarray | None) -> np.ndarray:
-    """Number the different rows in sorted order, and return the number of each row."""
-    table = x if context is None else np.column_stack((x, context))
-    order = np.argsort(table[:, 0], kind="stable")
-    if (np.diff(table[order, 0]) == 0).any():  # the other columns decide, which takes as many sorts
-        order = np.lexsort(table.T[::-1])
-    group = np.empty(len(table), int)
-    group[order] = np.append(0, (table[order[1:]] != table[order[:-1]]).any(1).cumsum())
-    return group
-
-
-def _tensor(array: np.ndarray | None) -> Any:
-    # torch takes neither an array that is read backwards nor one that may not be written to.
-    return None if array is None else torch.from_numpy(np.require(array, requirements=("C", "W")))
+def _table(x: np.ndarray, context: np.ndarray | None) -> np.ndarray:
+    return x if context is None else np.column_stack((x, context))
