@@ -255,7 +255,11 @@ def load_images(
     if found is None and download:
         if root is None:
             raise ValueError(f"expected root, the folder to download {name} to; got None")
-        found = _download(name, folder)
+        try:
+            found = _from_torchvision(name, folder, download=True)
+        except (OSError, RuntimeError) as error:
+            got = " ".join(str(error).split())  # torchvision writes a line for each address
+            raise OSError(f"expected to download {name} to {folder}; got {type(error).__name__}: {got}") from error
     if found is None:
         files = f"{name}.npz or train-images-idx3-ubyte(.gz) and so on,"
         if name == "cifar10":
@@ -353,14 +357,6 @@ def _read_idx(path: Path, dims: int) -> np.ndarray:
     if content[:4] != bytes([0, 0, 8, dims]) or len(content) != head + int(np.prod(sizes)):
         raise ValueError(f"expected an IDX file of bytes with {dims} dimensions in {file}; got another, or a part")
     return np.frombuffer(content, np.uint8, offset=head).reshape(sizes).copy()
-
-
-def _download(name: str, folder: Path) -> _Found:
-    try:
-        return _from_torchvision(name, folder, download=True)
-    except (OSError, RuntimeError) as error:
-        got = " ".join(str(error).split())  # torchvision writes a line for each address
-        raise OSError(f"expected to download {name} to {folder}; got {type(error).__name__}: {got}") from error
 
 
 def _from_torchvision(name: str, folder: Path, *, download: bool) -> _Found:

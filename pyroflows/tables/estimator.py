@@ -52,12 +52,8 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         conditional: None for the density of the rows, whatever ``y`` is; "class" for their density given a class label
             ``y``; "number" for that given one number or several.
         standardize: whether the flow standardizes the columns.
-        epochs: most passes through the rows; an epoch has at least ten steps.
-        batch_size: rows a step, or all rows if there are fewer.
-        learning_rate: largest learning rate of Adam.
-        validation: share of rows to hold out, to choose the best epoch and when to stop; 0 for none.
-        patience: epochs without a better validation loss before training ends; None for no limit.
-        max_seconds: limit of wall time.
+        batch_size, validation: as for :func:`fit_table`.
+        epochs, learning_rate, patience, max_seconds: as for :func:`fit`; an epoch has at least ten steps.
         fit_options: fields of :class:`FitOptions`, such as ``{"weight_decay": 1e-5}``.
         device: "cpu", "cuda" (also "cuda:1"), or "auto" for a GPU if there is one.
         random_state: an integer, a RandomState or None, for weights, rows held out and shuffles.
@@ -120,25 +116,20 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         context = self._learn_targets(x, y, is_used)
         flow_options = {"num_layers": self.num_layers, "hidden_features": self.hidden_features}
         flow_options = {name: value for name, value in flow_options.items() if value is not None}
+        shared = ("batch_size", "epochs", "learning_rate", "max_seconds", "patience", "standardize", "validation")
         self.flow_, self.result_ = fit_table(
             x[is_used],
             self.flow,
             context=context,
             weights=weights[is_used],
-            validation=self.validation,
             columns=getattr(self, "feature_names_in_", None),
-            standardize=self.standardize,
             flow_options=flow_options | dict(self.flow_options or {}),
-            batch_size=self.batch_size,
             min_steps=10,
             seed=_seed(self.random_state),
             device=device,
-            epochs=self.epochs,
-            learning_rate=self.learning_rate,
-            patience=self.patience,
-            max_seconds=self.max_seconds,
             progress=None if self.verbose else False,
             options=FitOptions(**self.fit_options or {}),
+            **{name: getattr(self, name) for name in shared},
         )
         self.n_iter_ = len(self.result_.history["train"])
         self._n_features_out = x.shape[1]
@@ -146,7 +137,7 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
 
     def score_samples(self, X: Any, y: Any = None) -> np.ndarray:
         """Return the log-density of each row, in nats, in the units of the columns."""
-        return self._map("log_prob", *self._read(X, y))
+        return self._map("log_prob", self._rows(X), y)
 
     def score(self, X: Any, y: Any = None) -> float:
         """Return the mean log-density of the rows, in nats, in the units of the columns."""
@@ -165,12 +156,12 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
                 sizes = [min(_CHUNK_ROWS, n_samples - start) for start in range(0, n_samples, _CHUNK_ROWS)]
                 chunks = [flow.sample((size,)).cpu() for size in sizes]
             else:
-                chunks = [flow.sample((), part.to(flow.device)).cpu() for part in context.split(_CHUNK_ROWS)]
+                chunks = [flow.sample((), part).cpu() for part in context.to(flow.device).split(_CHUNK_ROWS)]
         return torch.cat(chunks).numpy()
 
     def transform(self, X: Any, y: Any = None) -> np.ndarray:
         """Return the latents of rows."""
-        return self._map("encode", *self._read(X, y))
+        return self._map("encode", self._rows(X), y)
 
     def fit_transform(self, X: Any, y: Any = None, sample_weight: Any = None) -> np.ndarray:
         """Train the flow on rows, and return their latents."""
@@ -179,11 +170,11 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
     def inverse_transform(self, X: Any, y: Any = None) -> np.ndarray:
         """Return the rows of latents."""
         check_is_fitted(self)
-        z = as_tensor(check_array(X, dtype=np.float64, ensure_all_finite=False))
+        z = check_array(X, dtype=np.float64, ensure_all_finite=False)
         if z.shape[1] != self.n_features_in_:
             raise ValueError(f"expected latents of {self.n_features_in_} columns; got {z.shape[1]}")
         check_finite("X", z)
-        return self._map("decode", z, self._context(y, len(z)))
+        return self._map("decode", z, y)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -197,10 +188,12 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
             state["flow_"] = copy.deepcopy(state["flow_"]).cpu()
         return state
 
-    def _rows(self, X: Any, *, reset: bool) -> np.ndarray:
+    def _rows(self, X: Any, *, reset: bool = False) -> np.ndarray:
+        if not reset:
+            check_is_fitted(self)
         options = {"dtype": np.float64, "ensure_all_finite": False, "ensure_min_samples": 2 if reset else 1}
         rows = validate_data(self, X, reset=reset, **options)
-        check_finite("X", as_tensor(rows), getattr(self, "feature_names_in_", None))
+        check_finite("X", rows, getattr(self, "feature_names_in_", None))
         return rows
 
     def _learn_targets(self, x: np.ndarray, y: Any, is_used: np.ndarray) -> np.ndarray | None:
@@ -225,11 +218,6 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         numbers = numbers[:, None] if numbers.ndim == 1 else numbers
         check_finite("y", numbers)
         return numbers
-
-    def _read(self, X: Any, y: Any) -> tuple[Tensor, Tensor | None]:
-        check_is_fitted(self)
-        x = self._rows(X, reset=False)
-        return as_tensor(x), self._context(y, len(x))
 
     def _context(self, y: Any, rows: int) -> Tensor | None:
         """Return the context of rows, as the flow takes it."""
@@ -260,17 +248,12 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
             raise ValueError(f"expected y as one value or as {rows}, one for each; got shape {targets.shape}") from None
 
     @torch.no_grad()
-    def _map(self, method: str, x: Tensor, context: Tensor | None) -> np.ndarray:
+    def _map(self, method: str, rows: np.ndarray, y: Any) -> np.ndarray:
         flow = self.flow_.to(_device(self.device))
-        parts = x.split(_CHUNK_ROWS)
-        contexts = [None] * len(parts) if context is None else context.split(_CHUNK_ROWS)
-        function = getattr(flow, method)
-        return np.concatenate(
-            [
-                function(part.to(flow.device), None if given is None else given.to(flow.device)).cpu().numpy()
-                for part, given in zip(parts, contexts, strict=True)
-            ]
-        )
+        context, parts = self._context(y, len(rows)), as_tensor(rows).split(_CHUNK_ROWS)
+        contexts = [None] * len(parts) if context is None else context.to(flow.device).split(_CHUNK_ROWS)
+        pairs = zip(parts, contexts, strict=True)
+        return np.concatenate([getattr(flow, method)(x.to(flow.device), given).cpu().numpy() for x, given in pairs])
 
 
 @dataclass(eq=False, repr=False)

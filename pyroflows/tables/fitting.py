@@ -137,11 +137,9 @@ def fit_table(
 def _training_form(
     flow: Flow, x: Tensor, context: Tensor | None, dtype: torch.dtype
 ) -> tuple[Flow, Tensor, Tensor | None, float]:
-    """Standardize in double precision, so that a flow without these layers can be trained in single precision.
+    """Return a flow without the layers that standardize, to be trained in single precision, its data and context.
 
-    Returns:
-        The flow to train, which shares its other layers with ``flow``; its data and context; and the constant to add to
-        its losses, which makes their unit that of the columns.
+    It shares its other layers with ``flow``. The last number is to be added to its losses, in the units of the columns.
     """
     layers, embedding, log_scale = flow.layers, flow.embedding, 0.0
     if flow.dequantizer is None and isinstance(layers[-1], Standardize):

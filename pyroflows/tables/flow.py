@@ -107,9 +107,8 @@ def _check_numbers(name: str, x: Tensor, columns: Sequence[str] | None = None) -
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"expected {name} as a tensor of floating-point numbers; got {got}")
     if x.dim() != 2 or len(x) < 2 or not x.shape[1]:
-        raise ValueError(
-            f"expected {name} of shape (rows, columns), at least 2 rows and 1 column; got {tuple(x.shape)}"
-        )
+        expected = f"expected {name} of shape (rows, columns), at least 2 rows and 1 column"
+        raise ValueError(f"{expected}; got {tuple(x.shape)}")
     check_finite(name, x, columns)
 
 
@@ -131,12 +130,12 @@ def _embedding(context: Tensor, rows: int) -> nn.Module:
         _check_numbers("a context", context)
         std = context.std(0, correction=0)
         embedding = Standardize(context.mean(0), torch.where((context == context[0]).all(0), 1, std)).inv
-    else:
-        if not isinstance(context, Tensor) or context.dim() != 1 or not len(context):
-            got = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
-            raise ValueError(f"expected a context of numbers, (rows, columns), or of class labels, (rows,); got {got}")
+    elif isinstance(context, Tensor) and context.dim() == 1 and len(context):
         embedding = OneHot(max(0, int(context.max())) + 1)
         embedding.check(context)
+    else:
+        got = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
+        raise ValueError(f"expected a context of numbers, (rows, columns), or of class labels, (rows,); got {got}")
     if len(context) != rows:
         raise ValueError(f"expected a context for each of {rows} rows; got {len(context)}")
     return embedding
