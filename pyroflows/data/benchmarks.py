@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from pyroflows.arguments import check_sizes
-from pyroflows.data.arrays import read_npz
-from pyroflows.data.tables import Table, mean_and_scale
+from pyroflows.data.tables import Table, mean_and_scale, read_npz
 
 __all__ = ["load_bsds300", "load_power"]
 

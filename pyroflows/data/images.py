@@ -13,7 +13,7 @@ from torch import Size, Tensor
 from torch.nn import functional as F
 
 from pyroflows.arguments import as_tensor, check_counts, check_option, check_sizes
-from pyroflows.data.arrays import PARTS, read_npz, split_rows
+from pyroflows.data.tables import PARTS, read_npz, split_rows
 
 __all__ = [
     "IMAGES",
