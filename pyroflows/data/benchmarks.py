@@ -60,10 +60,11 @@ def load_power(path: str | Path, *, seed: int = 42) -> Table:
     """
     path = Path(path)
     raw = read_npz(path, list(COLUMNS), "the POWER arrays")
-    if len({column.shape for column in raw.values()}) > 1 or raw["voltage_cv"].ndim != 1:
-        shapes = ", ".join(str(column.shape) for column in raw.values())
-        raise ValueError(f"expected six arrays of one dimension and one length in {path}; got shapes {shapes}")
-    count = len(raw["voltage_cv"])
+    shapes = [column.shape for column in raw.values()]
+    if len(set(shapes)) > 1 or len(shapes[0]) != 1:
+        got = ", ".join(map(str, shapes))
+        raise ValueError(f"expected six arrays of one dimension and one length in {path}; got shapes {got}")
+    (count,) = shapes[0]
     if count < 2:
         raise ValueError(f"expected at least two rows in {path}; got {count}")
 
@@ -129,9 +130,8 @@ def load_bsds300(path: str | Path, *, train_rows: int | None = None, seed: int =
     }
     rows = {}
     for split, (part, stream) in SPLITS.items():
-        places = tuple(arrays[f"{split}_{place}"] for place in ("image", "row", "col"))
-        if split == "train":
-            places = tuple(place[:train_rows] for place in places)
+        limit = train_rows if split == "train" else None
+        places = tuple(arrays[f"{split}_{place}"][:limit] for place in ("image", "row", "col"))
         rows[split] = _rows(images[part], places, np.random.default_rng((seed, stream)))
     columns = tuple(f"pixel_{number}" for number in range(FEATURES))
     mean = torch.zeros(FEATURES, dtype=torch.float64)

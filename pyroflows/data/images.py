@@ -33,13 +33,8 @@ SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".
 STRIP = 500  # images in each of the strips of CIFAR-10
 CLOTHES = "t-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag, ankle boot"
 CLASSES = {"mnist": tuple("0123456789"), "fashion_mnist": tuple(CLOTHES.split(", "))}
-# The original files of MNIST and Fashion-MNIST, and the dimensions of the array in each.
-IDX_FILES = {
-    "train-images-idx3-ubyte": 3,
-    "train-labels-idx1-ubyte": 1,
-    "t10k-images-idx3-ubyte": 3,
-    "t10k-labels-idx1-ubyte": 1,
-}
+# The original files of MNIST and Fashion-MNIST; the digit is the number of dimensions.
+IDX_FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 # Folders of each set's files, below the root; then the folder of Debian's package.
 PLACES = {
     "mnist": ("MNIST/raw", "mnist", "images/mnist", "."),
@@ -158,18 +153,15 @@ def _levels(images: Any, num_levels: int, channels_last: bool | None) -> Tensor:
     x = _as_tensor("images", images)
     if x.is_floating_point() or x.is_complex():
         raise TypeError(f"expected images of integer levels from 0 to {num_levels - 1}; got {x.dtype}")
+    if x.dim() == 4 and channels_last is None:
+        first, channels_last = x.shape[1] in (1, 3), x.shape[3] in (1, 3)
+        if first == channels_last:
+            expected = "expected channels_last=True or False, unless one of the second and the last dimension is 1 or 3"
+            raise ValueError(f"{expected}; got None with shape {tuple(x.shape)}")
     if x.dim() == 3:
         x = x.unsqueeze(1)
-    elif x.dim() == 4:
-        if channels_last is None:
-            first, last = x.shape[1] in (1, 3), x.shape[3] in (1, 3)
-            if first == last:
-                unless = "unless one of the second and the last dimension is 1 or 3"
-                raise ValueError(
-                    f"expected channels_last=True or False, {unless}; got None with shape {tuple(x.shape)}"
-                )
-            channels_last = last
-        x = x.movedim(-1, 1) if channels_last else x
+    elif x.dim() == 4 and channels_last:
+        x = x.movedim(-1, 1)
     if x.dim() != 4 or not x.numel():
         shapes = "(rows, H, W), (rows, C, H, W) or (rows, H, W, C)"
         raise ValueError(f"expected images of shape {shapes}; got {tuple(x.shape)}")
@@ -317,8 +309,8 @@ def _find(name: str, folder: Path) -> _Found | None:
             arrays = read_npz(path, ("x_train", "y_train", "x_test", "y_test"), name)
             return list(arrays.values()), CLASSES[name]
     for place in (*places, *([DEBIAN[name]] if name in DEBIAN else [])):
-        if any((place / f"train-images-idx3-ubyte{suffix}").is_file() for suffix in ("", ".gz")):
-            return [_read_idx(place / file, dims) for file, dims in IDX_FILES.items()], CLASSES[name]
+        if any((place / f"{IDX_FILES[0]}{suffix}").is_file() for suffix in ("", ".gz")):
+            return [_read_idx(place / file) for file in IDX_FILES], CLASSES[name]
     return None
 
 
@@ -343,7 +335,7 @@ def _read_strips(folder: Path) -> _Found:
     return found, [name.decode() for name in arrays["class_names"]]
 
 
-def _read_idx(path: Path, dims: int) -> np.ndarray:
+def _read_idx(path: Path) -> np.ndarray:
     """Read bytes in the IDX format: two zeros, the type (8 for bytes), the dimensions, their sizes, the values."""
     file = next((file for file in (path, Path(f"{path}.gz")) if file.is_file()), None)
     if file is None:
@@ -352,6 +344,7 @@ def _read_idx(path: Path, dims: int) -> np.ndarray:
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
     except (EOFError, OSError) as error:
         raise ValueError(f"expected a gzip file in {file}; got one that does not open ({error})") from error
+    dims = int(path.name[-len("1-ubyte")])
     head = 4 + 4 * dims
     sizes = np.frombuffer(content[4:head], ">u4").astype(int).tolist()
     if content[:4] != bytes([0, 0, 8, dims]) or len(content) != head + int(np.prod(sizes)):
@@ -478,11 +471,8 @@ def pad_images(x: Tensor, multiple: int) -> Tensor:
 def random_flips(x: Tensor) -> Tensor:
     """Mirror each image, left to right, with probability one half.
 
-    Args:
-        x: images of any dtype.
-
     Shapes:
-        x: ``(*batch, C, H, W)``.
+        x: ``(*batch, C, H, W)``, of any dtype.
 
     Raises:
         ValueError: images with less than three dimensions.

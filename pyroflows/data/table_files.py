@@ -28,7 +28,6 @@ from pyroflows.files import replacing
 
 __all__ = ["CellError", "TableFile", "open_table", "write_table"]
 
-_ENDINGS = (".csv", ".parquet", ".npy", ".npz")
 # The option of pandas.read_csv to read each number exactly, which is the default from pandas 3.1 on.
 _PANDAS = tuple(map(int, pd.__version__.split(".")[:2]))
 _EXACT_FLOATS: dict[str, Any] = {} if _PANDAS >= (3, 1) else {"float_precision": "round_trip"}
@@ -49,29 +48,28 @@ class CellError(ValueError):
 
 
 class TableFile:
-    """The numbers of a table in a file, as :func:`open_table` returns it."""
+    """The numbers of a table in a file, as :func:`open_table` returns it; a subclass reads one format."""
 
-    def __init__(
-        self,
-        source: "_Source",
-        columns: Sequence[str] | None,
-        categories: Mapping[str, Sequence[str] | None],
-        dtype: str,
-    ):
-        self._source = source
+    format: str
+    name: str
+    names: list[str]  # of all columns in the file
+    num_rows: int | None = None
+    named = True
+
+    def prepare(self, columns: Sequence[str] | None, categories: _Kinds, dtype: str) -> "TableFile":
+        """Choose what is read, see :func:`open_table`, and check that it is there."""
         self._dtype, self._largest = dtype, float(np.finfo(dtype).max)
-        self.name, self.num_rows, self.named = source.name, source.num_rows, source.named
-        for column, number in Counter(source.columns).items():
+        for column, number in Counter(self.names).items():
             if column and number > 1:
                 raise ValueError(f"expected columns of different names in {self.name}; got {column!r} {number} times")
         self.integers: set[str] = set()
         """The columns in which numbers that are not integers are refused."""
         self.categories = {name: list(labels or ()) for name, labels in categories.items()}
         self._found = {name for name in categories if categories[name] is None}
-        self.select(source.columns if columns is None else columns)
         self._check_names(categories)
         if self.num_rows == 0:
             raise self._no_rows()
+        return self.select(self.names if columns is None else columns)
 
     def select(self, columns: Sequence[str]) -> "TableFile":
         """Read these columns only, in this order."""
@@ -80,10 +78,9 @@ class TableFile:
         return self
 
     def _check_names(self, columns: Iterable[str]) -> None:
-        known = self._source.columns
         for column in columns:
-            if column not in known:
-                got = ", ".join(map(repr, known[:20])) + (", ..." if len(known) > 20 else "")
+            if column not in self.names:
+                got = ", ".join(map(repr, self.names[:20])) + (", ..." if len(self.names) > 20 else "")
                 raise ValueError(f"expected a column {column!r} in {self.name}; got {got}")
 
     def chunks(self, rows: int = 65536) -> Iterator[np.ndarray]:
@@ -93,11 +90,11 @@ class TableFile:
         """
         check_sizes(rows=rows)
         if "" in self.columns:
-            got = f"none for column {self._source.columns.index('') + 1}: choose columns by name"
+            got = f"none for column {self.names.index('') + 1}: choose columns by name"
             raise ValueError(f"expected a name for each column of {self.name}; got {got}")
-        rows = max(1, min(rows, _NUMBERS // len(self._source.columns)))
+        rows = max(1, min(rows, _NUMBERS // len(self.names)))
         start = 0
-        for frame in self._source.frames(rows, self.columns, self.categories):
+        for frame in self._frames(rows, self.columns, self.categories):
             if len(frame):
                 yield self._numbers(frame, start)
                 start += len(frame)
@@ -144,12 +141,24 @@ class TableFile:
             known = self.categories[name]
             expected = "labels" if missing else "one of the categories " + ", ".join(map(repr, known[:10]))
             expected += ", ..." if len(known) > 10 and not missing else ""
-        line = self._source.line(row)
+        line = self._line(row)
         place = f"row {row + 1}" if line is None else f"row {row + 1} (line {line})"
         return CellError(f"expected {expected} in column {name!r} of {self.name}; got {got} in {place}", name, is_text)
 
     def _no_rows(self) -> ValueError:
         return ValueError(f"expected at least one row in {self.name}; got none")
+
+    def _unreadable(self, reason: object) -> ValueError:
+        text = " ".join(str(reason).split()).rstrip(".") or type(reason).__name__
+        return ValueError(f"expected {self.format}; got {self.name}, which is not a valid one ({text})")
+
+    def _frames(self, rows: int, columns: list[str], labels: Iterable[str]) -> Iterator[Any]:
+        """Yield the columns of at most ``rows`` rows at a time; ``labels`` are columns of text."""
+        raise NotImplementedError
+
+    def _line(self, row: int) -> int | None:
+        """Return the line of a row in a file of text, to say where something is."""
+        return None
 
 
 def open_table(
@@ -194,14 +203,14 @@ def open_table(
     array: str | None = None
     if ".npz:" in text and not os.path.exists(text):
         text, _, array = text.rpartition(":")
-    source: _Source
+    table: TableFile
     if text == "-" or _ending(text) == ".csv":
-        source = _Csv(None if text == "-" else Path(text))
+        table = _Csv(None if text == "-" else Path(text))
     elif _ending(text) == ".parquet":
-        source = _Parquet(Path(text))
+        table = _Parquet(Path(text))
     else:
-        source = _Array(Path(text), array)
-    return TableFile(source, columns, categories or {}, dtype)
+        table = _Array(Path(text), array)
+    return table.prepare(columns, categories or {}, dtype)
 
 
 def write_table(
@@ -261,29 +270,7 @@ def write_table(
     return rows
 
 
-class _Source:
-    """A reader of one format: the columns of a file, and its rows as data frames."""
-
-    name: str
-    columns: list[str]
-    num_rows: int | None = None
-    named = True
-    format: str
-
-    def frames(self, rows: int, columns: list[str], labels: Iterable[str]) -> Iterator[Any]:
-        """Yield the columns of at most ``rows`` rows at a time; ``labels`` are columns of text."""
-        raise NotImplementedError
-
-    def line(self, row: int) -> int | None:
-        """Return the line of a row in a file of text, to say where something is."""
-        return None
-
-    def unreadable(self, reason: object) -> ValueError:
-        text = " ".join(str(reason).split()).rstrip(".") or type(reason).__name__
-        return ValueError(f"expected {self.format}; got {self.name}, which is not a valid one ({text})")
-
-
-class _Csv(_Source):
+class _Csv(TableFile):
     """Rows of text below a line of names, from a file, or from standard input if there is none."""
 
     format = "a CSV file in UTF-8"
@@ -293,17 +280,17 @@ class _Csv(_Source):
         self.name = "standard input" if path is None else path.name
         self.standard_input = None if path else io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig", newline="")
         with self._open() as file:
-            self.columns = next(csv.reader(file), [])
-        if not self.columns:
+            self.names = next(csv.reader(file), [])
+        if not self.names:
             raise ValueError(f"expected a first line of column names in {self.name}; got none")
-        if len(self.columns) == 1 and re.search("[;\t]", self.columns[0]):
-            raise ValueError(f"expected commas between the cells of {self.name}; got a first line {self.columns[0]!r}")
-        numbered = [str(place) for place in range(len(self.columns))]
-        if self.columns != numbered and all(map(_is_number, self.columns)):
-            got = ", ".join(self.columns[:5])
+        if len(self.names) == 1 and re.search("[;\t]", self.names[0]):
+            raise ValueError(f"expected commas between the cells of {self.name}; got a first line {self.names[0]!r}")
+        numbered = [str(place) for place in range(len(self.names))]
+        if self.names != numbered and all(map(_is_number, self.names)):
+            got = ", ".join(self.names[:5])
             raise ValueError(f"expected a first line of column names in {self.name}; got numbers: {got}")
 
-    def frames(self, rows: int, columns: list[str], labels: Iterable[str]) -> Iterator[Any]:
+    def _frames(self, rows: int, columns: list[str], labels: Iterable[str]) -> Iterator[Any]:
         warned = pd.errors.ParserWarning
         with self._open() as file:
             if file is not self.standard_input:
@@ -311,16 +298,16 @@ class _Csv(_Source):
             try:
                 chunks = pd.read_csv(
                     file,
-                    names=range(len(self.columns)),
+                    names=range(len(self.names)),
                     header=None,
                     index_col=False,
                     **_EXACT_FLOATS,
-                    dtype={self.columns.index(name): str for name in labels},
+                    dtype={self.names.index(name): str for name in labels},
                     chunksize=rows,
                     low_memory=False,  # one type for all cells of a chunk
-                    skip_blank_lines=len(self.columns) > 1,  # in a single column they are missing values
+                    skip_blank_lines=len(self.names) > 1,  # in a single column they are missing values
                 )
-                places = [self.columns.index(name) for name in columns]
+                places = [self.names.index(name) for name in columns]
                 while True:
                     with warnings.catch_warnings():
                         warnings.simplefilter("error", warned)
@@ -331,7 +318,7 @@ class _Csv(_Source):
             except (pd.errors.ParserError, warned) as error:
                 raise self._ragged(error) from None
 
-    def line(self, row: int) -> int | None:
+    def _line(self, row: int) -> int | None:
         return next((line for number, line, _ in self._records() if number == row), None)
 
     def _records(self) -> Iterator[tuple[int, int, list[str]]]:
@@ -341,18 +328,18 @@ class _Csv(_Source):
         with self._open() as file:
             reader = csv.reader(file)
             next(reader)
-            for number, cells in enumerate(cells for cells in reader if cells or len(self.columns) == 1):
+            for number, cells in enumerate(cells for cells in reader if cells or len(self.names) == 1):
                 yield number, reader.line_num, cells
 
     def _ragged(self, error: Exception) -> ValueError:
-        expected = f"expected {len(self.columns)} cells in each row of {self.name}, as in its first line"
+        expected = f"expected {len(self.names)} cells in each row of {self.name}, as in its first line"
         for row, line, cells in self._records():
-            if len(cells) > len(self.columns):
+            if len(cells) > len(self.names):
                 return ValueError(f"{expected}; got {len(cells)} in row {row + 1} (line {line})")
         place = re.search(r"in line (\d+), saw (\d+)", str(error))
         if place:
             return ValueError(f"{expected}; got {place[2]} in row {place[1]}")
-        return ValueError(f"{expected}; got more") if isinstance(error, Warning) else self.unreadable(error)
+        return ValueError(f"{expected}; got more") if isinstance(error, Warning) else self._unreadable(error)
 
     @contextmanager
     def _open(self) -> Iterator[Any]:
@@ -361,13 +348,13 @@ class _Csv(_Source):
         try:
             yield file
         except (UnicodeDecodeError, csv.Error) as error:
-            raise self.unreadable(error) from None
+            raise self._unreadable(error) from None
         finally:
             if file is not self.standard_input:
                 file.close()
 
 
-class _Parquet(_Source):
+class _Parquet(TableFile):
     """The columns of a Parquet file, row group by row group."""
 
     format = "a Parquet file"
@@ -375,10 +362,10 @@ class _Parquet(_Source):
     def __init__(self, path: Path):
         self.path, self.name = path, path.name
         with self._open() as file:
-            self.columns = list(file.schema_arrow.names)
+            self.names = list(file.schema_arrow.names)
             self.num_rows = file.metadata.num_rows
 
-    def frames(self, rows: int, columns: list[str], labels: Iterable[str]) -> Iterator[Any]:
+    def _frames(self, rows: int, columns: list[str], labels: Iterable[str]) -> Iterator[Any]:
         with self._open() as file:
             for batch in file.iter_batches(rows, columns=columns, use_threads=False):
                 yield batch.select(columns).to_pandas()
@@ -390,10 +377,10 @@ class _Parquet(_Source):
             with parquet.ParquetFile(self.path, buffer_size=2**20, pre_buffer=False) as file:
                 yield file
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise self.unreadable(error) from None
+            raise self._unreadable(error) from None
 
 
-class _Array(_Source):
+class _Array(TableFile):
     """The rows of an array in an NPY file, or in an NPZ archive, where they are unpacked as they are read."""
 
     def __init__(self, path: Path, array: str | None):
@@ -411,7 +398,7 @@ class _Array(_Source):
         self.named = dtype.names is not None and len(shape) == 1
         if not self.named and (len(shape) not in (1, 2) or not all(shape[1:])):
             raise ValueError(f"expected an array of shape (rows, columns) in {self.name}; got {shape}")
-        self.columns = list(dtype.names or ()) if self.named else [str(place) for place in range(math.prod(shape[1:]))]
+        self.names = list(dtype.names or ()) if self.named else [str(place) for place in range(math.prod(shape[1:]))]
         self.num_rows = shape[0]
 
     def _choose(self, array: str | None) -> str:
@@ -420,7 +407,7 @@ class _Array(_Source):
             with zipfile.ZipFile(self.path) as archive:
                 arrays = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
         except Exception as error:  # what is raised depends on which byte is wrong
-            raise self.unreadable(error) from None
+            raise self._unreadable(error) from None
         if array is None and len(arrays) == 1:
             return arrays[0]
         if array not in arrays:
@@ -428,7 +415,7 @@ class _Array(_Source):
             raise ValueError(f"expected one array in {self.name}, or its name, as in {self.name}:name; got {got}")
         return array
 
-    def frames(self, rows: int, columns: list[str], labels: Iterable[str]) -> Iterator[Any]:
+    def _frames(self, rows: int, columns: list[str], labels: Iterable[str]) -> Iterator[Any]:
         with self._open() as (file, shape, by_column, dtype):
             stored: np.ndarray | None = None
             if by_column and self.array is None:
@@ -442,7 +429,7 @@ class _Array(_Source):
                 if self.named:
                     yield pd.DataFrame({name: chunk[name] for name in columns})
                 else:
-                    yield pd.DataFrame(chunk.reshape(size[0], -1), columns=self.columns, copy=False)[columns]
+                    yield pd.DataFrame(chunk.reshape(size[0], -1), columns=self.names, copy=False)[columns]
 
     @contextmanager
     def _open(self) -> Iterator[tuple[IO[bytes], tuple[int, ...], bool, np.dtype]]:
@@ -463,7 +450,7 @@ class _Array(_Source):
                     raise ValueError("it is truncated")
                 yield file, shape, by_column, dtype
         except Exception as error:  # what is raised depends on which byte is wrong
-            raise self.unreadable(error) from None
+            raise self._unreadable(error) from None
 
 
 def _read(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -472,8 +459,7 @@ def _read(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarra
 
 def _as_numbers(cells: Any) -> Any:
     """Return cells as float64, with nan for a cell that is not a number, or that a float64 does not hold exactly."""
-
-    if cells.dtype.kind == "f" or cells.dtype.kind == "b":
+    if cells.dtype.kind in "fb":
         return cells.to_numpy(np.float64)
     if cells.dtype.kind in "iu":
         numbers = cells.to_numpy(np.float64)
@@ -499,8 +485,8 @@ def _is_number(text: str) -> bool:
 
 def _ending(path: str) -> str:
     ending = Path(path).suffix.lower()
-    if ending not in _ENDINGS:
-        raise ValueError(f"expected a table that ends in {', '.join(_ENDINGS)}, or '-' for CSV; got {path}")
+    if ending not in _WRITERS:
+        raise ValueError(f"expected a table that ends in {', '.join(_WRITERS)}, or '-' for CSV; got {path}")
     return ending
 
 

@@ -38,6 +38,10 @@ def _choice(generator: Generator | None, n: int, choices: int) -> Tensor:
     return torch.randint(choices, (n,), generator=generator)
 
 
+def _either(first: Tensor, second: Tensor, generator: Generator | None) -> Tensor:
+    return torch.where(_choice(generator, len(first), 2)[:, None] == 0, first, second)
+
+
 def _polar(radius: Tensor, angle: Tensor) -> Tensor:
     return torch.stack((radius * angle.cos(), radius * angle.sin()), -1)
 
@@ -173,18 +177,16 @@ class TwoMoons(_Blurred):
 
     noise: float = 0.05
 
-    @staticmethod
-    def _arcs(t: Tensor) -> tuple[Tensor, Tensor]:
-        outer = torch.stack((t.cos(), t.sin()), -1)
+    def _curves(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        outer = _polar(torch.ones_like(t), t)
         return outer, t.new_tensor([1.0, 0.5]) - outer
 
     def _draw_point(self, n: int, generator: Generator | None) -> Tensor:
-        outer, inner = self._arcs(math.pi * _uniform(generator, n))
-        return torch.where(_choice(generator, n, 2)[:, None] == 0, outer, inner)
+        return _either(*self._curves(math.pi * _uniform(generator, n)), generator)
 
     def _points(self) -> tuple[Tensor, Tensor]:
         t, weights = _quadrature(math.pi, self.noise)
-        return torch.cat(self._arcs(t)), (weights.log() - math.log(2 * math.pi)).repeat(2)
+        return torch.cat(self._curves(t)), (weights.log() - math.log(2 * math.pi)).repeat(2)
 
 
 @dataclass(frozen=True)
@@ -213,8 +215,8 @@ class Circles(_Blurred):
             raise ValueError(f"expected factor to be between 0 and 1; got {self.factor!r}")
 
     def _draw_point(self, n: int, generator: Generator | None) -> Tensor:
-        angle = 2 * math.pi * _uniform(generator, n)
-        return _polar(torch.tensor([1.0, self.factor], dtype=torch.float64)[_choice(generator, n, 2)], angle)
+        outer = _polar(torch.ones(n).double(), 2 * math.pi * _uniform(generator, n))
+        return _either(outer, self.factor * outer, generator)
 
     def _log_density(self, x: Tensor) -> Tensor:
         variance = self.noise**2
@@ -251,28 +253,23 @@ class Spirals(_Blurred):
     noise: float = 0.1
     turns: float = 1.5
 
-    @property
-    def _end(self) -> float:
-        return 2 * math.pi * self.turns
-
-    @staticmethod
-    def _arm(t: Tensor) -> Tensor:
-        return _polar(t / 3, math.pi - t)
+    def _curves(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        arm = _polar(t / 3, math.pi - t)
+        return arm, -arm
 
     def _draw_point(self, n: int, generator: Generator | None) -> Tensor:
-        arm = self._arm(self._end * _uniform(generator, n).sqrt())
-        return torch.where(_choice(generator, n, 2)[:, None] == 0, arm, -arm)
+        return _either(*self._curves(2 * math.pi * self.turns * _uniform(generator, n).sqrt()), generator)
 
     def _points(self) -> tuple[Tensor, Tensor]:
-        fastest = math.hypot(1, self._end) / 3
-        t, weights = _quadrature(self._end, self.noise / fastest)
-        arm = self._arm(t)
-        return torch.cat((arm, -arm)), ((weights * t).log() - 2 * math.log(self._end)).repeat(2)
+        end = 2 * math.pi * self.turns
+        fastest = math.hypot(1, end) / 3
+        t, weights = _quadrature(end, self.noise / fastest)
+        return torch.cat(self._curves(t)), ((weights * t).log() - 2 * math.log(end)).repeat(2)
 
 
 @dataclass(frozen=True)
 class Checkerboard(ToyDensity):
-    """The uniform density on every other cell of a 4x4 board with cells of side 2; its entropy is ln 32 nats.
+    """The uniform density on every other cell, of side 2, of a 4x4 board around the origin; its entropy is ln 32 nats.
 
     Example:
         >>> Checkerboard().log_prob(torch.tensor([[-3.0, -3.0], [-1.0, -3.0]]))

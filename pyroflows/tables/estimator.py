@@ -7,14 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.base import (
-    BaseEstimator,
-    ClassifierMixin,
-    ClassNamePrefixFeaturesOutMixin,
-    DensityMixin,
-    TransformerMixin,
-    clone,
-)
+from sklearn import clone
+from sklearn.base import BaseEstimator, ClassifierMixin, ClassNamePrefixFeaturesOutMixin, DensityMixin, TransformerMixin
 from sklearn.utils import check_random_state, column_or_1d
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_array, check_consistent_length, check_is_fitted, validate_data
@@ -46,8 +40,7 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         flow: "nsf", "maf", "realnvp", "glow", "nice", "iaf", "planar", "radial", or a function that builds a flow, see
             :func:`table_flow`. Splines ("nsf") bend within bounds; the affine flows can give a row between clusters a
             density so low that it ruins a mean, and for a single column learn no more than a normal distribution.
-        num_layers: number of layers; None for the flow's default.
-        hidden_features: widths of the hidden layers of its networks; None for the flow's default.
+        num_layers, hidden_features: number of layers, widths of hidden layers; None for the flow's default.
         flow_options: other options of the flow, such as ``{"num_bins": 16}``.
         conditional: None for the density of the rows, whatever ``y`` is; "class" for their density given a class label
             ``y``; "number" for that given one number or several.
@@ -64,8 +57,7 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         result_: the :class:`FitResult`, with losses in nats in these units.
         n_iter_: number of epochs.
         classes_: the class labels, if it is conditional on them.
-        n_features_in_: number of columns.
-        feature_names_in_: names of the columns of a data frame.
+        n_features_in_, feature_names_in_: number of columns, and their names in a data frame.
 
     Shapes:
         X: ``(rows, columns)``; y: ``(rows,)`` or ``(rows, numbers)``; sample_weight: ``(rows,)``.
@@ -271,8 +263,7 @@ class FlowClassifier(ClassifierMixin, BaseEstimator):
         density_: the fitted density, which also draws rows of a class: ``density_.sample(10, y="a")``.
         classes_: the class labels.
         class_prior_: their probabilities.
-        n_features_in_: number of columns.
-        feature_names_in_: names of the columns of a data frame.
+        n_features_in_, feature_names_in_: number of columns, and their names in a data frame.
 
     Shapes:
         X: ``(rows, columns)``; y, sample_weight: ``(rows,)``.
@@ -330,8 +321,7 @@ class FlowClassifier(ClassifierMixin, BaseEstimator):
 
     def predict(self, X: Any) -> np.ndarray:
         """Return the most probable class of each row."""
-        best = self.predict_log_proba(X).argmax(axis=1)
-        return self.classes_[best]
+        return self.classes_[self.predict_log_proba(X).argmax(axis=1)]
 
 
 def _device(name: str) -> torch.device:

@@ -23,6 +23,8 @@ from pyroflows.training import FitOptions, FitResult, fit, negative_log_likeliho
 
 __all__ = ["fit_table", "table_flow"]
 
+_Rows = np.ndarray | None
+
 
 def fit_table(
     x: np.ndarray,
@@ -56,9 +58,7 @@ def fit_table(
 
     Args:
         x: the rows, in double precision.
-        flow, columns, integer_columns, standardize: as for :func:`table_flow`.
-        context: of each row, for a conditional flow: numbers, or labels from 0, which are integers.
-        weights: a weight above 0 for each row.
+        flow, context, weights, columns, integer_columns, standardize: as for :func:`table_flow`.
         validation: share of the rows to hold out, to choose the best epoch and when to stop; 0 for none.
         flow_options: options of the flow, such as ``{"num_layers": 4}``.
         dtype: precision of training.
@@ -159,12 +159,7 @@ def _training_form(
 
 
 def _split(
-    x: np.ndarray,
-    context: np.ndarray | None,
-    weights: np.ndarray | None,
-    share: float,
-    seed: int | None,
-    is_continuous: bool,
+    x: np.ndarray, context: _Rows, weights: _Rows, share: float, seed: int | None, is_continuous: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the positions of the rows to train on and to hold out, and which rows are in both."""
     rng, number = np.random.default_rng(seed), len(x)
@@ -185,9 +180,7 @@ def _split(
     return np.flatnonzero(~held_out), np.flatnonzero(held_out | divided), divided
 
 
-def _merge(
-    x: np.ndarray, context: np.ndarray | None, weights: np.ndarray
-) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+def _merge(x: np.ndarray, context: _Rows, weights: np.ndarray) -> tuple[np.ndarray, _Rows, np.ndarray]:
     """Make one row of equal rows, with the sum of their weights, in sorted order."""
     first, group = np.unique(_table(x, context), axis=0, return_index=True, return_inverse=True)[1:]
     if len(first) < 2:
@@ -195,7 +188,7 @@ def _merge(
     return x[first], None if context is None else context[first], np.bincount(group.ravel(), weights)
 
 
-def _table(x: np.ndarray, context: np.ndarray | None) -> np.ndarray:
+def _table(x: np.ndarray, context: _Rows) -> np.ndarray:
     return x if context is None else np.column_stack((x, context))
 
 
@@ -345,11 +338,7 @@ def _normal_layers(x: Tensor, context: Tensor | None) -> list[Bijection]:
 
 
 def _correlation(x: Tensor) -> Tensor:
-    """Return the covariance of standardized rows, shrunk towards the identity if there are few rows.
-
-    References:
-        Shrinkage Algorithms for MMSE Covariance Estimation, Chen et al., 2010 (arXiv:0907.4698).
-    """
+    """Return the covariance of standardized rows, shrunk to the identity as in Chen et al., 2010, arXiv:0907.4698."""
     rows, features = x.shape
     covariance = x.T @ x / rows
     trace, square = covariance.trace(), covariance.square().sum()
