@@ -58,7 +58,7 @@ def _quadrature(end: float, width: float) -> tuple[Tensor, Tensor]:
 class ToyDensity:
     """A density with seeded samples and an exact log-density; a subclass defines ``_draw`` and ``_log_density``.
 
-    The parameters of the densities here are positive, and each raises a ValueError if it is not.
+    The parameters of the densities here must be positive, and a seed at least 0: a ValueError says which is not.
 
     Example:
         >>> class Square(ToyDensity):
