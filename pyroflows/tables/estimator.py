@@ -321,7 +321,8 @@ class FlowClassifier(ClassifierMixin, BaseEstimator):
 
     def predict(self, X: Any) -> np.ndarray:
         """Return the most probable class of each row."""
-        return self.classes_[self.predict_log_proba(X).argmax(axis=1)]
+        best = self.predict_log_proba(X).argmax(axis=1)  # first, since it checks that there are classes
+        return self.classes_[best]
 
 
 def _device(name: str) -> torch.device:
