@@ -60,7 +60,7 @@ class Bijection(Recorded, EvaluatedOnce, TransformModule):
         ValueError: a shape does not match, or a context is missing or not expected.
 
     Example:
-        >>> import math
+        >>> import math, torch
         >>> class Double(Bijection):
         ...     def forward_and_log_det(self, x, context=None):
         ...         return 2 * x, x.new_full(x.shape[:-1], x.shape[-1] * math.log(2))
@@ -113,8 +113,7 @@ class Bijection(Recorded, EvaluatedOnce, TransformModule):
 
         .. math:: \nabla_y \log q_Y(y) = J^{-\top} \left(\nabla_x \log q_X(x) - \nabla_x \log|\det J|\right)
 
-        By default the score comes from one evaluation of the inverse. A coupling evaluates nothing again, and the
-        inverse of an autoregressive layer solves with its Jacobian.
+        By default the score comes from one evaluation of the inverse; couplings and autoregressive layers need none.
 
         Args:
             x: the latent.
@@ -131,6 +130,7 @@ class Bijection(Recorded, EvaluatedOnce, TransformModule):
             Fast and Unified Path Gradient Estimators for Normalizing Flows, Vaitl et al., 2024 (arXiv:2403.15881).
 
         Example:
+            >>> import torch
             >>> from pyroflows.layers import Coupling
             >>> x = torch.ones(3, 2)
             >>> y, log_det, score = Coupling(2).forward_and_score(x, -x)  # of a standard normal
@@ -253,6 +253,7 @@ class Conditioned(Bijection):
         ValueError: the context has another shape, or the bijection takes none.
 
     Example:
+        >>> import torch
         >>> from pyroflows.layers import Coupling
         >>> conditioned = Conditioned(Coupling(2, context_features=3), torch.zeros(8, 3))
         >>> conditioned.forward_shape(torch.Size([2]))
