@@ -18,6 +18,7 @@ __all__ = [
     "as_permutation",
     "as_sample_shape",
     "as_shape",
+    "as_tensor",
     "as_widths",
     "batched_shape",
     "check_context",
@@ -87,6 +88,11 @@ def as_float_tensor(value: Any) -> Tensor:
     """Return a detached tensor of floating-point numbers; other numbers take torch's default dtype."""
     tensor = torch.as_tensor(value).detach()
     return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
+
+
+def as_tensor(array: np.ndarray[Any, Any]) -> Tensor:
+    """Return an array as a tensor; torch takes no other byte order or negative stride, and warns of locked memory."""
+    return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ("C", "W")))
 
 
 def as_mask(mask: str | Sequence[bool] | Tensor, size: int, *, flip: bool) -> Tensor:

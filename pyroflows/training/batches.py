@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from pyroflows import distributed
+from pyroflows.arguments import as_tensor
 from pyroflows.contexts import random_state, set_random_state
 from pyroflows.training.options import FitOptions
 
-__all__ = ["Batch", "Batches", "MappedArray", "Rows", "Steps", "as_channels_last", "as_numbers", "parts_of"]
+__all__ = ["Batch", "Batches", "MappedArray", "Rows", "Steps", "as_channels_last", "parts_of"]
 
 _EVALUATION_ROWS = 8192
 _EVALUATION_NUMBERS = 2**19
@@ -64,17 +65,12 @@ def as_channels_last(batch: Batch, options: FitOptions) -> Batch:
     return batch
 
 
-def as_numbers(array: np.ndarray[Any, Any]) -> Tensor:
-    """Return an array as a tensor, in the machine's byte order, the only one that torch takes."""
-    return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ("C", "W")))
-
-
 class MappedArray:
     """A memory-mapped array that is indexed like a tensor, and read only where it is indexed."""
 
     def __init__(self, array: Any, dtype: torch.dtype, device: torch.device, rows: Tensor | None = None):
         self.array, self.device, self.rows = array, device, rows  # without rows, all of the array's
-        empty = as_numbers(np.array(array[:0]))
+        empty = as_tensor(np.array(array[:0]))
         self.dtype = dtype if empty.is_floating_point() else empty.dtype
 
     def subset(self, rows: Tensor) -> "MappedArray":
@@ -93,7 +89,7 @@ class MappedArray:
         if self.rows is not None:
             index = self.rows[index]
         values = np.array(self.array[index if isinstance(index, slice) else index.numpy()])
-        return as_numbers(values).to(self.device, self.dtype)
+        return as_tensor(values).to(self.device, self.dtype)
 
 
 class Rows:

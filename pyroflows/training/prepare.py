@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from pyroflows import distributed
-from pyroflows.arguments import check_finite, check_number, check_sizes, check_varying
+from pyroflows.arguments import as_tensor, check_finite, check_number, check_sizes, check_varying
 from pyroflows.flow import Flow
 from pyroflows.networks.one_hot import OneHot
-from pyroflows.training.batches import Batches, MappedArray, Rows, Steps, as_numbers
+from pyroflows.training.batches import Batches, MappedArray, Rows, Steps
 from pyroflows.training.options import FitOptions
 
 __all__ = ["prepare"]
@@ -167,7 +167,7 @@ def _as_numbers(flow: Flow, values: Any, name: str, first_row: int = 0, *, integ
 
 def _as_tensor(values: Any, name: str) -> Tensor:
     try:
-        return values.detach() if isinstance(values, Tensor) else as_numbers(np.asarray(values))
+        return values.detach() if isinstance(values, Tensor) else as_tensor(np.asarray(values))
     except TypeError:
         raise TypeError(f"expected {name} as a tensor or an array of numbers; got {type(values).__name__}") from None
 
