@@ -170,9 +170,11 @@ def check_option(name: str, option: object, options: Iterable[str]) -> None:
         raise ValueError(f"expected {name} to be one of {', '.join(map(repr, options))}; got {option!r}")
 
 
-def check_names(arguments: dict[str, Any], function: Callable[..., Any], *, exclude: Iterable[str] = ()) -> None:
-    """Raise a TypeError for a keyword that a function does not take, or that is excluded."""
-    names = [name for name in signature(function).parameters if name not in (*exclude, "self")]
+def check_names(
+    arguments: dict[str, Any], function: Callable[..., Any], *, exclude: Iterable[str], also: Iterable[str] = ()
+) -> None:
+    """Raise a TypeError for a keyword that is none of the function's, except the excluded, and none of ``also``."""
+    names = [name for name in (*signature(function).parameters, *also) if name not in (*exclude, "self")]
     for name in arguments:
         if name not in names:
             raise TypeError(f"expected options among {', '.join(names)}; got {name!r}")

@@ -9,8 +9,8 @@ from torch import Size, Tensor, nn
 from pyroflows.arguments import Shape, as_image_shape, check_option
 from pyroflows.bijection import Bijection, Pair
 from pyroflows.layers.transformers import Transform, Transformer, make_transformer, num_parameters, split_by_parameter
-from pyroflows.networks.conditioner import make_conditioner
 from pyroflows.networks.convnet import ConvNet
+from pyroflows.networks.mlp import make_conditioner
 
 __all__ = ["ConvCoupling"]
 

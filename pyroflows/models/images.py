@@ -9,13 +9,12 @@ from pyroflows.arguments import Shape, as_image_shape, check_option, check_sizes
 from pyroflows.bijection import Bijection
 from pyroflows.compose import Compose
 from pyroflows.flow import Flow
-from pyroflows.layers.actnorm import ActNorm
 from pyroflows.layers.conv_coupling import ConvCoupling
 from pyroflows.layers.linear import InvertibleConv
 from pyroflows.layers.multiscale import Multiscale
-from pyroflows.layers.permutation import Permutation
+from pyroflows.layers.norms import ActNorm
 from pyroflows.layers.pointwise import ElementwiseAffine, Sigmoid
-from pyroflows.layers.squeeze import Squeeze
+from pyroflows.layers.rearrange import Permutation, Squeeze
 from pyroflows.layers.transformers import Additive, Affine, num_parameters
 from pyroflows.networks.convnet import ResNet, ZeroConv
 from pyroflows.networks.one_hot import OneHot

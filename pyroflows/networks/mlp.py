@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import cast
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
 
-from pyroflows.arguments import as_widths, check_number, check_option, check_sizes
+from pyroflows.arguments import as_widths, check_names, check_number, check_option, check_sizes
 from pyroflows.recipe import Recorded
 
-__all__ = ["ACTIVATIONS", "MLP"]
+__all__ = ["ACTIVATIONS", "MLP", "NetworkOptions", "make_conditioner"]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -22,6 +22,15 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 LinearFactory = Callable[[int, int], nn.Linear]
+
+
+class NetworkOptions(TypedDict, total=False):
+    """Options of each network of a named flow; see :class:`MLP`."""
+
+    hidden_features: Sequence[int]
+    residual: bool
+    activation: str
+    dropout: float
 
 
 class MLP(Recorded, nn.Module):
@@ -118,3 +127,21 @@ class MLP(Recorded, nn.Module):
             h = activation(h)
             h = linear(dropout(h) if dropout.p else h)
         return h
+
+
+def make_conditioner(
+    conditioner: nn.Module | None,
+    default: type[nn.Module],
+    inputs: int,
+    outputs: int,
+    context_features: int,
+    options: dict[str, Any],
+) -> nn.Module:
+    """Return the conditioner, or else a network of the default class with these options."""
+    if conditioner is None:
+        fixed = ("in_features", "out_features", "in_channels", "out_channels", "context_features", "linear")
+        check_names(options, default, exclude=fixed)
+        return default(inputs, outputs, context_features=context_features, **options)
+    if options:
+        raise TypeError(f"`conditioner` cannot be combined with options of a network; got {', '.join(options)}")
+    return conditioner

@@ -13,8 +13,8 @@ from pyroflows.bijection import Bijection
 from pyroflows.dequantizers import ColumnDequantizer
 from pyroflows.flow import Flow
 from pyroflows.layers.coupling import Coupling
+from pyroflows.layers.linear import TriangularAffine
 from pyroflows.layers.pointwise import Standardize
-from pyroflows.layers.triangular import TriangularAffine
 from pyroflows.networks.one_hot import OneHot
 
 __all__ = ["table_flow"]

@@ -7,7 +7,7 @@ import torch
 from pyroflows import distributed
 from pyroflows.contexts import random_state, set_random_state
 from pyroflows.flow import Flow
-from pyroflows.layers.batchnorm import BatchNorm
+from pyroflows.layers.norms import BatchNorm
 from pyroflows.networks.data_dependent import DataDependent
 from pyroflows.training.batches import Batches, Rows, Steps, parts_of
 from pyroflows.training.options import FitOptions
