@@ -20,6 +20,7 @@ __all__ = [
     "as_shape",
     "as_widths",
     "batched_shape",
+    "brief_shape",
     "check_context",
     "check_counts",
     "check_event",
@@ -33,6 +34,7 @@ __all__ = [
     "check_placement",
     "check_score",
     "check_sizes",
+    "check_type",
     "check_varying",
     "is_integer",
 ]
@@ -115,9 +117,20 @@ def as_permutation(order: Sequence[int] | Tensor, size: int) -> Tensor:
     return indices.long().clone()
 
 
+def brief_shape(shape: Size) -> str:
+    """Return the text of an event shape, which for a vector is its number of features."""
+    return str(shape[0] if len(shape) == 1 else tuple(shape))
+
+
 def batched_shape(shape: Sequence[int]) -> str:
     """Return the text of a shape with any batch dimensions, for messages."""
     return f"(*batch, {', '.join(map(str, shape))})"
+
+
+def check_type(expected: str, value: object, kind: type) -> None:
+    """Raise a TypeError unless a value is of a class."""
+    if not isinstance(value, kind):
+        raise TypeError(f"expected {expected}; got {type(value).__name__}")
 
 
 def check_outputs(output: Tensor, shape: Size) -> None:
@@ -256,8 +269,7 @@ def check_context(context: Any, features: int, batch: Size) -> Size:
     expected = f"expected a context of shape {batched_shape((features,))}"
     if context is None:
         raise ValueError(f"{expected}; got none")
-    if not isinstance(context, Tensor):
-        raise TypeError(f"expected a context that is a tensor; got {type(context).__name__}")
+    check_type("a context that is a tensor", context, Tensor)
     if features == 0:
         raise ValueError(f"expected no context, since context_features=0; got one of shape {tuple(context.shape)}")
     if not context.is_floating_point():

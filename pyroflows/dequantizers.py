@@ -11,9 +11,11 @@ from pyroflows.arguments import (
     as_float_tensor,
     as_image_shape,
     as_shape,
+    brief_shape,
     check_event_shape,
     check_integer,
     check_sizes,
+    check_type,
 )
 from pyroflows.flow import Flow
 from pyroflows.layers.conv_coupling import ConvCoupling
@@ -75,8 +77,7 @@ class Dequantizer(Recorded, nn.Module):
         """Raise an error for values that the data cannot have; by default none."""
 
     def _check_form(self, x: Tensor) -> None:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"expected data as a tensor; got {type(x).__name__}")
+        check_type("data as a tensor", x, Tensor)
         check_event_shape("data", x, self.event_shape)
 
     def _check_call(self, x: Tensor) -> None:
@@ -133,8 +134,7 @@ class _Levels(Dequantizer):
             )
 
     def extra_repr(self) -> str:
-        shape = self.event_shape
-        return f"{shape[0] if len(shape) == 1 else tuple(shape)}, num_levels={self.num_levels}"
+        return f"{brief_shape(self.event_shape)}, num_levels={self.num_levels}"
 
 
 class UniformDequantizer(_Levels):

@@ -15,6 +15,7 @@ from pyroflows.arguments import (
     Shape,
     as_float_tensor,
     as_shape,
+    brief_shape,
     check_event_shape,
     check_number,
     check_option,
@@ -22,15 +23,7 @@ from pyroflows.arguments import (
 )
 from pyroflows.recipe import Recorded
 
-__all__ = [
-    "DiagonalNormal",
-    "GaussianMixture",
-    "LogitNormal",
-    "Prior",
-    "StandardNormal",
-    "StudentT",
-    "Uniform",
-]
+__all__ = ["DiagonalNormal", "GaussianMixture", "LogitNormal", "Prior", "StandardNormal", "StudentT", "Uniform"]
 
 _HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
@@ -112,7 +105,7 @@ class Prior(Recorded, nn.Module):
         return terms.sum(dim=tuple(range(-len(self.event_shape), 0)))
 
     def extra_repr(self) -> str:
-        return str(self.event_shape[0] if len(self.event_shape) == 1 else tuple(self.event_shape))
+        return brief_shape(self.event_shape)
 
 
 class _Joint(dist.Independent):

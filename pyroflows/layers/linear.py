@@ -113,9 +113,6 @@ class LULinear(Bijection):
         """The log-determinant of W."""
         return self.log_scale.sum()
 
-    def extra_repr(self) -> str:
-        return f"{self.latent_shape[0]}"
-
 
 class DenseLinear(Bijection):
     r"""A learned linear map without a factorisation, whose determinant is computed at each step.
@@ -166,9 +163,6 @@ class DenseLinear(Bijection):
     def log_det(self) -> Tensor:
         """The log-determinant of W."""
         return torch.linalg.slogdet(self.weight).logabsdet
-
-    def extra_repr(self) -> str:
-        return f"{self.latent_shape[0]}"
 
 
 class InvertibleConv(Bijection):
@@ -221,9 +215,6 @@ class InvertibleConv(Bijection):
 
     def _log_det(self, x: Tensor, times: int) -> Tensor:
         return (times * self.mixing.log_det()).expand(x.shape[:-3])
-
-    def extra_repr(self) -> str:
-        return f"{tuple(self.latent_shape)}"
 
 
 class TriangularAffine(Bijection):

@@ -80,9 +80,6 @@ class ActNorm(DataDependent, Bijection):
         varies = scale > 8 * torch.finfo(y.dtype).eps * mean.abs()  # rounding gives a constant a tiny deviation
         return {"shift": mean, "log_scale": torch.where(varies, scale, 1).log()}
 
-    def extra_repr(self) -> str:
-        return f"{', '.join(map(str, self.latent_shape))}"
-
 
 class BatchNorm(Bijection):
     r"""Batch normalisation from data to latent.

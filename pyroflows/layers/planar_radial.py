@@ -16,7 +16,26 @@ _NEWTON_STEPS = 24  # 9 suffice for slopes up to 100, 23 up to 1e10; a fixed num
 _BOUND = 0.999
 
 
-class Planar(Bijection):
+class _WithOffsets(Bijection):
+    """A map with a few learned vectors, to which an MLP of the context, if any, adds offsets."""
+
+    def __init__(self, features: int, context_features: int, hidden_features: Sequence[int], **parameters: Tensor):
+        super().__init__(features, context_features=context_features)
+        for name, value in parameters.items():
+            self.register_parameter(name, nn.Parameter(value))
+        self.sizes = {name: value.numel() for name, value in parameters.items()}
+        outputs = sum(self.sizes.values())
+        self.conditioner = MLP(context_features, outputs, hidden_features=hidden_features) if context_features else None
+
+    def _with_offsets(self, context: Tensor | None) -> list[Tensor]:
+        parameters = [getattr(self, name) for name in self.sizes]
+        if self.conditioner is None:
+            return parameters
+        offsets = self.conditioner(context).split(list(self.sizes.values()), dim=-1)
+        return [parameter + offset for parameter, offset in zip(parameters, offsets, strict=True)]
+
+
+class Planar(_WithOffsets):
     r"""A shift along ``u`` by the squashed distance of a point from the plane ``w . x + b = 0``.
 
     .. math::
@@ -43,25 +62,17 @@ class Planar(Bijection):
         Variational Inference with Normalizing Flows, Rezende and Mohamed, 2015 (arXiv:1505.05770).
 
     Example:
-        >>> _ = torch.manual_seed(0)
-        >>> planar = Planar(3).double()
-        >>> x = torch.randn(5, 3, dtype=torch.float64)
-        >>> y, log_det = planar.forward_and_log_det(x)
-        >>> torch.allclose(planar.inverse_and_log_det(y)[0], x)
+        >>> planar, x = Planar(3).double(), torch.randn(5, 3, dtype=torch.float64)
+        >>> torch.allclose(planar.inverse_and_log_det(planar(x))[0], x)
         True
     """
 
     inverse_passes = _NEWTON_STEPS
 
     def __init__(self, features: int, *, context_features: int = 0, hidden_features: Sequence[int] = (64,)):
-        super().__init__(features, context_features=context_features)
         check_sizes(features=features)
-        self.u = nn.Parameter(0.1 * torch.randn(features) / features**0.5)
-        self.w = nn.Parameter(torch.randn(features) / features**0.5)
-        self.b = nn.Parameter(torch.zeros(1))
-        self.conditioner = (
-            MLP(context_features, 2 * features + 1, hidden_features=hidden_features) if context_features else None
-        )
+        u, w = 0.1 * torch.randn(features) / features**0.5, torch.randn(features) / features**0.5
+        super().__init__(features, context_features, hidden_features, u=u, w=w, b=torch.zeros(1))
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> Pair:
         u, w, b, slope = self._parameters_for(context)
@@ -76,22 +87,12 @@ class Planar(Bijection):
         return y - u * height.unsqueeze(-1), log_det
 
     def _parameters_for(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        u: Tensor = self.u
-        w: Tensor = self.w
-        b: Tensor = self.b
-        if self.conditioner is not None:
-            features = u.shape[0]
-            to_u, to_w, to_b = self.conditioner(context).split((features, features, 1), dim=-1)
-            u, w, b = u + to_u, w + to_w, b + to_b
+        u, w, b = self._with_offsets(context)
         product = (w * u).sum(-1)
         slope = F.elu(product, alpha=_BOUND)
         squared_norm = w.square().sum(-1).clamp_min(torch.finfo(w.dtype).tiny)
         u = u + ((slope - product) / squared_norm).unsqueeze(-1) * w
         return u, w, b.squeeze(-1), slope
-
-    def extra_repr(self) -> str:
-        context = f", context_features={self.context_features}" if self.context_features else ""
-        return f"{self.u.shape[0]}{context}"
 
 
 def _solve(slope: Tensor, target: Tensor) -> Tensor:
@@ -115,7 +116,7 @@ def _newton_step(s: Tensor, slope: Tensor, target: Tensor) -> Tensor:
     return s - (s + slope * height - target) / (1 + slope * (1 - height.square()))
 
 
-class Radial(Bijection):
+class Radial(_WithOffsets):
     r"""A contraction or expansion around a centre, which decays with the distance from it.
 
     .. math::
@@ -126,9 +127,7 @@ class Radial(Bijection):
     of the parameter ``strength`` with values above -0.999, so that zero is the identity. The inverse is in closed form.
 
     Args:
-        features: number of features.
-        context_features: length of the context, from which an MLP computes an offset of the parameters.
-        hidden_features: widths of the MLP's hidden layers.
+        features, context_features, hidden_features: as in :class:`Planar`.
 
     Shapes:
         x, y: ``(*batch, features)``; context: ``(*batch, context_features)``.
@@ -137,23 +136,16 @@ class Radial(Bijection):
         Variational Inference with Normalizing Flows, Rezende and Mohamed, 2015 (arXiv:1505.05770).
 
     Example:
-        >>> _ = torch.manual_seed(0)
-        >>> radial = Radial(3).double()
-        >>> x = torch.randn(5, 3, dtype=torch.float64)
-        >>> y, log_det = radial.forward_and_log_det(x)
-        >>> torch.allclose(radial.inverse_and_log_det(y)[0], x)
+        >>> radial, x = Radial(3).double(), torch.randn(5, 3, dtype=torch.float64)
+        >>> torch.allclose(radial.inverse_and_log_det(radial(x))[0], x)
         True
     """
 
     def __init__(self, features: int, *, context_features: int = 0, hidden_features: Sequence[int] = (64,)):
-        super().__init__(features, context_features=context_features)
         check_sizes(features=features)
-        self.center = nn.Parameter(0.1 * torch.randn(features))
-        self.log_alpha = nn.Parameter(torch.zeros(1))
-        self.strength = nn.Parameter(0.1 * torch.randn(1))
-        self.conditioner = (
-            MLP(context_features, features + 2, hidden_features=hidden_features) if context_features else None
-        )
+        center, log_alpha, strength = 0.1 * torch.randn(features), torch.zeros(1), 0.1 * torch.randn(1)
+        parameters = {"center": center, "log_alpha": log_alpha, "strength": strength}
+        super().__init__(features, context_features, hidden_features, **parameters)
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> Pair:
         center, alpha, strength = self._parameters_for(context)
@@ -182,12 +174,5 @@ class Radial(Bijection):
         return ((self.latent_shape[0] - 1) * across + along).squeeze(-1)
 
     def _parameters_for(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        center, log_alpha, strength = self.center, self.log_alpha, self.strength
-        if self.conditioner is not None:
-            to_center, to_alpha, to_strength = self.conditioner(context).split((center.shape[0], 1, 1), dim=-1)
-            center, log_alpha, strength = center + to_center, log_alpha + to_alpha, strength + to_strength
+        center, log_alpha, strength = self._with_offsets(context)
         return center, log_alpha.exp(), F.elu(strength, alpha=_BOUND)
-
-    def extra_repr(self) -> str:
-        context = f", context_features={self.context_features}" if self.context_features else ""
-        return f"{self.center.shape[0]}{context}"
