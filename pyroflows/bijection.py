@@ -70,8 +70,7 @@ class Bijection(Recorded, EvaluatedOnce, TransformModule):
         ValueError: a shape does not match, or a context is missing or not expected.
 
     Example:
-        >>> import math
-        >>> import torch
+        >>> import math, torch
         >>> class Double(Bijection):
         ...     def forward_and_log_det(self, x, context=None):
         ...         return 2 * x, x.new_full(x.shape[:-1], x.shape[-1] * math.log(2))
@@ -135,6 +134,7 @@ class Bijection(Recorded, EvaluatedOnce, TransformModule):
             Fast and Unified Path Gradient Estimators for Normalizing Flows, Vaitl et al., 2024 (arXiv:2403.15881).
 
         Example:
+            >>> import torch
             >>> from pyroflows.layers import Coupling
             >>> x = torch.ones(3, 2)
             >>> Coupling(2).forward_and_score(x, -x)[2].shape  # of a standard normal
@@ -211,8 +211,7 @@ class Inverse(Bijection):
 
     Example:
         >>> from pyroflows.layers import ElementwiseAffine
-        >>> layer = ElementwiseAffine(2)
-        >>> [name for name, _ in Inverse(layer).named_parameters()]
+        >>> [name for name, _ in Inverse(ElementwiseAffine(2)).named_parameters()]
         ['bijection.shift', 'bijection.log_scale']
     """
 
@@ -256,9 +255,9 @@ class Conditioned(Bijection):
         context: its context, shape ``(*batch, context_features)``.
 
     Example:
+        >>> import torch
         >>> from pyroflows.layers import Coupling
-        >>> conditioned = Conditioned(Coupling(2, context_features=3), torch.zeros(8, 3))
-        >>> conditioned.forward_shape(torch.Size([2]))
+        >>> Conditioned(Coupling(2, context_features=3), torch.zeros(8, 3)).forward_shape(torch.Size([2]))
         torch.Size([8, 2])
     """
 
