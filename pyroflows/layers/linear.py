@@ -120,15 +120,10 @@ class DenseLinear(Bijection):
     .. math:: x = W y + b, \quad \log|\det dy/dx| = -\log|\det W|
 
     Args:
-        features: number of features.
-        init: "orthogonal", a random orthogonal matrix, or "identity".
-        bias: whether the shift :math:`b` is learned.
+        features, init, bias: as in :class:`LULinear`.
 
     Shapes:
         x, y: ``(*batch, features)``.
-
-    Raises:
-        ValueError: features is not a positive integer, or init is unknown.
 
     References:
         Glow: Generative Flow with Invertible 1x1 Convolutions, Kingma and Dhariwal, 2018 (arXiv:1807.03039).
@@ -175,13 +170,10 @@ class InvertibleConv(Bijection):
     Args:
         shape: ``(C, H, W)``.
         factored: whether the matrix is factored as P L U.
-        init: "orthogonal", a random orthogonal matrix, or "identity".
+        init: as in :class:`LULinear`.
 
     Shapes:
         x, y: ``(*batch, C, H, W)``.
-
-    Raises:
-        ValueError: the shape is not that of an image, or init is unknown.
 
     References:
         Glow: Generative Flow with Invertible 1x1 Convolutions, Kingma and Dhariwal, 2018 (arXiv:1807.03039).
@@ -270,10 +262,8 @@ class TriangularAffine(Bijection):
         """
         features = self.latent_shape[0]
         if loc.shape != (features,) or scale.shape not in ((features,), (features, features)):
-            raise ValueError(
-                f"expected loc of shape ({features},) and a scale of ({features},) or ({features}, {features}); got "
-                f"{tuple(loc.shape)} and {tuple(scale.shape)}"
-            )
+            expected = f"loc of shape ({features},) and a scale of ({features},) or ({features}, {features})"
+            raise ValueError(f"expected {expected}; got {tuple(loc.shape)} and {tuple(scale.shape)}")
         deviations = scale if scale.dim() == 1 else scale.diagonal()
         if not (loc.isfinite().all() and scale.isfinite().all() and (deviations > 0).all()):
             raise ValueError("expected a finite loc and scale, with a positive diagonal; got other values")
