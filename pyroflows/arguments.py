@@ -30,7 +30,6 @@ __all__ = [
     "check_names",
     "check_number",
     "check_option",
-    "check_outputs",
     "check_placement",
     "check_score",
     "check_sizes",
@@ -109,8 +108,12 @@ def as_mask(mask: str | Sequence[bool] | Tensor, size: int, *, flip: bool) -> Te
     return booleans
 
 
-def as_permutation(order: Sequence[int] | Tensor, size: int) -> Tensor:
-    """Return a new tensor with a permutation of ``0, ..., size - 1``."""
+def as_permutation(order: str | Sequence[int] | Tensor, size: int, seed: int | None = None) -> Tensor:
+    """Return a new tensor with a permutation of ``0, ..., size - 1``: the one given, or one random or reversed."""
+    if isinstance(order, str):
+        if order == "random":
+            return torch.randperm(size, generator=None if seed is None else torch.Generator().manual_seed(seed))
+        return torch.arange(size).flip(0) if order.startswith("reverse") else torch.arange(size)
     indices = torch.as_tensor(order).detach().cpu()
     if indices.is_floating_point() or not torch.equal(indices.sort().values.long(), torch.arange(size)):
         raise ValueError(f"expected order to be a permutation of 0, ..., {size - 1}; got {indices.tolist()}")
@@ -133,16 +136,10 @@ def check_type(expected: str, value: object, kind: type) -> None:
         raise TypeError(f"expected {expected}; got {type(value).__name__}")
 
 
-def check_outputs(output: Tensor, shape: Size) -> None:
-    """Raise a ValueError for a conditioner's outputs of another shape, which might broadcast to a wrong density."""
-    if output.shape[-len(shape) :] != shape:
-        raise ValueError(f"expected a conditioner that returns {batched_shape(shape)}; got {tuple(output.shape)}")
-
-
-def check_event_shape(name: str, x: Tensor, shape: Size) -> None:
-    """Raise a ValueError unless a tensor has the shape ``(*batch, *shape)``."""
+def check_event_shape(expected: str, x: Tensor, shape: Size) -> None:
+    """Raise a ValueError unless a tensor, expected such as "data of shape", has the shape ``(*batch, *shape)``."""
     if x.shape[-len(shape) :] != shape:
-        raise ValueError(f"expected {name} of shape {batched_shape(shape)}; got {tuple(x.shape)}")
+        raise ValueError(f"expected {expected} {batched_shape(shape)}; got {tuple(x.shape)}")
 
 
 def check_integer(name: str, value: object, minimum: int) -> None:
@@ -259,7 +256,7 @@ def check_event(x: Any, shape: Size) -> None:
         raise TypeError(f"expected a tensor of shape {batched_shape(shape)}; got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"expected a floating-point tensor; got {x.dtype}")
-    check_event_shape("a tensor", x, shape)
+    check_event_shape("a tensor of shape", x, shape)
 
 
 def check_context(context: Any, features: int, batch: Size) -> Size:

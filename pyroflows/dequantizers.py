@@ -79,7 +79,7 @@ class Dequantizer(Recorded, nn.Module):
 
     def _check_form(self, x: Tensor) -> None:
         check_type("data as a tensor", x, Tensor)
-        check_event_shape("data", x, self.event_shape)
+        check_event_shape("data of shape", x, self.event_shape)
 
     def _check_call(self, x: Tensor) -> None:
         self._check_form(x)
@@ -192,7 +192,7 @@ class VariationalDequantizer(_Levels):
         x: integers, ``(*batch, C, H, W)``; y: floats of the same shape; log_q: ``(*batch,)``.
 
     Raises:
-        as :class:`UniformDequantizer`.
+        TypeError, ValueError: as by :class:`UniformDequantizer`.
 
     References:
         Flow++: Improving Flow-Based Generative Models with Variational Dequantization and Architecture Design, Ho et

@@ -99,7 +99,7 @@ class Prior(Recorded, nn.Module):
         return self().rsample(Size(sample_shape))
 
     def _check(self, z: Tensor) -> None:
-        check_event_shape("a latent", z, self.event_shape)
+        check_event_shape("a latent of shape", z, self.event_shape)
 
     def _sum(self, terms: Tensor) -> Tensor:
         return terms.sum(dim=tuple(range(-len(self.event_shape), 0)))

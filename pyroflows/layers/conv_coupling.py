@@ -22,11 +22,9 @@ class ConvCoupling(Bijection):
 
     Args:
         shape: ``(C, H, W)``.
-        transformer: "affine", "additive", "spline", or a :class:`Transformer` with other options.
+        transformer, flip, context_features: as in :class:`Coupling`.
         mask: "channels" (the second half of the channels is transformed) or "checkerboard" (pixels of even row plus
             column are; the network sees the image with zeros in their place).
-        flip: exchange what is transformed and what is not.
-        context_features: length of the context.
         conditioner: a network from the identity channels (or the masked image) and the context to
             ``(*batch, outputs, H, W)``: the first parameter of all transformed channels, then the second, and so on; by
             default a :class:`ConvNet`.

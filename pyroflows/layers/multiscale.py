@@ -50,10 +50,8 @@ class Multiscale(Bijection):
         for number, (below, above) in enumerate(pairwise(levels)):
             channels, *size = above.latent_shape
             if list(below.data_shape[1:]) != size or below.data_shape[0] >= channels:
-                raise ValueError(
-                    f"expected level {number} to give fewer channels than the {channels} of level {number + 1}, "
-                    f"of size {size[0]} x {size[1]}; got {tuple(below.data_shape)}"
-                )
+                expected = f"fewer channels than the {channels} of level {number + 1}, of size {size[0]} x {size[1]}"
+                raise ValueError(f"expected level {number} to give {expected}; got {tuple(below.data_shape)}")
         shape, context_features = levels[-1].data_shape, max(level.context_features for level in levels)
         super().__init__(shape.numel(), data_shape=shape, context_features=context_features)
         self.levels = nn.ModuleList(levels)

@@ -30,10 +30,7 @@ class ElementwiseAffine(Bijection):
         x, y: ``(*batch, *features)``; context: ``(*batch, context_features)``.
 
     Example:
-        >>> layer = ElementwiseAffine(2)
-        >>> [name for name, _ in layer.named_parameters()]
-        ['shift', 'log_scale']
-        >>> layer.forward_and_log_det(torch.ones(3, 2))[1].shape
+        >>> ElementwiseAffine(2).forward_and_log_det(torch.ones(3, 2))[1].shape
         torch.Size([3])
     """
 
@@ -120,14 +117,10 @@ class Logit(Inverse):
     It is the inverse of a :class:`Sigmoid`, which as the last layer of a flow models data in (0, 1).
 
     Args:
-        features: number of features, or the event shape.
-        alpha: margin at both ends, in [0, 0.5).
+        features, alpha: as in :class:`Sigmoid`.
 
     Shapes:
         x, y: ``(*batch, *features)``.
-
-    Raises:
-        ValueError: ``alpha`` is outside [0, 0.5).
 
     Example:
         >>> Logit(2)(torch.tensor([0.5, 0.5]))
@@ -166,9 +159,8 @@ class Standardize(Bijection):
     def __init__(self, mean: Tensor, std: Tensor):
         mean, std = as_float_tensor(mean), as_float_tensor(std)
         if mean.dim() == 0 or mean.shape != std.shape:
-            raise ValueError(
-                f"expected mean and std of one shape (features,); got {tuple(mean.shape)} and {tuple(std.shape)}"
-            )
+            shapes = f"{tuple(mean.shape)} and {tuple(std.shape)}"
+            raise ValueError(f"expected mean and std of one shape (features,); got {shapes}")
         _refuse_columns(~(mean.isfinite() & std.isfinite()), "expected a finite mean and std; got other values")
         _refuse_columns(std <= 0, "expected a positive std; got zero or less")
         super().__init__(mean.shape)

@@ -40,16 +40,9 @@ class Permutation(Bijection):
         if len(shape) not in (1, 3):
             raise ValueError(f"expected a number of features or the shape (C, H, W) of an image; got {tuple(shape)}")
         super().__init__(shape)
-        features = shape[0]
-        if isinstance(order, str):
-            if order == "reverse":
-                order = torch.arange(features).flip(0)
-            elif order == "random":
-                generator = None if seed is None else torch.Generator().manual_seed(seed)
-                order = torch.randperm(features, generator=generator)
-            else:
-                raise ValueError(f"expected order to be 'reverse', 'random' or a permutation; got {order!r}")
-        self.register_buffer("order", as_permutation(order, features))
+        if isinstance(order, str) and order not in ("reverse", "random"):
+            raise ValueError(f"expected order to be 'reverse', 'random' or a permutation; got {order!r}")
+        self.register_buffer("order", as_permutation(order, shape[0], seed))
         self.register_buffer("inverse_order", self.order.argsort())
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> Pair:
@@ -103,12 +96,10 @@ class Squeeze(Bijection):
     def __init__(self, shape: Shape, *, factor: int = 2):
         channels, height, width = as_image_shape(shape)
         if not is_integer(factor, 1) or height % factor or width % factor:
-            raise ValueError(
-                f"expected a factor that divides the height {height} and the width {width}; got {factor!r}"
-            )
-        super().__init__(
-            (channels * factor**2, height // factor, width // factor), data_shape=(channels, height, width)
-        )
+            sides = f"the height {height} and the width {width}"
+            raise ValueError(f"expected a factor that divides {sides}; got {factor!r}")
+        latent_shape = (channels * factor**2, height // factor, width // factor)
+        super().__init__(latent_shape, data_shape=(channels, height, width))
         self.factor = factor
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> Pair:

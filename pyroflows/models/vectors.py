@@ -341,9 +341,6 @@ def iaf(
     Shapes:
         x: ``(*batch, features)``; context: ``(*batch, context_features)``.
 
-    Raises:
-        ValueError: a size is not positive, or an option is not one of those above.
-
     References:
         Improved Variational Inference with Inverse Autoregressive Flow, Kingma et al., 2016 (arXiv:1606.04934).
 
@@ -378,17 +375,12 @@ def nsf(
         features: number of features.
         autoregressive: whether the layers are autoregressive, slower to sample, or couplings.
         num_layers: number of spline layers.
-        context_features, prior: as in :func:`maf`.
+        context_features, permutation, norm, prior: as in :func:`maf`.
         network: ``hidden_features``, ``residual`` (here True), ``activation`` and ``dropout`` of each :class:`MLP`.
         num_bins, bound: options of each :class:`Spline`.
-        permutation: after each layer, towards the data: "lu", "dense", "reverse", "shuffle" or "none".
-        norm: after each permutation: "actnorm", "batchnorm" or "none".
 
     Shapes:
         x: ``(*batch, features)``; context: ``(*batch, context_features)``.
-
-    Raises:
-        ValueError: a size is not positive, or an option is not one of those above.
 
     References:
         Neural Spline Flows, Durkan et al., 2019 (arXiv:1906.04032).
@@ -458,9 +450,6 @@ def radial(
 
     Shapes:
         x: ``(*batch, features)``; context: ``(*batch, context_features)``.
-
-    Raises:
-        ValueError: a size is not positive.
 
     References:
         Variational Inference with Normalizing Flows, Rezende and Mohamed, 2015 (arXiv:1505.05770).

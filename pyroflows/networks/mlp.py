@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,6 @@ class MLP(Recorded, nn.Module):
         Identity Mappings in Deep Residual Networks, He et al., 2016 (arXiv:1603.05027).
 
     Example:
-        >>> import torch
         >>> MLP(3, 2, hidden_features=(16, 16), residual=True)(torch.ones(5, 3)).shape
         torch.Size([5, 2])
     """
@@ -100,15 +99,10 @@ class MLP(Recorded, nn.Module):
         for second_of_block in self.linears[2::2] if residual else []:
             nn.init.uniform_(second_of_block.weight, -1e-3, 1e-3)  # type: ignore[arg-type]
         if zero_last:
-            for part in self.last:
-                for parameter in part.parameters():
-                    nn.init.zeros_(parameter)
-
-    @property
-    def last(self) -> list[nn.Module]:
-        """The linear maps whose sum is the output."""
-        with_context = len(self.linears) == 1 and self.context is not None
-        return [self.linears[-1], cast(nn.Module, self.context)] if with_context else [self.linears[-1]]
+            # The map of the context is one of the last if there is no hidden layer.
+            last = self if len(self.linears) == 1 else self.linears[-1]
+            for parameter in last.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if self.in_features == 0:
