@@ -149,10 +149,11 @@ def check_integer(name: str, value: object, minimum: int) -> None:
         raise ValueError(f"expected {name} to be {kind}; got {value!r}")
 
 
-def check_sizes(**sizes: int) -> None:
-    """Raise a ValueError for a size that is not a positive integer."""
+def check_sizes(*, optional: bool = False, **sizes: int | None) -> None:
+    """Raise a ValueError for a size that is not a positive integer or, if it is optional, None."""
     for name, size in sizes.items():
-        check_integer(name, size, 1)
+        if size is not None or not optional:
+            check_integer(name, size, 1)
 
 
 def check_counts(**counts: int) -> None:
@@ -161,8 +162,10 @@ def check_counts(**counts: int) -> None:
         check_integer(name, count, 0)
 
 
-def check_number(name: str, value: object, interval: str) -> None:
-    """Raise an error unless a value is a number in an interval such as ``"[0, 1)"`` or ``"(0, inf)"``."""
+def check_number(name: str, value: object, interval: str, *, optional: bool = False) -> None:
+    """Raise an error unless a value is a number in an interval such as ``"[0, 1)"``, or None if it is optional."""
+    if optional and value is None:
+        return
     low, high = map(float, interval[1:-1].split(","))
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"expected {name} in {interval}; got {value!r}")

@@ -121,7 +121,7 @@ class Bijection(Recorded, EvaluatedOnce, TransformModule):
 
         .. math:: \nabla_y \log q_Y(y) = J^{-\top} \left(\nabla_x \log q_X(x) - \nabla_x \log|\det J|\right)
 
-        Path gradients need it. By default the score comes from one evaluation of the inverse.
+        By default the score comes from one evaluation of the inverse; couplings and autoregressive layers need none.
 
         Args:
             x, context: the latent, and the context if the map takes one.
