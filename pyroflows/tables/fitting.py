@@ -16,8 +16,8 @@ from pyroflows.contexts import seeded
 from pyroflows.dequantizers import ColumnDequantizer
 from pyroflows.flow import Flow
 from pyroflows.layers.coupling import Coupling
+from pyroflows.layers.linear import TriangularAffine
 from pyroflows.layers.pointwise import Standardize
-from pyroflows.layers.triangular import TriangularAffine
 from pyroflows.networks.one_hot import OneHot
 from pyroflows.training import FitOptions, FitResult, fit, negative_log_likelihood
 

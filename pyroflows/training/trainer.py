@@ -14,7 +14,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from pyroflows import distributed
 from pyroflows.contexts import random_state, set_random_state
 from pyroflows.flow import Flow
-from pyroflows.layers.batchnorm import BatchNorm
+from pyroflows.layers.norms import BatchNorm
 from pyroflows.training.batches import Batch, Batches, Rows, Steps, as_channels_last, parts_of
 from pyroflows.training.checkpoint import Checkpoint
 from pyroflows.training.options import FitOptions, FitResult
