@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch.distributions import constraints
 
 from pyroflows.flow import Flow
-from pyroflows.layers.permutation import Permutation
 from pyroflows.layers.pointwise import ElementwiseAffine, Logit, Sigmoid, Standardize
+from pyroflows.layers.rearrange import Permutation
 from pyroflows.priors import LogitNormal, StandardNormal
 
 torch.set_num_threads(1)

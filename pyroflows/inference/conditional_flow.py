@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from pyroflows.bijection import Bijection
 from pyroflows.flow import Flow
 from pyroflows.layers.autoregressive import MaskedAutoregressive
-from pyroflows.layers.permutation import Permutation
+from pyroflows.layers.linear import TriangularAffine
+from pyroflows.layers.rearrange import Permutation
 from pyroflows.layers.spline import Spline
 from pyroflows.layers.transformers import Affine
-from pyroflows.layers.triangular import TriangularAffine
 from pyroflows.priors import StandardNormal
 
 __all__ = ["ScaledEmbedding", "default_flow", "regression_layers"]

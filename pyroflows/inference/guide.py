@@ -295,7 +295,7 @@ def _inner_flow(builder: Callable[..., Flow] | Flow, options: Mapping[str, Any],
         flow = copy.deepcopy(builder)
     else:
         # A coupling of a single feature has no identity feature to condition on: only splines bend it.
-        if builder is realnvp and features == 1 and set(options) <= set(inspect.signature(nsf).parameters):
+        if builder is realnvp and features == 1 and not {"scale", "mask"} & set(options):
             builder = nsf
         flow = build_flow(builder, features, **{**_OPTIONS.get(builder, {}), **options})
     check_flow(flow, features)
