@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyroflows import Affine, MaskedAutoregressive, Spline, fit, maf
+from pyroflows import Affine, MaskedAutoregressive, Spline, fit, iaf, maf
 from pyroflows.layers import inversion
 
 NETWORKS = {
@@ -40,6 +40,11 @@ def assert_close(found, wanted, atol):
     torch.testing.assert_close(found, wanted, rtol=atol, atol=atol)
 
 
+def in_passes(layer, x, context):
+    y, log_det = inversion.invert_in_passes(layer.conditioner, layer.transformer, x, context)
+    return y, log_det.sum(-1)
+
+
 def both_ways(layer, x, context):
     """The two ways of inversion, each as it stands alone."""
     made, transformer = layer.conditioner, layer.transformer
@@ -56,7 +61,7 @@ def test_inverts_to_what_a_pass_a_feature_gives(network, context_features, order
         layer = make(features, context_features, order=order, **NETWORKS[network])
         x = torch.randn(5, features).double()
         context = torch.randn(5, 3).double() if context_features else None
-        wanted, log_det = layer._forward_in_passes(x, context)
+        wanted, log_det = in_passes(layer, x, context)
         for y, terms in both_ways(layer, x, context):
             assert_close(y, wanted, 1e-10)
             assert_close(terms.sum(-1), log_det, 1e-10)
@@ -70,7 +75,7 @@ def test_gradients_are_those_of_a_pass_a_feature(network, transformer):
     weights = torch.randn(6, 7).double()
     inputs = [x, context, *layer.parameters()]
     found = []
-    for y, log_det in (layer._forward_in_passes(x, context), layer.forward_and_log_det(x, context)):
+    for y, log_det in (in_passes(layer, x, context), layer.forward_and_log_det(x, context)):
         loss = (y * weights).sum() + (log_det * weights[:, 0]).sum()
         found.append(torch.autograd.grad(loss, inputs))
     for (name, _), naive, quick in zip([("x", 0), ("context", 0), *layer.named_parameters()], *found, strict=True):
@@ -111,7 +116,7 @@ def test_wild_values_do_not_spoil_the_features_before_them(rows):
     layer = make(30, scale=4.0, hidden_features=(40, 40), transformer=Affine(bound=60.0), dtype=torch.float32)
     x = 5 * torch.randn(rows, 30)
     y = layer.forward_and_log_det(x)[0]
-    wanted = layer._forward_in_passes(x, None)[0]
+    wanted = in_passes(layer, x, None)[0]
     sure = wanted.double().abs().cummax(-1).values < 1e6
     assert sure[:, 3].all()
     torch.testing.assert_close(y[sure], wanted[sure], rtol=1e-3, atol=1e-3)
@@ -150,14 +155,6 @@ def test_nothing_requires_a_gradient_where_nothing_learns():
     assert layer(torch.randn(3, 5).double().requires_grad_()).requires_grad
 
 
-def test_second_derivatives_are_refused_not_wrong():
-    layer = make(5, hidden_features=(8,))
-    x = torch.randn(3, 5).double().requires_grad_()
-    (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
-
-
 def test_dropout_in_training_still_draws_and_maps():
     layer = make(5, hidden_features=(64,), dropout=0.5).train()
     assert layer(torch.randn(3, 5).double()).shape == (3, 5)
@@ -178,3 +175,74 @@ def test_a_maf_is_a_guide():
     assert result.best_loss < 0.02
     torch.testing.assert_close(x.mean(0), target.mean, atol=0.05, rtol=0)
     torch.testing.assert_close(x.T.cov(), target.covariance_matrix, atol=0.07, rtol=0)
+
+
+@pytest.mark.parametrize("transformer", TRANSFORMERS)
+@pytest.mark.parametrize("context_features", [0, 2])
+def test_second_derivatives_are_those_of_the_passes(transformer, context_features):
+    layer = make(3, context_features, transformer=TRANSFORMERS[transformer], hidden_features=(8,), activation="tanh")
+    x, context = torch.randn(3).double(), torch.randn(2).double() if context_features else None
+
+    def total(solve, x):
+        y, log_det = solve(x, context)
+        return y.square().sum() + log_det
+
+    hessian = torch.autograd.functional.hessian(lambda x: total(layer.forward_and_log_det, x), x)
+    expected = torch.autograd.functional.hessian(lambda x: total(lambda *a: in_passes(layer, *a), x), x)
+    assert_close(hessian, expected, 1e-8)
+    if transformer != "additive":
+        assert hessian.abs().max() > 0.1
+
+
+def test_hessians_of_an_iaf_and_of_a_decoder_agree_with_finite_differences():
+    torch.manual_seed(0)
+    flows = [build(3, num_layers=2, hidden_features=(8,), activation="tanh").double() for build in (iaf, maf)]
+    for flow in flows:
+        with torch.no_grad():
+            for parameter in flow.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    x = torch.randn(3).double()
+    for function in (flows[0].log_prob, lambda z: flows[1].decode(z).square().sum()):
+        hessian = torch.autograd.functional.hessian(function, x)
+        steps = 1e-5 * torch.eye(3).double()
+        slopes = [torch.autograd.functional.jacobian(function, x + sign * step) for step in steps for sign in (1, -1)]
+        differences = torch.stack([(up - down) / 2e-5 for up, down in zip(slopes[::2], slopes[1::2], strict=True)])
+        torch.testing.assert_close(hessian, differences, rtol=1e-5, atol=1e-6)
+        assert hessian.abs().max() > 0.01
+
+
+def test_a_gradient_penalty_has_the_gradients_of_the_passes():
+    layer = make(4, 2, hidden_features=(8,), activation="tanh")
+    x, context = torch.randn(5, 4).double(), torch.randn(5, 2).double()
+
+    def penalty(solve):
+        inputs = [x.clone().requires_grad_(), context.clone().requires_grad_()]
+        y, log_det = solve(*inputs)
+        first = torch.autograd.grad(y.square().sum() + log_det.sum(), inputs, create_graph=True)
+        loss = sum(gradient.square().sum() for gradient in first)
+        return torch.autograd.grad(loss, [*inputs, *layer.parameters()], allow_unused=True)
+
+    for ours, expected in zip(
+        penalty(layer.forward_and_log_det), penalty(lambda *a: in_passes(layer, *a)), strict=True
+    ):
+        assert (ours is None) == (expected is None)
+        if ours is not None:
+            assert_close(ours, expected, 1e-8)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_traced_decoder_has_the_values_and_gradients_of_the_flow_also_once_its_weights_move():
+    torch.manual_seed(0)
+    flow = maf(3, num_layers=2, hidden_features=(8,)).eval()
+    z = torch.randn(5, 3)
+    traced = torch.jit.trace(flow.decode, (torch.randn(5, 3),), check_trace=False)
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in flow.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        inputs = [z.clone().requires_grad_() for _ in range(2)]
+        ours, expected = traced(inputs[0]), flow.decode(inputs[1])
+        torch.testing.assert_close(ours, expected)
+        (slope,) = torch.autograd.grad(ours.square().sum(), inputs[0])
+        (expected_slope,) = torch.autograd.grad(expected.square().sum(), inputs[1])
+        torch.testing.assert_close(slope, expected_slope)

@@ -9,7 +9,7 @@ from torch import Tensor
 from pyroflows.arguments import check_names
 from pyroflows.bijection import Bijection, Pair, Triple
 from pyroflows.gradients import vjp
-from pyroflows.layers.inversion import attach_implicit_gradient, invert, iterate_to_fixed_point
+from pyroflows.layers.inversion import invert, invert_in_passes, invert_with_gradient, iterate_to_fixed_point
 from pyroflows.layers.transformers import Transformer, make_transformer, num_parameters, split_by_feature
 from pyroflows.networks.made import MADE
 from pyroflows.private import inside_functorch
@@ -24,8 +24,8 @@ class MaskedAutoregressive(Bijection):
 
     A stack of these is a MAF, fastest at scoring; a stack of their inverses (``layer.inv``, or
     :class:`~pyroflows.Inverse`) is an IAF, fastest at sampling and at scoring its samples. The other direction is
-    exact too, and differentiable once: see :func:`pyroflows.layers.inversion.invert`. Under ``torch.compile`` and
-    ``torch.func``, and with dropout in training, it takes one pass per feature.
+    exact too: see :func:`pyroflows.layers.inversion.invert`. Under ``torch.compile``, ``torch.jit.trace`` and
+    ``torch.func``, with dropout in training, and for second derivatives, it takes one pass per feature.
 
     Args:
         features: number of features.
@@ -71,25 +71,15 @@ class MaskedAutoregressive(Bijection):
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> Pair:
         dropout = self.conditioner.network.dropout
-        if inside_functorch() or torch.compiler.is_compiling() or (dropout.p and dropout.training):
-            return self._forward_in_passes(x, context)
-        y, log_det = invert(self.conditioner, self.transformer, x, context)
         sources = [x, *self.conditioner.parameters()] + ([] if context is None else [context])
-        if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
-            solution = y.requires_grad_()
-            y, log_det = self.transformer.forward(x, *self._parameters_for(solution, context))
-            y, log_det = attach_implicit_gradient(y, log_det, solution)
-        return y, log_det.sum(-1)
-
-    def _forward_in_passes(self, x: Tensor, context: Tensor | None) -> Pair:
-        """Compute a feature per pass, which maps, compiles, and applies the same dropout mask to all features."""
-        y, *order = torch.zeros_like(x), *self.conditioner.order.unbind()
-        positions = torch.arange(x.shape[-1], device=x.device)
-        for feature in order[:-1]:
-            candidate, _ = self.transformer.forward(x, *self._parameters_for(y, context))
-            # Features not yet known stay zero, so that no large value of theirs can reach a masked product.
-            y = torch.where(positions == feature, candidate, y)
-        y, log_det = self.transformer.forward(x, *self._parameters_for(y, context))
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or inside_functorch()
+        if traced or (dropout.p and dropout.training):
+            solve = invert_in_passes
+        elif torch.is_grad_enabled() and any(source.requires_grad for source in sources):
+            solve = invert_with_gradient
+        else:
+            solve = invert
+        y, log_det = solve(self.conditioner, self.transformer, x, context)
         return y, log_det.sum(-1)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> Pair:

@@ -1,17 +1,16 @@
 """Fast inversion of autoregressive layers, with implicit gradients."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from pyroflows.caching import caching
 from pyroflows.layers.transformers import Transformer, split_by_feature
 from pyroflows.networks.made import MADE
 
-__all__ = ["attach_implicit_gradient", "invert", "iterate_to_fixed_point"]
+__all__ = ["invert", "invert_in_passes", "invert_with_gradient", "iterate_to_fixed_point"]
 
 _BLOCK = 64  # most hidden units of a block: a step reads only the block's columns, a product adds all those before
 # Multiply-adds that take as long as a step by degree, and as the overhead of a pass; measured by
@@ -135,30 +134,72 @@ def iterate_to_fixed_point(step: Callable[[Tensor], Tensor], start: Tensor) -> T
     return value
 
 
-def attach_implicit_gradient(y: Tensor, log_det: Tensor, solution: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``y = f(x; solution)``, equal to the solution, with the gradient of the solution by the implicit function.
+def invert_in_passes(made: MADE, transformer: Transformer, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Solve as :func:`invert` does, a feature per pass: this maps, compiles, traces, and has all derivatives."""
+    y, *order = torch.zeros_like(x), *made.order.unbind()
+    positions = torch.arange(x.shape[-1], device=x.device)
+    for feature in order[:-1]:
+        candidate, _ = transformer.forward(x, *split_by_feature(transformer, made(y, context), x))
+        # Features not yet known stay zero, so that no large value of theirs can reach a masked product.
+        y = torch.where(positions == feature, candidate, y)
+    return transformer.forward(x, *split_by_feature(transformer, made(y, context), x))
 
-    The gradient solves an equation with the transposed Jacobian, which is triangular.
+
+def invert_with_gradient(
+    made: MADE, transformer: Transformer, x: Tensor, context: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Solve as :func:`invert` does, with the gradients of the solution by the implicit function theorem.
+
+    The gradient solves an equation with the transposed Jacobian, which is triangular. Where its own gradient is asked
+    for, it is that of :func:`invert_in_passes`.
     """
-    return _ImplicitGradient.apply(y, log_det, solution)
+    return _Inversion.apply(made, transformer, x, context, *made.parameters())
 
 
-class _ImplicitGradient(torch.autograd.Function):
+class _Inversion(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, log_det: Tensor, solution: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(y, log_det, solution)
-        return y.view_as(y), log_det.view_as(log_det)
+    def forward(
+        ctx: Any, made: MADE, transformer: Transformer, x: Tensor, context: Tensor | None, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        solution = invert(made, transformer, x, context)[0].requires_grad_()
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_(x.requires_grad)
+            context_leaf = None if context is None else context.detach().requires_grad_(context.requires_grad)
+            outputs = transformer.forward(leaf, *split_by_feature(transformer, made(solution, context_leaf), x))
+        ctx.made, ctx.transformer, ctx.graph = made, transformer, (outputs, solution, leaf, context_leaf)
+        ctx.save_for_backward(x, context, *parameters)
+        return outputs[0].detach(), outputs[1].detach()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, y_gradient: Tensor, log_det_gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        y, log_det, solution = ctx.saved_tensors
-        outputs = [y, log_det] if log_det.requires_grad else [y]
+    def backward(ctx: Any, y_gradient: Tensor, log_det_gradient: Tensor) -> tuple[Any, ...]:
+        x, context, *parameters = ctx.saved_tensors
+        gradients = y_gradient, log_det_gradient
+        second = torch.is_grad_enabled()
+        if second:
+            outputs = invert_in_passes(ctx.made, ctx.transformer, x, context)
+        else:
+            outputs, solution, x, context = ctx.graph
+            gradients = _solve(outputs, solution, y_gradient, log_det_gradient), log_det_gradient
+        wanted = [t for t, needed in zip((x, context, *parameters), ctx.needs_input_grad[2:], strict=True) if needed]
+        found = iter(_pull_back(outputs, wanted, gradients, create_graph=second))
+        return None, None, *(next(found) if needed else None for needed in ctx.needs_input_grad[2:])
 
-        def step(gradient: Tensor) -> Tensor:
-            with torch.enable_grad():
-                gradients = [gradient, log_det_gradient][: len(outputs)]
-                (pulled_back,) = torch.autograd.grad(outputs, solution, gradients, retain_graph=True)
-            return y_gradient + pulled_back
 
-        return iterate_to_fixed_point(step, y_gradient), log_det_gradient, None
+def _solve(outputs: Sequence[Tensor], solution: Tensor, y_gradient: Tensor, log_det_gradient: Tensor) -> Tensor:
+    """Return the gradient at the solution of ``y = f(x; y)``, given those at its outputs."""
+
+    def step(gradient: Tensor) -> Tensor:
+        (pulled_back,) = _pull_back(outputs, [solution], (gradient, log_det_gradient))
+        return y_gradient if pulled_back is None else y_gradient + pulled_back
+
+    return iterate_to_fixed_point(step, y_gradient)
+
+
+def _pull_back(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], gradients: Sequence[Tensor], *, create_graph: bool = False
+) -> Sequence[Tensor | None]:
+    pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad]
+    outputs, gradients = [o for o, _ in pairs], [g for _, g in pairs]
+    return torch.autograd.grad(
+        outputs, inputs, gradients, retain_graph=True, create_graph=create_graph, allow_unused=True
+    )
