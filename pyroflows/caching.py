@@ -219,6 +219,11 @@ class EvaluatedOnce:
             return -self.inverse_and_log_det(y, context)[1]
         return self.forward_and_log_det(x, context)[1]
 
+    @property
+    def sign(self) -> int:
+        """Not defined for maps of several features; an AttributeError, since torch asks for it by ``hasattr``."""
+        raise AttributeError(f"{type(self).__name__} has no sign, since it may map several features at once")
+
     def with_cache(self, cache_size: int = 1) -> Self:
         """Return the map itself: its record serves every cache size."""
         return self
