@@ -117,7 +117,7 @@ def as_permutation(order: Sequence[int] | Tensor, size: int) -> Tensor:
 
 def batched_shape(shape: Sequence[int]) -> str:
     """Return the text of a shape with any batch dimensions, for messages."""
-    return f"(*batch, {', '.join(map(str, shape))})"
+    return f"({', '.join(['*batch', *map(str, shape)])})"
 
 
 def check_outputs(output: Tensor, shape: Size) -> None:

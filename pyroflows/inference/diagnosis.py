@@ -1,17 +1,30 @@
-"""Importance weights of a guide's draws: evidence, errors, missed modes, and a verdict."""
+"""What draws tell of a posterior: importance weights of a guide's, statistics of chains, a verdict, ArviZ's data."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import MultivariateNormal
 
 from pyroflows.diagnostics.weights import importance_ess, psis
+from pyroflows.flow import Flow
 from pyroflows.inference.guide import AutoFlow
 from pyroflows.inference.log_joint import LogJoint
 
-__all__ = ["Weights", "diagnose", "importance_sample", "missed_modes", "resample", "summarize_weights"]
+__all__ = [
+    "Weights",
+    "chain_statistics",
+    "diagnose",
+    "diagnose_chains",
+    "importance_sample",
+    "inference_data",
+    "missed_modes",
+    "resample",
+    "summarize_weights",
+]
 
 _CHUNK = 2000  # points evaluated at once
 _NUM_SETS = 5  # of draws, each with its k-hat
@@ -28,10 +41,8 @@ class Weights:
     Args:
         u: the draws, in unconstrained space, ``(draws, latents)``.
         log_weights: log joint density minus the guide's log-density, ``(draws,)``; -inf where the former is not finite.
-        elbo: the mean of the finite ones, in nats.
-        elbo_error: its standard error.
-        log_evidence: the logarithm of the mean weight.
-        log_evidence_error: its standard error, to first order.
+        elbo: the mean of the finite ones, in nats, with its standard error.
+        log_evidence: the logarithm of the mean weight, with its standard error to first order.
         khat: Pareto shapes of the weights, one for each of several sets of the draws.
         ess: Kish's effective number of draws.
         infinite: the share of draws whose log joint density is not finite.
@@ -124,9 +135,8 @@ def missed_modes(guide: AutoFlow, log_joint: LogJoint, weights: Weights) -> list
         noise = torch.randn(256, log_joint.dim, dtype=init.loc.dtype, device=init.loc.device)
         u = (init.loc + noise @ init.scale_tril.mT).to(log_joint.dtype)
         log_p = log_joint.value(u)
-        log_g = torch.distributions.MultivariateNormal(
-            init.loc, scale_tril=init.scale_tril, validate_args=False
-        ).log_prob(u.to(init.loc))
+        gaussian = MultivariateNormal(init.loc, scale_tril=init.scale_tril, validate_args=False)
+        log_g = gaussian.log_prob(u.to(init.loc))
         uncovered = log_p - weights.log_evidence - flow.log_prob(u) > math.log(_UNCOVERED)
         share = (log_p - log_g)[uncovered].logsumexp(0) - math.log(len(u)) - weights.log_evidence
         is_new = all(float(((init.loc - mode) / init.scale_tril.norm(dim=-1)).abs().max()) > 1 for mode in missed)
@@ -135,13 +145,8 @@ def missed_modes(guide: AutoFlow, log_joint: LogJoint, weights: Weights) -> list
     return missed
 
 
-def diagnose(weights: Weights, missed: Sequence[Tensor], notes: Sequence[str]) -> tuple[str, str]:
-    """Return a verdict on a guide, and the reason with the notes."""
-    verdict, reason = _verdict(weights, missed)
-    return verdict, "; ".join([reason, *notes])
-
-
-def _verdict(weights: Weights, missed: Sequence[Tensor]) -> tuple[str, str]:
+def diagnose(weights: Weights, missed: Sequence[Tensor]) -> tuple[str, str]:
+    """Return a verdict on a guide, and the reason."""
     if missed:
         return "do not trust", f"{len(missed)} other mode(s) with a share of the posterior are not covered: refine"
     if weights.infinite > 0.01:
@@ -161,3 +166,46 @@ def _verdict(weights: Weights, missed: Sequence[Tensor]) -> tuple[str, str]:
     if weights.ess_ratio >= 0.5 and weights.mean_error <= 0.1 and weights.sd_error <= 0.1:
         return "trust", reason
     return "resample", f"{reason}, which resampling mends"
+
+
+def chain_statistics(chains: Tensor) -> tuple[float, float]:
+    """Return the largest split R-hat and the smallest effective sample size of chains ``(chains, draws, latents)``."""
+    import arviz as az
+
+    data = az.convert_to_dataset(chains.cpu().numpy())
+    return float(az.rhat(data)["x"].max()), float(az.ess(data)["x"].min())
+
+
+def diagnose_chains(chains: Tensor) -> tuple[str, str]:
+    """Return a verdict on chains, and the reason."""
+    rhat, ess = chain_statistics(chains)
+    number = len(chains)
+    reason = f"the largest R-hat of {number} chains is {rhat:.3f} and the smallest effective sample size {ess:.0f}"
+    if rhat < 1.02 and ess >= 50 * number:
+        return "trust", reason
+    return "do not trust", f"{reason}: run longer chains"
+
+
+@torch.no_grad()
+def inference_data(log_joint: LogJoint, u: Tensor, num_chains: int, flow: Flow | None) -> Any:
+    """Return draws, chain after chain, with their statistics as ArviZ holds them, and weights if they are a flow's."""
+    import arviz as az
+
+    log_p = log_joint.value(u)
+    stats = {"lp": log_p}
+    if flow is not None:
+        stats["log_q"] = torch.cat([flow.log_prob(part) for part in u.split(_CHUNK)])
+        if len(u) >= 32:
+            stats["log_weight"] = psis(log_p - stats["log_q"])[0]
+    groups: dict[str, Any] = {"posterior": log_joint.constrain(u, deterministic=True), "sample_stats": stats}
+    observations = log_joint.structure.observations
+    if observations and not log_joint.structure.discrete:
+        parts = [log_joint.log_likelihood(part) for part in u.split(_CHUNK)]
+        groups["log_likelihood"] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    arrays = {
+        group: {name: value.detach().cpu().unflatten(0, (num_chains, -1)).numpy() for name, value in values.items()}
+        for group, values in groups.items()
+    }
+    if observations:
+        arrays["observed_data"] = {name: value.detach().cpu().numpy() for name, value in observations.items()}
+    return az.from_dict(**arrays) if "InferenceData" in vars(az) else az.from_dict(arrays)  # ArviZ 0.x, and 1.x
