@@ -15,12 +15,7 @@ from pyroflows.flow import Flow, FlowDistribution
 from pyroflows.inference.guide import Builder, build_flow
 from pyroflows.inference.simulator import Simulator
 from pyroflows.inference.sites import Model, check_model, constrain, unconstrain
-from pyroflows.layers.autoregressive import MaskedAutoregressive
-from pyroflows.layers.permutation import Permutation
-from pyroflows.layers.pointwise import Standardize
-from pyroflows.layers.spline import Spline
-from pyroflows.layers.transformers import Affine
-from pyroflows.layers.triangular import TriangularAffine
+from pyroflows.layers import Affine, MaskedAutoregressive, Permutation, Spline, Standardize, TriangularAffine
 from pyroflows.priors import StandardNormal
 from pyroflows.training import FitOptions, FitResult, fit
 

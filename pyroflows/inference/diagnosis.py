@@ -17,12 +17,10 @@ from pyroflows.inference.log_joint import LogJoint
 __all__ = [
     "Weights",
     "chain_statistics",
-    "diagnose",
     "diagnose_chains",
     "importance_sample",
     "inference_data",
     "missed_modes",
-    "resample",
     "summarize_weights",
 ]
 
@@ -41,8 +39,8 @@ class Weights:
     Args:
         u: the draws, in unconstrained space, ``(draws, latents)``.
         log_weights: log joint density minus the guide's log-density, ``(draws,)``; -inf where the former is not finite.
-        elbo: the mean of the finite ones, in nats, with its standard error.
-        log_evidence: the logarithm of the mean weight, with its standard error to first order.
+        elbo, elbo_error: the mean of the finite ones, in nats, and its standard error.
+        log_evidence, log_evidence_error: the logarithm of the mean weight, and its standard error to first order.
         khat: Pareto shapes of the weights, one for each of several sets of the draws.
         ess: Kish's effective number of draws.
         infinite: the share of draws whose log joint density is not finite.
@@ -67,6 +65,36 @@ class Weights:
     def ess_ratio(self) -> float:
         """The effective number of draws as a share of the draws."""
         return self.ess / len(self.u)
+
+    def resample(self, n: int) -> Tensor:
+        """Resample draws by their smoothed weights (PSIS)."""
+        smoothed = psis(self.log_weights)[0].exp()
+        # Systematic resampling: each draw comes up in proportion to its weight, to the nearest integer.
+        positions = (torch.arange(n, dtype=torch.float64) + torch.rand((), dtype=torch.float64)) / n
+        rows = torch.searchsorted(smoothed.cpu().cumsum(0), positions).clamp(max=len(self.u) - 1)
+        return self.u[rows[torch.randperm(n)].to(self.u.device)]
+
+    def verdict(self, missed: Sequence[Tensor]) -> tuple[str, str]:
+        """Return the verdict on the guide, given the modes that it misses, and the reason."""
+        if missed:
+            return "do not trust", f"{len(missed)} other mode(s) with a share of the posterior are not covered: refine"
+        if self.infinite > 0.01:
+            return "do not trust", f"{self.infinite:.1%} of the draws have no finite density"
+        khat = sorted(self.khat)[len(self.khat) // 2]
+        figures = f"(median k-hat {khat:.2f}, ESS {self.ess_ratio:.0%})"
+        # A k-hat is noisy: if nearly all draws are effective, the weights have no tail to speak of.
+        if not (self.ess_ratio >= 0.8 or (khat < 0.7 and self.ess_ratio > 0.1)):
+            return "do not trust", f"the weights are too uneven {figures}"
+        if not math.isfinite(self.mean_error):
+            dtype = str(self.u.dtype).removeprefix("torch.")
+            return "do not trust", f"some values of the draws are beyond the range of {dtype}, and have no mean"
+        reason = (
+            f"the weights {figures} show errors of {self.mean_error:.2f} sd in the means and {self.sd_error:.0%} in "
+            f"the deviations at most"
+        )
+        if self.ess_ratio >= 0.5 and self.mean_error <= 0.1 and self.sd_error <= 0.1:
+            return "trust", reason
+        return "resample", f"{reason}, which resampling mends"
 
 
 @torch.no_grad()
@@ -108,15 +136,6 @@ def summarize_weights(log_joint: LogJoint, u: Tensor, log_w: Tensor) -> Weights:
     )
 
 
-def resample(weights: Weights, n: int) -> Tensor:
-    """Resample draws by their smoothed weights (PSIS)."""
-    smoothed = psis(weights.log_weights)[0].exp()
-    # Systematic resampling: each draw comes up in proportion to its weight, to the nearest integer.
-    positions = (torch.arange(n, dtype=torch.float64) + torch.rand((), dtype=torch.float64)) / n
-    rows = torch.searchsorted(smoothed.cpu().cumsum(0), positions).clamp(max=len(weights.u) - 1)
-    return weights.u[rows[torch.randperm(n)].to(weights.u.device)]
-
-
 @torch.no_grad()
 def missed_modes(guide: AutoFlow, log_joint: LogJoint, weights: Weights) -> list[Tensor]:
     """Return the modes of the guide's ``inits`` with a share of the posterior that the guide does not cover.
@@ -143,29 +162,6 @@ def missed_modes(guide: AutoFlow, log_joint: LogJoint, weights: Weights) -> list
         if uncovered.any() and float(share) > math.log(_SHARE) and is_new:
             missed.append(init.loc.to(log_joint.dtype))
     return missed
-
-
-def diagnose(weights: Weights, missed: Sequence[Tensor]) -> tuple[str, str]:
-    """Return a verdict on a guide, and the reason."""
-    if missed:
-        return "do not trust", f"{len(missed)} other mode(s) with a share of the posterior are not covered: refine"
-    if weights.infinite > 0.01:
-        return "do not trust", f"{weights.infinite:.1%} of the draws have no finite density"
-    khat = sorted(weights.khat)[len(weights.khat) // 2]
-    figures = f"(median k-hat {khat:.2f}, ESS {weights.ess_ratio:.0%})"
-    # A k-hat is noisy: if nearly all draws are effective, the weights have no tail to speak of.
-    if not (weights.ess_ratio >= 0.8 or (khat < 0.7 and weights.ess_ratio > 0.1)):
-        return "do not trust", f"the weights are too uneven {figures}"
-    if not math.isfinite(weights.mean_error):
-        dtype = str(weights.u.dtype).removeprefix("torch.")
-        return "do not trust", f"some values of the draws are beyond the range of {dtype}, and have no mean"
-    reason = (
-        f"the weights {figures} show errors of {weights.mean_error:.2f} sd in the means and {weights.sd_error:.0%} in "
-        f"the deviations at most"
-    )
-    if weights.ess_ratio >= 0.5 and weights.mean_error <= 0.1 and weights.sd_error <= 0.1:
-        return "trust", reason
-    return "resample", f"{reason}, which resampling mends"
 
 
 def chain_statistics(chains: Tensor) -> tuple[float, float]:

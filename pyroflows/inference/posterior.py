@@ -100,7 +100,7 @@ class Posterior:
             self.weights = weights or diagnosis.importance_sample(guide, self.log_joint, _NUM_DRAWS)
             if missed is None:
                 self.missed = diagnosis.missed_modes(guide, self.log_joint, self.weights)
-            self.verdict, reason = diagnosis.diagnose(self.weights, self.missed)
+            self.verdict, reason = self.weights.verdict(self.missed)
             self.reason = "; ".join([reason, *self.notes])
         else:
             self.verdict, self.reason = diagnosis.diagnose_chains(chains)
@@ -154,7 +154,7 @@ class Posterior:
             return self._draw(n)
         if 2 * n > len(pool.u):
             pool = diagnosis.importance_sample(self.guide, self.log_joint, 2 * n)
-        return diagnosis.resample(pool, n)
+        return pool.resample(n)
 
     def log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
         """Return the guide's log-density of the sites' values, see :meth:`AutoFlow.log_prob`."""
