@@ -77,6 +77,7 @@ class Bijection(Recorded, EvaluatedOnce, TransformModule):
     """Evaluations of the conditioner from latent to data: the cost of sampling."""
     inverse_passes: int = 1
     """Evaluations of the conditioner from data to latent: the cost of scoring."""
+    _inverse_reference: "weakref.ref[Bijection] | None" = None
     unchecked_forward_and_log_det: Callable[..., Pair]
     unchecked_inverse_and_log_det: Callable[..., Pair]
     unchecked_forward_and_score: Callable[..., Triple]
@@ -164,10 +165,10 @@ class Bijection(Recorded, EvaluatedOnce, TransformModule):
     @property
     def inv(self) -> "Bijection":
         """The inverse, a module that shares this one's parameters."""
-        inverse = None if self._inv is None else self._inv()
+        inverse = None if self._inverse_reference is None else self._inverse_reference()
         if inverse is None:
             inverse = Inverse(self)
-            object.__setattr__(self, "_inv", weakref.ref(inverse))
+            self._inverse_reference = weakref.ref(inverse)
         return inverse
 
     def condition(self, context: Tensor) -> "Bijection":
@@ -188,7 +189,7 @@ class Bijection(Recorded, EvaluatedOnce, TransformModule):
     __repr__ = nn.Module.__repr__
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_inv": None, "_record": None}
+        return {**self.__dict__, "_inverse_reference": None, "_record": None}
 
 
 Bijection.__init_subclass__()  # whose own maps are checked as well

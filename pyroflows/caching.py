@@ -30,10 +30,10 @@ register_optimizer_step_post_hook(_count_optimizer_step)
 def fingerprint(module: nn.Module) -> list[Any]:
     """Return what changes whenever a module's parameters, buffers or modes do.
 
-    In-place writes move a tensor's version. The fused optimizers of torch and those of Pyro write past it, which only
-    a hook on the optimizers' steps can see. An assignment to ``p.data``, as by ``module.double()`` or
-    ``torch.nn.utils.vector_to_parameters``, moves the address alone. In-place writes to ``p.data`` by the user, or
-    through NumPy, leave no trace.
+    In-place writes move a tensor's version. Line 3 of :class:`EvaluatedOnce`, "no optimizer step since", needs the hook
+    above: torch's fused optimizers and Pyro's own write past the version. "Same parameters" needs the addresses: an
+    assignment to ``p.data``, as by ``module.double()`` or ``torch.nn.utils.vector_to_parameters``, moves nothing else.
+    In-place writes to ``p.data`` by the user, or through NumPy, leave no trace.
     """
     modes, tensors = contents(module)
     return [_optimizer_steps, *modes, *((id(tensor), version(tensor), _address(tensor)) for tensor in tensors)]
