@@ -104,8 +104,7 @@ def fit_amortized(
         if not isinstance(context, Tensor) or context.dim() != 2:
             got = f"shape {tuple(context.shape)}" if isinstance(context, Tensor) else type(context).__name__
             raise ValueError(f"expected an embedding that returns (rows, context_features); got {got}")
-        features, context_features = vectors.shape[1], context.shape[1]
-        inner = build_flow(_default_flow if flow is None else flow, features, context_features)
+        inner = build_flow(_default_flow if flow is None else flow, vectors.shape[1], context.shape[1])
         standardize = Standardize.from_data(vectors)
         layers = list(inner.layers)
         if embedding is None and not isinstance(flow, Flow):

@@ -116,8 +116,7 @@ class AmortizedFlow(AutoGuide):
         super().__init__(model, create_plates=create_plates)
         self._builder = None if isinstance(flow, Flow) else flow
         self.flow: Any = flow if isinstance(flow, Flow) else None
-        self.encoder = encoder
-        self.inputs = inputs
+        self.encoder, self.inputs = encoder, inputs
         self.latents: list[LatentSite] = []
         self.plates: dict[str, Any] = {}
 
@@ -299,18 +298,15 @@ def _latents_of_one_plate(trace: poutine.Trace) -> tuple[dict[str, Any], Any]:
     names = {frame.name: name for name, frame in plates.items()}
     if len(names) > 1:
         (first, a), (second, b), *_ = names.items()
-        raise ValueError(
-            f"expected all latents in one plate; got site {a!r} in plate {first!r} and site {b!r} in plate {second!r}: "
-            "give each plate a guide in an AutoGuideList"
-        )
+        got = f"site {a!r} in plate {first!r} and site {b!r} in plate {second!r}"
+        raise ValueError(f"expected all latents in one plate; got {got}: give each plate a guide in an AutoGuideList")
     frame = next(iter(plates.values()))
     batch_shape = Size([frame.size, *(1,) * (-frame.dim - 1)])
     for name, site in sites.items():
         if site["fn"].batch_shape != batch_shape:
-            raise ValueError(
-                f"expected latents of batch shape {tuple(batch_shape)}, that of plate {frame.name!r}; "
-                f"got {tuple(site['fn'].batch_shape)} at site {name!r}: use to_event"
-            )
+            expected = f"{tuple(batch_shape)}, that of plate {frame.name!r}"
+            got = f"{tuple(site['fn'].batch_shape)} at site {name!r}: use to_event"
+            raise ValueError(f"expected latents of batch shape {expected}; got {got}")
     return sites, frame
 
 

@@ -88,10 +88,8 @@ class Weights:
         if not math.isfinite(self.mean_error):
             dtype = str(self.u.dtype).removeprefix("torch.")
             return "do not trust", f"some values of the draws are beyond the range of {dtype}, and have no mean"
-        reason = (
-            f"the weights {figures} show errors of {self.mean_error:.2f} sd in the means and {self.sd_error:.0%} in "
-            f"the deviations at most"
-        )
+        errors = f"errors of {self.mean_error:.2f} sd in the means and {self.sd_error:.0%} in the deviations at most"
+        reason = f"the weights {figures} show {errors}"
         if self.ess_ratio >= 0.5 and self.mean_error <= 0.1 and self.sd_error <= 0.1:
             return "trust", reason
         return "resample", f"{reason}, which resampling mends"

@@ -79,9 +79,8 @@ class _DrawsAsLeaves(Messenger):
         if site_is_subsample(msg) or any(isinstance(inner, Delta) for inner in nested(fn)):
             return  # an index, or a function of earlier draws and parameters
         if not getattr(fn, "has_rsample", False):
-            raise TypeError(
-                f"expected a guide whose sites all have an rsample; got {msg['name']!r} of {_type_name(fn)}"
-            )
+            got = f"{msg['name']!r} of {_type_name(fn)}"
+            raise TypeError(f"expected a guide whose sites all have an rsample; got {got}")
         if self.leaves and not (msg["done"] or msg["is_observed"] or msg["value"] is not None):
             args, kwargs = msg["args"], msg["kwargs"]
             plain = args or kwargs or not _is_flow(fn)
@@ -161,9 +160,6 @@ def _has_other_leaves(result: Tensor, leaves: Sequence[Tensor]) -> bool:
     return False
 
 
-# Objectives
-
-
 class _ReparameterizedELBO(ELBO):
     """An objective by one run of the guide, whose draws are replaced by leaves."""
 
@@ -177,10 +173,7 @@ class _ReparameterizedELBO(ELBO):
     def loss(self, model: _Program, guide: _Program, *args: Any, **kwargs: Any) -> float:
         """Return an estimate of the loss."""
         with torch.no_grad():
-            runs = list(self._get_traces(model, guide, args, kwargs))
-            loss = -self._bound(torch.cat([run.log_weights for run in runs])).item()
-        warn_if_nan(loss, "loss")
-        return loss
+            return self.loss_and_grads(model, guide, *args, **kwargs)
 
     def differentiable_loss(self, model: _Program, guide: _Program, *args: Any, **kwargs: Any) -> Tensor:
         """Return an estimate of the loss as a tensor, whose gradient is the objective's."""
@@ -200,9 +193,6 @@ class _ReparameterizedELBO(ELBO):
         warn_if_nan(loss, "loss")
         return loss
 
-    def _bound(self, log_weights: Tensor) -> Tensor:
-        return log_weights.mean()
-
     def _terms(self, model: _Program, guide: _Program, args: Any, kwargs: Any) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the terms of the bound, each with its surrogate: one for each run, so that its memory can be freed."""
         for run in self._get_traces(model, guide, args, kwargs):
@@ -211,18 +201,15 @@ class _ReparameterizedELBO(ELBO):
 
     def _get_trace(self, model: _Program, guide: _Program, args: Any, kwargs: Any) -> _Particles:
         if isinstance(inner := poutine.unwrap(guide), Messenger):
-            raise TypeError(
-                f"expected a guide that is a function or a module; got the messenger {type(inner).__name__}"
-            )
+            got = f"the messenger {type(inner).__name__}"
+            raise TypeError(f"expected a guide that is a function or a module; got {got}")
         messenger = _DrawsAsLeaves(leaves=self.gradient == "path" and torch.is_grad_enabled())
         guide_trace = poutine.trace(messenger(guide)).get_trace(*args, **kwargs)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
         for name, site in model_trace.iter_stochastic_nodes():
             if name not in guide_trace and not site_is_subsample(site):
-                raise ValueError(
-                    f"expected a guide that draws every latent of the model, none of them enumerated; got none for "
-                    f"{name!r} of {_type_name(site['fn'])}"
-                )
+                expected = "a guide that draws every latent of the model, none of them enumerated"
+                raise ValueError(f"expected {expected}; got none for {name!r} of {_type_name(site['fn'])}")
         if is_validation_enabled():
             check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
         model_trace, guide_trace = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
@@ -320,8 +307,7 @@ class TemperedELBO(_ReparameterizedELBO):
         options: other arguments of :class:`PathELBO`.
 
     Raises:
-        TypeError or ValueError: as for :class:`PathELBO`, or a weight is not a non-negative number, or the gradient
-            is unknown.
+        TypeError or ValueError: as for :class:`PathELBO`, a weight is not in [0, inf), or the gradient is unknown.
 
     References:
         Variational Inference with Normalizing Flows, Rezende and Mohamed, 2015 (arXiv:1505.05770).
@@ -383,12 +369,9 @@ class ImportanceWeightedELBO(_ReparameterizedELBO):
         True
     """
 
-    def _bound(self, log_weights: Tensor) -> Tensor:
-        return log_weights.logsumexp(0) - math.log(self.num_particles)
-
     def _terms(self, model: _Program, guide: _Program, args: Any, kwargs: Any) -> Iterator[tuple[Tensor, Tensor]]:
         runs = list(self._get_traces(model, guide, args, kwargs))
         log_weights = torch.cat([run.log_weights.detach() for run in runs])
         shares = log_weights.softmax(0).split([len(run.log_weights) for run in runs])
         surrogates = [run.surrogate(share, share.square()) for run, share in zip(runs, shares, strict=True)]
-        yield self._bound(log_weights), torch.stack(surrogates).sum()
+        yield log_weights.logsumexp(0) - math.log(self.num_particles), torch.stack(surrogates).sum()

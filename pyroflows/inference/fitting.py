@@ -42,7 +42,7 @@ def fit_posterior(
     progress: bool | None = None,
     **kwargs: Any,
 ) -> Posterior:
-    r"""Fit a flow to the posterior of a Pyro model by the ELBO, and diagnose the fit.
+    r"""Fit a flow to the posterior of a Pyro model by the ELBO; return the posterior, with a verdict on the fit.
 
     The guide starts at the best Gaussian found (see :func:`find_init`). Short runs at several learning rates choose
     one; stages of 500 steps, 1,000 and so on follow, with a cosine schedule and averaged weights, each by the total or
@@ -63,9 +63,6 @@ def fit_posterior(
         max_seconds: a limit of wall time for the training.
         seed: seeds all draws and weights, and restores torch's generator afterwards; None uses the global generator.
         progress: whether to show bars; by default only on a terminal.
-
-    Returns:
-        The posterior, with its verdict.
 
     Raises:
         ValueError: the model has no continuous latents, subsampled plates, learnable parameters of its own
@@ -117,10 +114,8 @@ def _check_argument_names(model: Model) -> None:
     except (TypeError, ValueError):
         return
     if taken:
-        raise ValueError(
-            f"expected a model whose arguments have other names than fit_posterior's options; got "
-            f"{', '.join(map(repr, taken))}: bind them by functools.partial"
-        )
+        got = f"{', '.join(map(repr, taken))}: bind them by functools.partial"
+        raise ValueError(f"expected a model whose arguments have other names than fit_posterior's options; got {got}")
 
 
 class _RankSlice(Prior):

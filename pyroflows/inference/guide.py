@@ -4,7 +4,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import pyro.distributions as dist
@@ -126,10 +126,8 @@ class AutoFlow(AutoContinuous):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         log_joint = LogJoint(self.model, args, kwargs)
         if unmarked := ", ".join(repr(name) for name, marked in log_joint.structure.discrete.items() if not marked):
-            raise ValueError(
-                "expected discrete latents marked for enumeration, for example by pyro.infer.config_enumerate, and an "
-                f"ELBO that sums them out; got {unmarked}"
-            )
+            example = "for example by pyro.infer.config_enumerate, and an ELBO that sums them out"
+            raise ValueError(f"expected discrete latents marked for enumeration, {example}; got {unmarked}")
         inits = find_init(log_joint, self.init, diagonal=log_joint.dim > self.max_triangular)
         self.log_joint, self.latents, self.inits = log_joint, log_joint.latents, inits
         nodes = log_joint.structure.latent_nodes
@@ -150,8 +148,7 @@ class AutoFlow(AutoContinuous):
         if self.prototype_trace is None:
             raise ValueError("expected a guide that is built: call guide.setup(...) with the model's arguments first")
         # Not self.flow, which registers every parameter with Pyro again in a call.
-        flow: Any = self._modules["flow"]
-        return flow
+        return cast(Flow, self._modules["flow"])
 
     # Pyro's protocol
 
@@ -242,10 +239,8 @@ class AutoFlow(AutoContinuous):
 
     def _refuse_dependent_supports(self) -> None:
         if self.model is None and any(site.support is None for site in self.latents):
-            raise ValueError(
-                "expected a guide with its model, since a support depends on other sites; got one without, as after "
-                "unpickling: build it from the model and load its state_dict"
-            )
+            got = "one without, as after unpickling: build it from the model and load its state_dict"
+            raise ValueError(f"expected a guide with its model, since a support depends on other sites; got {got}")
 
     # What a guide that is not built would do silently
 
@@ -293,10 +288,8 @@ def build_flow(flow: Flow | Builder, features: int, context_features: int | None
     expected = context_features or 0
     takes = flow.context_features if flow.embedding is None else expected  # an embedding takes whatever it is made for
     if flow.event_shape != (features,) or takes != expected:
-        raise ValueError(
-            f"expected a flow over {features} features with context_features={expected}, for the latents and their "
-            f"context; got {tuple(flow.event_shape)} and {takes}"
-        )
+        sizes, got = f"{features} features with context_features={expected}", f"{tuple(flow.event_shape)} and {takes}"
+        raise ValueError(f"expected a flow over {sizes}, for the latents and their context; got {got}")
     return flow
 
 
@@ -347,9 +340,8 @@ class _Value(dist.Delta):
 
 
 @register_kl(_Value, dist.Distribution)
-def _kl_value(p: _Value, q: Any) -> Tensor:
-    divergence: Tensor = p.log_density - q.log_prob(p.v)
-    return divergence
+def _kl_value(p: _Value, q: Any) -> Any:
+    return p.log_density - q.log_prob(p.v)
 
 
 def _needs_no_arguments(model: Model) -> bool:

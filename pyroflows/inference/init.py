@@ -66,10 +66,8 @@ def find_init(
         for first in [*_sorted(inits)[:2], prior]:
             inits += _batch_and_match(log_joint, first, generator, diagonal=method == "meanfield")
     if not (inits := _sorted(inits)):
-        raise ValueError(
-            f"expected a Gaussian with a finite ELBO by init={method!r}; got none: pass init='none', or change the "
-            f"model's initial values"
-        )
+        advice = "pass init='none', or change the model's initial values"
+        raise ValueError(f"expected a Gaussian with a finite ELBO by init={method!r}; got none: {advice}")
     return inits
 
 
@@ -103,8 +101,7 @@ def _value_and_score(log_joint: LogJoint, u: Tensor) -> tuple[Tensor, Tensor]:
     return value.to(u.dtype), score.to(u.dtype)
 
 
-_Climb = list[tuple[Tensor, Tensor, Tensor]]
-"""The points of a climb, their values, and the estimates of the inverse Hessian there."""
+_Climb = list[tuple[Tensor, Tensor, Tensor]]  # points, their values, and estimates of the inverse Hessian there
 
 
 def _climb(log_joint: LogJoint, x: Tensor) -> list[_Climb]:
@@ -196,9 +193,7 @@ def _update(inverse: Tensor, step: Tensor, change: Tensor, curvature: Tensor, fi
     return inverse - rho * (hy @ s.mT + s @ hy.mT) + (rho**2 * (y.mT @ hy) + rho) * (s @ s.mT)
 
 
-def _estimate_elbo(
-    log_joint: LogJoint, loc: Tensor, scale_tril: Tensor, noise: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _estimate_elbo(log_joint: LogJoint, loc: Tensor, scale_tril: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
     """Draw from Gaussians ``(k, dim)``; return draws, scores ``(k, draws, dim)``, ELBOs and shares of finite draws."""
     draws = loc.unsqueeze(1) + noise @ scale_tril.mT
     value, score = _value_and_score(log_joint, draws.flatten(0, 1))

@@ -204,11 +204,9 @@ class LogJoint:
             return  # the density may depend on it in other rows
         for site in self.latents:
             if number := int(flat[site.start : site.stop].sum()):
-                raise ValueError(
-                    f"expected a density that depends on every latent; got one that is flat in {number} of "
-                    f"{site.stop - site.start} of site {site.name!r}, for example a latent that is masked out (by "
-                    "obs_mask) or has neither a prior nor data"
-                )
+                got = f"one that is flat in {number} of {site.stop - site.start} of site {site.name!r}"
+                example = "for example a latent that is masked out (by obs_mask) or has neither a prior nor data"
+                raise ValueError(f"expected a density that depends on every latent; got {got}, {example}")
 
     # Evaluation
 
@@ -301,10 +299,8 @@ class LogJoint:
     def log_likelihood(self, u: Tensor) -> dict[str, Tensor]:
         """Return the log-density of every observation, by site, of shape ``(points, *shape)``."""
         if discrete := ", ".join(map(repr, self.structure.discrete)):
-            raise ValueError(
-                "expected a model without discrete latents, whose observations have no log-density of their own; got "
-                f"{discrete}"
-            )
+            reason = "whose observations have no log-density of their own"
+            raise ValueError(f"expected a model without discrete latents, {reason}; got {discrete}")
         return _by_point(len(u), self._read(u, lambda run: run.observed), self.structure.shapes)
 
     def constrain(self, u: Tensor, *, deterministic: bool = False) -> dict[str, Tensor]:
@@ -406,9 +402,8 @@ def _summed_out(trace: poutine.Trace, num_points: int | None) -> Tensor:
         if site["type"] != "sample" or site_is_subsample(site):
             continue
         if isinstance(scale := site["scale"], Tensor) or scale != 1:
-            raise ValueError(
-                f"expected sites without a scale in a model with discrete latents; got {scale} at {name!r}"
-            )
+            got = f"{scale} at {name!r}"
+            raise ValueError(f"expected sites without a scale in a model with discrete latents; got {got}")
         plates = frozenset(trace.plate_to_symbol[frame.name] for frame in site["cond_indep_stack"] if frame.vectorized)
         factors.setdefault(plates, []).append(site["packed"]["log_prob"])
         if "_enumerate_symbol" in site["infer"]:

@@ -59,10 +59,8 @@ def neutra(model: Model, guide: AutoFlow) -> tuple[Model, Callable[[Tensor], dic
     for name, node in nodes.items():
         is_masked = node["mask"] is not None and not bool(torch.as_tensor(node["mask"]).all())
         if is_masked or not (torch.as_tensor(node["scale"]) == 1).all():
-            raise ValueError(
-                f"expected latents under neither a scale nor a mask, which Pyro would apply to their Jacobians too; "
-                f"got {name!r}"
-            )
+            reason = "which Pyro would apply to their Jacobians too"
+            raise ValueError(f"expected latents under neither a scale nor a mask, {reason}; got {name!r}")
     rows = math.prod(nodes[frozen.latents[0].name]["fn"].batch_shape)
 
     @torch.no_grad()

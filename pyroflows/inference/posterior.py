@@ -36,16 +36,12 @@ def require_log_joint(guide: AutoFlow) -> LogJoint:
     log_joint = guide.log_joint
     if log_joint is None:
         raise ValueError("expected a guide with its model; got one without, as after unpickling")
-    if subsampled := log_joint.structure.subsampled:
-        raise ValueError(
-            f"expected a model of all its data; got the subsampled plate {', '.join(map(repr, subsampled))}: "
-            f"leave subsample_size out, or train an AutoFlow by SVI"
-        )
+    if subsampled := ", ".join(map(repr, log_joint.structure.subsampled)):
+        got = f"the subsampled plate {subsampled}: leave subsample_size out, or train an AutoFlow by SVI"
+        raise ValueError(f"expected a model of all its data; got {got}")
     if parameters := ", ".join(map(repr, log_joint.structure.parameters)):
-        raise ValueError(
-            f"expected a model without parameters of its own, which a posterior does not train; got {parameters}: "
-            "train them by SVI with an AutoFlow"
-        )
+        got = f"{parameters}: train them by SVI with an AutoFlow"
+        raise ValueError(f"expected a model without parameters of its own, which a posterior does not train; got {got}")
     return log_joint
 
 
@@ -288,9 +284,6 @@ class Posterior:
         )
 
 
-# Files: a guide's flow, the draws that were weighed, and how to verify the model on load
-
-
 def _read_guide(
     path: str | Path, model: Model, args: Any, kwargs: Any, flow: Builder | Flow | None
 ) -> tuple[AutoFlow, dict[str, Tensor], dict[str, Any]]:
@@ -322,10 +315,8 @@ def _read_guide(
     draws = {name: value.to(whole.device) for name, value in tensors.items() if not name.startswith("state.")}
     log_joint: Any = guide.log_joint
     if not torch.allclose(log_joint.value(_few_of(draws)), draws["log_joint"], 1e-4, 1e-3):
-        raise ValueError(
-            f"expected the model and the data that the posterior in {path} was fitted to; got others, whose density at "
-            f"its draws differs"
-        )
+        got = "others, whose density at its draws differs"
+        raise ValueError(f"expected the model and the data that the posterior in {path} was fitted to; got {got}")
     return guide, draws, header
 
 

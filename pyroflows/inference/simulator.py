@@ -55,9 +55,8 @@ class Simulator:
         nodes = {name: node for name, node in runs[0].nodes.items() if node["type"] == "sample"}
         for name, node in nodes.items():
             if site_is_subsample(node) and (number := len(node["value"])) < (size := node["fn"].size):
-                raise ValueError(
-                    f"expected plates that take all rows; got plate {name!r}, which draws {number} of {size}"
-                )
+                got = f"plate {name!r}, which draws {number} of {size}"
+                raise ValueError(f"expected plates that take all rows; got {got}")
         nodes = {name: node for name, node in nodes.items() if not site_is_subsample(node)}
         names = self._choose_latents(nodes, latents)
         depths = [len(n["fn"].batch_shape) for n in nodes.values() if "_deterministic" not in n["infer"]]
@@ -89,10 +88,8 @@ class Simulator:
         with poutine.block(), torch.no_grad(), plate, simulation:
             trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
         if simulation.others:
-            raise ValueError(
-                f"expected a model that can be simulated; got site {simulation.others[0]!r}, which is observed and not "
-                f"among observed={self.observed}"
-            )
+            got = f"site {simulation.others[0]!r}, which is observed and not among observed={self.observed}"
+            raise ValueError(f"expected a model that can be simulated; got {got}")
         return trace
 
     def _agrees_with_single_runs(self, runs: Sequence[poutine.Trace], nodes: Mapping[str, Any]) -> bool:
@@ -155,10 +152,9 @@ class Simulator:
         if not drop_nonfinite and not rows.all():
             counts = {name: int((~mask).sum()) for name, mask in finite.items()}
             sites = ", ".join(f"{count} at site {name!r}" for name, count in counts.items() if count)
-            raise ValueError(
-                f"expected finite simulations; got {int((~rows).sum())} of {number} that are not ({sites}): "
-                "bound the prior, or leave them out by drop_nonfinite=True"
-            )
+            got = f"{int((~rows).sum())} of {number} that are not ({sites})"
+            advice = "bound the prior, or leave them out by drop_nonfinite=True"
+            raise ValueError(f"expected finite simulations; got {got}: {advice}")
         return {name: value[rows] for name, value in values.items()}
 
 
@@ -176,7 +172,6 @@ def _latent_site(runs: Sequence[poutine.Trace], name: str, start: int) -> Latent
     unconstrained = unconstrained_value(name, support, value)
     supports = [run.nodes[name]["fn"].support for run in runs if name in run.nodes]
     if not have_one_image(supports, torch.randn_like(unconstrained)):
-        raise ValueError(
-            f"expected latents whose support does not depend on other sites; got site {name!r} with support {support}"
-        )
+        got = f"site {name!r} with support {support}"
+        raise ValueError(f"expected latents whose support does not depend on other sites; got {got}")
     return LatentSite(name, value.shape, unconstrained.shape, start, support)

@@ -123,9 +123,8 @@ def unconstrained_value(name: str, support: Any, value: Tensor) -> Tensor:
     try:
         return cast(Tensor, biject_to(support).inv(value))
     except NotImplementedError:
-        raise ValueError(
-            f"expected latents whose support has a bijection from the reals; got site {name!r} with support {support}"
-        ) from None
+        got = f"site {name!r} with support {support}"
+        raise ValueError(f"expected latents whose support has a bijection from the reals; got {got}") from None
 
 
 def have_one_image(supports: Sequence[Any], point: Tensor) -> bool:
@@ -159,9 +158,6 @@ def initial_value(site: Any, like: Tensor | None = None) -> Tensor:
     like = torch.empty(()) if like is None else like  # an improper prior has no dtype and device of its own
     transform = biject_to(fn.support)
     return cast(Tensor, transform(like.new_zeros(transform.inverse_shape(fn.batch_shape + fn.event_shape))))
-
-
-# The structure of a model
 
 
 def _floating_tensors(arguments: Any) -> Iterator[Tensor]:
@@ -237,10 +233,8 @@ class ModelStructure:
 
     def _read_discrete(self, name: str, node: Any) -> None:
         if not node["fn"].has_enumerate_support:
-            raise ValueError(
-                "expected continuous latents, or discrete ones of finite support, which are summed out; got site "
-                f"{name!r} of {type(node['fn']).__name__}"
-            )
+            expected = "continuous latents, or discrete ones of finite support, which are summed out"
+            raise ValueError(f"expected {expected}; got site {name!r} of {type(node['fn']).__name__}")
         self.discrete[name] = "enumerate" in node["infer"]
 
     def _read_latent(self, name: str, node: Any) -> Tensor:
@@ -248,17 +242,14 @@ class ModelStructure:
         fn = node["fn"]
         for frame in node["cond_indep_stack"]:
             if frame.name in self.subsampled:
-                raise ValueError(
-                    f"expected latents outside subsampled plates, since all minibatches would share them; got site "
-                    f"{name!r} in plate {frame.name!r}, which draws {frame.size} of its rows: use AmortizedFlow"
-                )
+                reason = "since all minibatches would share them"
+                got = f"site {name!r} in plate {frame.name!r}, which draws {frame.size} of its rows: use AmortizedFlow"
+                raise ValueError(f"expected latents outside subsampled plates, {reason}; got {got}")
         for inner in nested(fn):
             if isinstance(inner, _PERIODIC):
-                raise ValueError(
-                    f"expected latents with a density over the reals or a part of them; got site {name!r} of "
-                    f"{type(inner).__name__}, whose density is periodic: give it an ImproperUniform over one period "
-                    f"and a factor"
-                )
+                advice = "give it an ImproperUniform over one period and a factor"
+                got = f"site {name!r} of {type(inner).__name__}, whose density is periodic: {advice}"
+                raise ValueError(f"expected latents with a density over the reals or a part of them; got {got}")
         part = unconstrained_value(name, fn.support, node["value"])
         start = self.latents[-1].stop if self.latents else 0
         shape = self.shapes[name] = node["value"].shape
