@@ -1,61 +1,20 @@
 """The public names of the package, which ``pyroflows`` imports from here on first use."""
 
+# ruff: noqa: F403, F405 - the list below says which names of each room are public
+
 from pyroflows._version import __version__
-from pyroflows.bijection import Bijection, Conditioned, Inverse
-from pyroflows.compose import Compose
-from pyroflows.dequantizers import ColumnDequantizer, Dequantizer, UniformDequantizer, VariationalDequantizer
-from pyroflows.diagnostics import (
-    BitsPerDim,
-    CheckReport,
-    bits_per_dim,
-    check,
-    importance_ess,
-    moment_table,
-    psis,
-    sliced_wasserstein,
-)
-from pyroflows.flow import Flow, load
-from pyroflows.images import interpolate, reconstruct, sample_images
-from pyroflows.inference import (
-    AmortizedFlow,
-    AmortizedPosterior,
-    AutoFlow,
-    DistributedELBO,
-    ImportanceWeightedELBO,
-    PathELBO,
-    Posterior,
-    TemperedELBO,
-    fit_amortized,
-    fit_posterior,
-    neutra,
-)
-from pyroflows.layers import (
-    ActNorm,
-    Additive,
-    Affine,
-    BatchNorm,
-    ConvCoupling,
-    Coupling,
-    DenseLinear,
-    ElementwiseAffine,
-    InvertibleConv,
-    Logit,
-    LULinear,
-    MaskedAutoregressive,
-    Multiscale,
-    Permutation,
-    Planar,
-    Radial,
-    Sigmoid,
-    Spline,
-    Squeeze,
-    Standardize,
-    TriangularAffine,
-)
-from pyroflows.models import glow, iaf, maf, nice, nsf, planar, radial, realnvp
-from pyroflows.networks import MADE, MLP, ConvNet, OneHot, ResNet, ZeroConv
-from pyroflows.priors import DiagonalNormal, GaussianMixture, LogitNormal, Prior, StandardNormal, StudentT, Uniform
-from pyroflows.training import FitOptions, FitResult, fit
+from pyroflows.bijection import *
+from pyroflows.compose import *
+from pyroflows.dequantizers import *
+from pyroflows.diagnostics import *
+from pyroflows.flow import *
+from pyroflows.images import *
+from pyroflows.inference import *
+from pyroflows.layers import *
+from pyroflows.models import *
+from pyroflows.networks import *
+from pyroflows.priors import *
+from pyroflows.training import *
 
 __all__ = [  # noqa: RUF022 - grouped by subject
     "__version__",

@@ -18,8 +18,10 @@ __all__ = [
     "as_permutation",
     "as_sample_shape",
     "as_shape",
+    "as_tensor",
     "as_widths",
     "batched_shape",
+    "brief_shape",
     "check_context",
     "check_counts",
     "check_event",
@@ -29,10 +31,10 @@ __all__ = [
     "check_names",
     "check_number",
     "check_option",
-    "check_outputs",
     "check_placement",
     "check_score",
     "check_sizes",
+    "check_type",
     "check_varying",
     "is_integer",
 ]
@@ -89,6 +91,11 @@ def as_float_tensor(value: Any) -> Tensor:
     return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
 
 
+def as_tensor(array: np.ndarray[Any, Any]) -> Tensor:
+    """Return an array as a tensor; torch takes no other byte order or negative stride, and warns of locked memory."""
+    return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ("C", "W")))
+
+
 def as_mask(mask: str | Sequence[bool] | Tensor, size: int, *, flip: bool) -> Tensor:
     """Return a coupling's mask of features, "halves", "checkerboard" or booleans, as a tensor of booleans."""
     if isinstance(mask, str):
@@ -107,12 +114,21 @@ def as_mask(mask: str | Sequence[bool] | Tensor, size: int, *, flip: bool) -> Te
     return booleans
 
 
-def as_permutation(order: Sequence[int] | Tensor, size: int) -> Tensor:
-    """Return a new tensor with a permutation of ``0, ..., size - 1``."""
+def as_permutation(order: str | Sequence[int] | Tensor, size: int, seed: int | None = None) -> Tensor:
+    """Return a new tensor with a permutation of ``0, ..., size - 1``: the one given, or one random or reversed."""
+    if isinstance(order, str):
+        if order == "random":
+            return torch.randperm(size, generator=None if seed is None else torch.Generator().manual_seed(seed))
+        return torch.arange(size).flip(0) if order.startswith("reverse") else torch.arange(size)
     indices = torch.as_tensor(order).detach().cpu()
     if indices.is_floating_point() or not torch.equal(indices.sort().values.long(), torch.arange(size)):
         raise ValueError(f"expected order to be a permutation of 0, ..., {size - 1}; got {indices.tolist()}")
     return indices.long().clone()
+
+
+def brief_shape(shape: Size) -> str:
+    """Return the text of an event shape, which for a vector is its number of features."""
+    return str(shape[0] if len(shape) == 1 else tuple(shape))
 
 
 def batched_shape(shape: Sequence[int]) -> str:
@@ -120,16 +136,16 @@ def batched_shape(shape: Sequence[int]) -> str:
     return f"({', '.join(['*batch', *map(str, shape)])})"
 
 
-def check_outputs(output: Tensor, shape: Size) -> None:
-    """Raise a ValueError for a conditioner's outputs of another shape, which might broadcast to a wrong density."""
-    if output.shape[-len(shape) :] != shape:
-        raise ValueError(f"expected a conditioner that returns {batched_shape(shape)}; got {tuple(output.shape)}")
+def check_type(expected: str, value: object, kind: type) -> None:
+    """Raise a TypeError unless a value is of a class."""
+    if not isinstance(value, kind):
+        raise TypeError(f"expected {expected}; got {type(value).__name__}")
 
 
-def check_event_shape(name: str, x: Tensor, shape: Size) -> None:
-    """Raise a ValueError unless a tensor has the shape ``(*batch, *shape)``."""
+def check_event_shape(expected: str, x: Tensor, shape: Size) -> None:
+    """Raise a ValueError unless a tensor, expected such as "data of shape", has the shape ``(*batch, *shape)``."""
     if x.shape[-len(shape) :] != shape:
-        raise ValueError(f"expected {name} of shape {batched_shape(shape)}; got {tuple(x.shape)}")
+        raise ValueError(f"expected {expected} {batched_shape(shape)}; got {tuple(x.shape)}")
 
 
 def check_integer(name: str, value: object, minimum: int) -> None:
@@ -139,10 +155,11 @@ def check_integer(name: str, value: object, minimum: int) -> None:
         raise ValueError(f"expected {name} to be {kind}; got {value!r}")
 
 
-def check_sizes(**sizes: int) -> None:
-    """Raise a ValueError for a size that is not a positive integer."""
+def check_sizes(*, optional: bool = False, **sizes: int | None) -> None:
+    """Raise a ValueError for a size that is not a positive integer or, if it is optional, None."""
     for name, size in sizes.items():
-        check_integer(name, size, 1)
+        if size is not None or not optional:
+            check_integer(name, size, 1)
 
 
 def check_counts(**counts: int) -> None:
@@ -151,8 +168,10 @@ def check_counts(**counts: int) -> None:
         check_integer(name, count, 0)
 
 
-def check_number(name: str, value: object, interval: str) -> None:
-    """Raise an error unless a value is a number in an interval such as ``"[0, 1)"`` or ``"(0, inf)"``."""
+def check_number(name: str, value: object, interval: str, *, optional: bool = False) -> None:
+    """Raise an error unless a value is a number in an interval such as ``"[0, 1)"``, or None if it is optional."""
+    if optional and value is None:
+        return
     low, high = map(float, interval[1:-1].split(","))
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"expected {name} in {interval}; got {value!r}")
@@ -170,9 +189,11 @@ def check_option(name: str, option: object, options: Iterable[str]) -> None:
         raise ValueError(f"expected {name} to be one of {', '.join(map(repr, options))}; got {option!r}")
 
 
-def check_names(arguments: dict[str, Any], function: Callable[..., Any], *, exclude: Iterable[str] = ()) -> None:
-    """Raise a TypeError for a keyword that a function does not take, or that is excluded."""
-    names = [name for name in signature(function).parameters if name not in (*exclude, "self")]
+def check_names(
+    arguments: dict[str, Any], function: Callable[..., Any], *, exclude: Iterable[str], also: Iterable[str] = ()
+) -> None:
+    """Raise a TypeError for a keyword that is none of the function's, except the excluded, and none of ``also``."""
+    names = [name for name in (*signature(function).parameters, *also) if name not in (*exclude, "self")]
     for name in arguments:
         if name not in names:
             raise TypeError(f"expected options among {', '.join(names)}; got {name!r}")
@@ -244,7 +265,7 @@ def check_event(x: Any, shape: Size) -> None:
         raise TypeError(f"expected a tensor of shape {batched_shape(shape)}; got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"expected a floating-point tensor; got {x.dtype}")
-    check_event_shape("a tensor", x, shape)
+    check_event_shape("a tensor of shape", x, shape)
 
 
 def check_context(context: Any, features: int, batch: Size) -> Size:
@@ -254,8 +275,7 @@ def check_context(context: Any, features: int, batch: Size) -> Size:
     expected = f"expected a context of shape {batched_shape((features,))}"
     if context is None:
         raise ValueError(f"{expected}; got none")
-    if not isinstance(context, Tensor):
-        raise TypeError(f"expected a context that is a tensor; got {type(context).__name__}")
+    check_type("a context that is a tensor", context, Tensor)
     if features == 0:
         raise ValueError(f"expected no context, since context_features=0; got one of shape {tuple(context.shape)}")
     if not context.is_floating_point():

@@ -10,7 +10,17 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Size, Tensor, nn
 from torch.distributions import constraints
 
-from pyroflows.arguments import Shape, as_shape, batched_shape, check_context, check_counts, check_event, check_score
+from pyroflows.arguments import (
+    Shape,
+    as_shape,
+    batched_shape,
+    brief_shape,
+    check_context,
+    check_counts,
+    check_event,
+    check_score,
+    check_type,
+)
 from pyroflows.caching import EvaluatedOnce
 from pyroflows.gradients import pull_back_score
 from pyroflows.recipe import Recorded
@@ -60,16 +70,14 @@ class Bijection(Recorded, EvaluatedOnce, TransformModule):
         ValueError: a shape does not match, or a context is missing or not expected.
 
     Example:
-        >>> import math
+        >>> import math, torch
         >>> class Double(Bijection):
         ...     def forward_and_log_det(self, x, context=None):
         ...         return 2 * x, x.new_full(x.shape[:-1], x.shape[-1] * math.log(2))
-        ...
         ...     def inverse_and_log_det(self, y, context=None):
         ...         return y / 2, y.new_full(y.shape[:-1], -y.shape[-1] * math.log(2))
-        >>> double = Double(3)
-        >>> double.inv(double(torch.ones(3)))
-        tensor([1., 1., 1.])
+        >>> Double(3).inv(torch.ones(3))
+        tensor([0.5000, 0.5000, 0.5000])
     """
 
     bijective = True
@@ -109,32 +117,27 @@ class Bijection(Recorded, EvaluatedOnce, TransformModule):
         raise NotImplementedError(f"{type(self).__name__} must define inverse_and_log_det(y, context=None)")
 
     def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Triple:
-        r"""Map latent to data, and push the score of a density along: what a path gradient needs, in one pass.
+        r"""Map latent to data; return ``y``, ``log|det dy/dx|``, and, detached, the score at ``y`` of a pushed density.
 
         .. math:: \nabla_y \log q_Y(y) = J^{-\top} \left(\nabla_x \log q_X(x) - \nabla_x \log|\det J|\right)
 
-        By default the score comes from one evaluation of the inverse. A coupling evaluates nothing again, and the
-        inverse of an autoregressive layer solves with its Jacobian.
+        By default the score comes from one evaluation of the inverse; couplings and autoregressive layers need none.
 
         Args:
-            x: the latent.
+            x, context: the latent, and the context if the map takes one.
             score: the gradient of the latent's log-density at ``x``.
-            context: the context, if the map takes one.
 
         Shapes:
             x, score: ``(*batch, *latent_shape)``; y and its score: ``(*batch, *data_shape)``; log_det: ``(*batch,)``.
-
-        Returns:
-            ``y``, ``log|det dy/dx|``, and the score at ``y``, detached.
 
         References:
             Fast and Unified Path Gradient Estimators for Normalizing Flows, Vaitl et al., 2024 (arXiv:2403.15881).
 
         Example:
+            >>> import torch
             >>> from pyroflows.layers import Coupling
             >>> x = torch.ones(3, 2)
-            >>> y, log_det, score = Coupling(2).forward_and_score(x, -x)  # of a standard normal
-            >>> score.shape
+            >>> Coupling(2).forward_and_score(x, -x)[2].shape  # of a standard normal
             torch.Size([3, 2])
         """
         y, log_det = self.unchecked_forward_and_log_det(x, context)
@@ -188,6 +191,10 @@ class Bijection(Recorded, EvaluatedOnce, TransformModule):
 
     __repr__ = nn.Module.__repr__
 
+    def extra_repr(self) -> str:
+        context = f", context_features={self.context_features}" if self.context_features else ""
+        return f"{brief_shape(self.latent_shape)}{context}"
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_inverse_reference": None, "_record": None}
 
@@ -204,14 +211,12 @@ class Inverse(Bijection):
 
     Example:
         >>> from pyroflows.layers import ElementwiseAffine
-        >>> layer = ElementwiseAffine(2)
-        >>> [name for name, _ in Inverse(layer).named_parameters()]
+        >>> [name for name, _ in Inverse(ElementwiseAffine(2)).named_parameters()]
         ['bijection.shift', 'bijection.log_scale']
     """
 
     def __init__(self, bijection: Bijection):
-        if not isinstance(bijection, Bijection):
-            raise TypeError(f"expected a Bijection; got {type(bijection).__name__}")
+        check_type("a Bijection", bijection, Bijection)
         super().__init__(
             bijection.data_shape, data_shape=bijection.latent_shape, context_features=bijection.context_features
         )
@@ -249,21 +254,17 @@ class Conditioned(Bijection):
         bijection: a bijection with ``context_features > 0``.
         context: its context, shape ``(*batch, context_features)``.
 
-    Raises:
-        ValueError: the context has another shape, or the bijection takes none.
-
     Example:
+        >>> import torch
         >>> from pyroflows.layers import Coupling
-        >>> conditioned = Conditioned(Coupling(2, context_features=3), torch.zeros(8, 3))
-        >>> conditioned.forward_shape(torch.Size([2]))
+        >>> Conditioned(Coupling(2, context_features=3), torch.zeros(8, 3)).forward_shape(torch.Size([2]))
         torch.Size([8, 2])
     """
 
     _remembers = False  # built again for every context
 
     def __init__(self, bijection: Bijection, context: Tensor):
-        if not isinstance(bijection, Bijection):
-            raise TypeError(f"expected a Bijection; got {type(bijection).__name__}")
+        check_type("a Bijection", bijection, Bijection)
         super().__init__(bijection.latent_shape, data_shape=bijection.data_shape)
         bijection.broadcast_batch(Size(), context)
         self.bijection = bijection

@@ -111,26 +111,9 @@ class Record:
     The result is held weakly: when it is gone, the record removes itself from the module.
 
     Args:
-        module: the module that was evaluated.
-        slot: the name of the module's attribute that holds the record.
-        source: its input.
-        result: its output.
-        log_det: the log-determinant.
-        context: the context of the evaluation.
-        forward: the direction.
+        module, slot: the module that was evaluated, and its attribute that holds the record.
+        source, result, log_det, context, forward: input, output, log-determinant, context and direction.
     """
-
-    __slots__ = (
-        "context",
-        "fingerprint",
-        "forward",
-        "grad_enabled",
-        "log_det",
-        "result",
-        "returned",
-        "source",
-        "versions",
-    )
 
     def __init__(
         self,

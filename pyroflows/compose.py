@@ -10,9 +10,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pyroflows.arguments import check_type
 from pyroflows.bijection import Bijection, Pair, Triple
 
-__all__ = ["Compose"]
+__all__ = ["Compose", "as_bijections"]
+
+
+def as_bijections(name: str, bijections: Iterable[Bijection]) -> list[Bijection]:
+    """Return the parts of a stack as a list: at least one, with contexts of one length."""
+    check_type(f"a sequence of {name}s", bijections, Iterable)
+    bijections = list(bijections)
+    if not bijections:
+        raise ValueError(f"expected at least one {name}; got none")
+    for bijection in bijections:
+        check_type(f"{name}s that are Bijections", bijection, Bijection)
+    contexts = sorted({bijection.context_features for bijection in bijections} - {0})
+    if len(contexts) > 1:
+        raise ValueError(f"expected {name}s of one context length; got context_features of {contexts}")
+    return bijections
 
 
 class Compose(Bijection):
@@ -40,28 +55,15 @@ class Compose(Bijection):
     """Whether to keep only each layer's input for the gradient, and evaluate the layer again when it is taken."""
 
     def __init__(self, layers: Iterable[Bijection]):
-        if not isinstance(layers, Iterable):
-            raise TypeError(f"expected a sequence of layers; got {type(layers).__name__}")
-        layers = list(layers)
-        if not layers:
-            raise ValueError("expected at least one layer; got none")
-        for layer in layers:
-            if not isinstance(layer, Bijection):
-                raise TypeError(f"expected layers that are Bijections; got {type(layer).__name__}")
+        layers = as_bijections("layer", layers)
         for number, (below, above) in enumerate(pairwise(layers)):
             if below.data_shape != above.latent_shape:
                 raise ValueError(
                     f"expected layer {number + 1} to take shape {tuple(below.data_shape)}, "
                     f"as layer {number} gives it; got {tuple(above.latent_shape)}"
                 )
-        contexts = sorted({layer.context_features for layer in layers} - {0})
-        if len(contexts) > 1:
-            raise ValueError(f"expected layers of one context length; got context_features of {contexts}")
-        super().__init__(
-            layers[0].latent_shape,
-            data_shape=layers[-1].data_shape,
-            context_features=contexts[0] if contexts else 0,
-        )
+        context_features = max(layer.context_features for layer in layers)
+        super().__init__(layers[0].latent_shape, data_shape=layers[-1].data_shape, context_features=context_features)
         self.layers = nn.ModuleList(layers)
         self.domain, self.codomain = layers[0].domain, layers[-1].codomain
         self.forward_passes = sum(layer.forward_passes for layer in layers)

@@ -1,7 +1,8 @@
 """Dequantisation: noise of known density that makes discrete data continuous."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,11 @@ from pyroflows.arguments import (
     as_float_tensor,
     as_image_shape,
     as_shape,
+    brief_shape,
     check_event_shape,
     check_integer,
     check_sizes,
+    check_type,
 )
 from pyroflows.flow import Flow
 from pyroflows.layers.conv_coupling import ConvCoupling
@@ -75,9 +78,8 @@ class Dequantizer(Recorded, nn.Module):
         """Raise an error for values that the data cannot have; by default none."""
 
     def _check_form(self, x: Tensor) -> None:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"expected data as a tensor; got {type(x).__name__}")
-        check_event_shape("data", x, self.event_shape)
+        check_type("data as a tensor", x, Tensor)
+        check_event_shape("data of shape", x, self.event_shape)
 
     def _check_call(self, x: Tensor) -> None:
         self._check_form(x)
@@ -133,8 +135,7 @@ class _Levels(Dequantizer):
             )
 
     def extra_repr(self) -> str:
-        shape = self.event_shape
-        return f"{shape[0] if len(shape) == 1 else tuple(shape)}, num_levels={self.num_levels}"
+        return f"{brief_shape(self.event_shape)}, num_levels={self.num_levels}"
 
 
 class UniformDequantizer(_Levels):
@@ -185,43 +186,31 @@ class VariationalDequantizer(_Levels):
     Args:
         shape: ``(C, H, W)``.
         num_levels: the number of levels :math:`L`.
-        hidden_channels: channels of the couplings' networks.
-        num_layers: number of couplings.
+        hidden_channels, num_layers: channels of the couplings' networks, and number of couplings.
 
     Shapes:
         x: integers, ``(*batch, C, H, W)``; y: floats of the same shape; log_q: ``(*batch,)``.
 
     Raises:
-        TypeError: the data are not integers.
-        ValueError: another shape, or a level outside ``0, ..., num_levels - 1``.
+        TypeError, ValueError: as by :class:`UniformDequantizer`.
 
     References:
         Flow++: Improving Flow-Based Generative Models with Variational Dequantization and Architecture Design, Ho et
         al., 2019 (arXiv:1902.00275).
 
     Example:
-        >>> dequantizer = VariationalDequantizer((1, 8, 8), num_levels=17)
-        >>> x = torch.randint(17, (5, 1, 8, 8))
-        >>> y, log_q = dequantizer(x)
-        >>> bool((dequantizer.quantize(y) == x).all()), log_q.shape
-        (True, torch.Size([5]))
+        >>> y, log_q = VariationalDequantizer((1, 8, 8), num_levels=17)(torch.randint(17, (5, 1, 8, 8)))
+        >>> log_q.shape
+        torch.Size([5])
     """
 
     def __init__(self, shape: Shape, num_levels: int = 256, hidden_channels: int = 32, num_layers: int = 4):
         super().__init__(as_image_shape(shape), num_levels)
         check_sizes(num_layers=num_layers)
         image = self.event_shape
-        couplings = [
-            ConvCoupling(
-                image,
-                mask="checkerboard",
-                flip=number % 2 == 1,
-                context_features=image.numel(),
-                context_shape=image,
-                hidden_channels=hidden_channels,
-            )
-            for number in range(num_layers)
-        ]
+        network = {"context_shape": image, "hidden_channels": hidden_channels}
+        options: dict[str, Any] = {"mask": "checkerboard", "context_features": image.numel(), **network}
+        couplings = [ConvCoupling(image, flip=number % 2 == 1, **options) for number in range(num_layers)]
         self.noise = Flow(Uniform(image, _MARGIN, 1 - _MARGIN), [Logit(image), *couplings, Sigmoid(image)])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -311,7 +300,7 @@ class ColumnDequantizer(Dequantizer):
         point = self._number(x).round()
         low, high = self._edge(point), self._edge(point + 1)
         noisy = torch.minimum(low + self.steps * torch.rand_like(x), torch.nextafter(high, low))
-        return torch.where(self.steps > 0, noisy, x), self._log_cells().expand(x.shape[:-1])
+        return torch.where(self.steps > 0, noisy, x), -self._cells().log().sum().expand(x.shape[:-1])
 
     def quantize(self, y: Tensor) -> Tensor:
         point = self._number(y).floor()
@@ -327,34 +316,22 @@ class ColumnDequantizer(Dequantizer):
     def _cells(self) -> Tensor:
         return torch.where(self.steps > 0, self.steps, 1)
 
-    def _log_cells(self) -> Tensor:
-        return -self._cells().log().sum()
-
     def _check_values(self, x: Tensor) -> None:
         x = x.to(self.steps).flatten(0, -2) if x.dim() > 1 else x.to(self.steps)[None]
         precision = torch.finfo(x.dtype).eps
         rounding = precision * (x.abs() + self.offset.abs())
         coarse = (self.steps > 0) & x.isfinite() & (8 * rounding > self.steps)
-        self._refuse(
-            coarse, x, lambda column: f"steps of {self.steps[column]:g} to be far above the precision of {x.dtype}"
-        )
         away = (x - self._edge(self._number(x).round())).abs()
         # The step itself is rounded, which adds up over many steps.
         off = (self.steps > 0) & ~(away <= 1e-3 * self.steps + 4 * rounding)
-        self._refuse(
-            off,
-            x,
-            lambda column: (
-                f"multiples of the step {self.steps[column]:g} from {self.offset[column]:g} in column {column}"
-            ),
-        )
-
-    def _refuse(self, bad: Tensor, x: Tensor, expected: Callable[[int], str]) -> None:
+        bad = coarse if coarse.any() else off
         if bad.any():
             row, column = bad.nonzero()[0].tolist()
-            raise ValueError(
-                f"expected {expected(column)}; got {x[row, column].item():.9g} in row {row}, column {column}"
-            )
+            step, offset, value = self.steps[column], self.offset[column], x[row, column].item()
+            far = f"steps of {step:g} to be far above the precision of {x.dtype}"
+            multiples = f"multiples of the step {step:g} from {offset:g} in column {column}"
+            expected = far if coarse.any() else multiples
+            raise ValueError(f"expected {expected}; got {value:.9g} in row {row}, column {column}")
 
     def extra_repr(self) -> str:
         return f"{len(self.steps)}, discrete={int((self.steps > 0).sum())}"

@@ -24,10 +24,8 @@ __all__ = [
     "initialize",
     "on_first_rank",
     "rank",
-    "rank_random_state",
     "rank_rng",
     "rank_slice",
-    "set_rank_random_state",
     "shared_rng",
     "synchronize",
     "together",
@@ -71,8 +69,7 @@ def initialize(device: torch.device) -> None:
     options: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
     if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
         # Torchrun's store still has the addresses of processes that died before a restart (PyTorch's issue 135712), so
-        # each attempt gets keys of its own. On several machines the attempts have no number in common; there an option
-        # of torchrun, which the README names, gives each attempt a store.
+        # each attempt gets its own keys; on several machines, by an option of torchrun that the README names, a store.
         store, options["rank"], options["world_size"] = next(dist.rendezvous("env://"))
         options["store"] = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
@@ -88,8 +85,7 @@ def _launched() -> bool:
 def together(device: torch.device, streams: Any = None) -> Iterator[Any]:
     """Let all processes work on the same thing in a block: the functions below then reach all of them.
 
-    The first process's random numbers become those of all, except for what is drawn within :func:`rank_rng`. Yields
-    the streams of random numbers, with which a later block can continue.
+    All draw the first one's random numbers, except within :func:`rank_rng`. Yields the streams, for a later block.
     """
     global _together, _streams, _var_mean_uncompiled
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
@@ -125,9 +121,6 @@ def rank_slice(rows: int) -> slice:
     return slice(start, start + size + (rank() < remainder))
 
 
-# Collectives
-
-
 def all_reduce(x: Tensor) -> Tensor:
     """Sum a tensor over the ranks, in place, and return it."""
     if _together:
@@ -137,10 +130,9 @@ def all_reduce(x: Tensor) -> Tensor:
 
 def broadcast(value: Any) -> Any:
     """Return the first rank's value, of any type that can be pickled."""
-    if not _together:
-        return value
     values = [value]
-    dist.broadcast_object_list(values)
+    if _together:
+        dist.broadcast_object_list(values)
     return values[0]
 
 
@@ -153,10 +145,9 @@ def broadcast_(x: Tensor) -> None:
 
 def all_gather(value: Any) -> list[Any]:
     """Return each rank's value, in order."""
-    if not _together:
-        return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    values = [value] * world_size()
+    if _together:
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -174,16 +165,14 @@ def on_first_rank(function: Callable[[], Any]) -> Any:
     return result
 
 
-@torch.no_grad()
 def synchronize(module: nn.Module) -> None:
     """Overwrite a module's parameters and buffers with the first rank's."""
-    if not _together:
-        return
-    state = module.state_dict()
-    for value in state.values():
-        if isinstance(value, Tensor):
-            broadcast_(value)
-    module.load_state_dict(state)  # for modules that read more from a state than its tensors
+    if _together:
+        state = module.state_dict()
+        for value in state.values():
+            if isinstance(value, Tensor):
+                broadcast_(value)
+        module.load_state_dict(state)  # for modules that read more from a state than its tensors
 
 
 class _AllReduce(torch.autograd.Function):
@@ -216,9 +205,6 @@ def _var_mean(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 _var_mean_uncompiled = _var_mean
 
 
-# Random numbers
-
-
 class _Streams:
     """Two streams of random numbers: one shared by all ranks, which is in use, and this rank's own."""
 
@@ -229,21 +215,20 @@ class _Streams:
         self.other = random_state(device)
         set_random_state(shared, device)
 
-    def _swap(self) -> None:
-        in_use = random_state(self.device)
-        set_random_state(self.other, self.device)
-        self.other, self.own_in_use = in_use, not self.own_in_use
+    def switch(self, *, own: bool) -> None:
+        if own != self.own_in_use:
+            in_use = random_state(self.device)
+            set_random_state(self.other, self.device)
+            self.other, self.own_in_use = in_use, own
 
     @contextmanager
     def use(self, *, own: bool) -> Iterator[None]:
-        swap = own != self.own_in_use
-        if swap:
-            self._swap()
+        before = self.own_in_use
+        self.switch(own=own)
         try:
             yield
         finally:
-            if swap:
-                self._swap()
+            self.switch(own=before)
 
 
 def rank_rng() -> Any:
@@ -256,22 +241,8 @@ def shared_rng() -> Any:
     return nullcontext() if _streams is None else _streams.use(own=False)
 
 
-def rank_random_state() -> dict[str, Tensor] | None:
-    """Return the state of this rank's own random numbers, outside :func:`rank_rng`; None in a process alone."""
-    return None if _streams is None else _streams.other
-
-
-def set_rank_random_state(state: dict[str, Tensor] | None) -> None:
-    """Continue this rank's own random numbers from a state."""
-    if _streams is not None and state is not None:
-        _streams.other = state
-
-
 def in_turn(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """Map a function over items, which the ranks take in turn; the first rank yields the results, in order.
-
-    All ranks iterate over the items, and hold one for each rank at a time.
-    """
+    """Map a function over items, which all ranks read and take in turn; the first rank yields the results, in order."""
     items = iter(items)
     while group := list(islice(items, world_size())):
         results = all_gather(function(group[rank()]) if rank() < len(group) else None)

@@ -15,6 +15,7 @@ from pyroflows.arguments import (
     Shape,
     as_float_tensor,
     as_shape,
+    brief_shape,
     check_event_shape,
     check_number,
     check_option,
@@ -22,15 +23,7 @@ from pyroflows.arguments import (
 )
 from pyroflows.recipe import Recorded
 
-__all__ = [
-    "DiagonalNormal",
-    "GaussianMixture",
-    "LogitNormal",
-    "Prior",
-    "StandardNormal",
-    "StudentT",
-    "Uniform",
-]
+__all__ = ["DiagonalNormal", "GaussianMixture", "LogitNormal", "Prior", "StandardNormal", "StudentT", "Uniform"]
 
 _HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
@@ -106,13 +99,21 @@ class Prior(Recorded, nn.Module):
         return self().rsample(Size(sample_shape))
 
     def _check(self, z: Tensor) -> None:
-        check_event_shape("a latent", z, self.event_shape)
+        check_event_shape("a latent of shape", z, self.event_shape)
 
     def _sum(self, terms: Tensor) -> Tensor:
         return terms.sum(dim=tuple(range(-len(self.event_shape), 0)))
 
+    def _register(self, name: str, value: Tensor, *, learnable: bool) -> None:
+        """Register a parameter, or a buffer for a number that is not learned."""
+        value = value.detach().clone(memory_format=torch.contiguous_format)
+        if learnable:
+            self.register_parameter(name, nn.Parameter(value))
+        else:
+            self.register_buffer(name, value)
+
     def extra_repr(self) -> str:
-        return str(self.event_shape[0] if len(self.event_shape) == 1 else tuple(self.event_shape))
+        return brief_shape(self.event_shape)
 
 
 class _Joint(dist.Independent):
@@ -129,9 +130,6 @@ class StandardNormal(Prior):
 
     Args:
         features: the number of features of the latent, or its event shape.
-
-    Shapes:
-        z: ``(*batch, *event_shape)``; log_prob: ``(*batch,)``.
 
     Example:
         >>> StandardNormal(2).log_prob(torch.zeros(2))
@@ -166,14 +164,8 @@ class DiagonalNormal(Prior):
     Args:
         features: the number of features of the latent, or its event shape.
 
-    Shapes:
-        z: ``(*batch, *event_shape)``; log_prob: ``(*batch,)``.
-
     Example:
-        >>> prior = DiagonalNormal(2)
-        >>> [name for name, _ in prior.named_parameters()]
-        ['loc', 'log_scale']
-        >>> prior.log_prob(torch.zeros(3, 2)).shape
+        >>> DiagonalNormal(2).log_prob(torch.zeros(3, 2)).shape
         torch.Size([3])
     """
 
@@ -208,22 +200,15 @@ class GaussianMixture(Prior):
         covariance: ``"diagonal"`` or ``"full"``.
         loc: the means, shape ``(num_components, *event_shape)``.
         scale: the standard deviations, of a shape that broadcasts to that of ``loc``; 1 if not given.
-        scale_tril: the Cholesky factors of full covariances, shape ``(num_components, features, features)``
-            or ``(features, features)``.
+        scale_tril: Cholesky factors of full covariances, shape ``([num_components,] features, features)``.
         weights: positive weights, shape ``(num_components,)``, normalised here; equal if not given.
-        spread: the standard deviation of the random means.
-        seed: the seed of the random means; torch's global generator if not given.
-
-    Shapes:
-        z: ``(*batch, *event_shape)``; log_prob: ``(*batch,)``.
+        spread, seed: the standard deviation and the seed of the random means; torch's global generator if not given.
 
     Raises:
         ValueError: a number, shape or sign does not fit, or ``covariance="full"`` for an event that is not a vector.
 
     Example:
-        >>> prior = GaussianMixture(2, 3, seed=0)
-        >>> _ = torch.manual_seed(0)
-        >>> prior.sample((5,)).shape
+        >>> GaussianMixture(2, 3, seed=0).sample((5,)).shape
         torch.Size([5, 2])
     """
 
@@ -251,15 +236,11 @@ class GaussianMixture(Prior):
         check_sizes(num_components=num_components)
         check_option("covariance", covariance, ("diagonal", "full"))
         if covariance == "full" and len(self.event_shape) != 1:
-            raise ValueError(
-                f"expected a vector of features for covariance='full'; got the shape {tuple(self.event_shape)}"
-            )
+            got = tuple(self.event_shape)
+            raise ValueError(f"expected a vector of features for covariance='full'; got the shape {got}")
         if scale_tril is not None and (covariance != "full" or scale is not None):
             raise ValueError("`scale_tril` cannot be combined with `scale` or with covariance='diagonal'")
-        self.num_components = num_components
-        self.covariance = covariance
-        self.learnable = learnable
-
+        self.num_components, self.covariance, self.learnable = num_components, covariance, learnable
         shape = (num_components, *self.event_shape)
         if loc is None:
             check_number("spread", spread, "(0, inf)")
@@ -325,18 +306,9 @@ class GaussianMixture(Prior):
     def _factor(self) -> Tensor:
         return self.lower.tril(-1) + torch.diag_embed(self.log_scale.exp())
 
-    def _register(self, name: str, value: Tensor, *, learnable: bool) -> None:
-        value = value.detach().clone(memory_format=torch.contiguous_format)
-        if learnable:
-            self.register_parameter(name, nn.Parameter(value))
-        else:
-            self.register_buffer(name, value)
-
     def extra_repr(self) -> str:
-        return (
-            f"{super().extra_repr()}, num_components={self.num_components}, "
-            f"covariance={self.covariance!r}, learnable={self.learnable}"
-        )
+        options = f"covariance={self.covariance!r}, learnable={self.learnable}"
+        return f"{super().extra_repr()}, num_components={self.num_components}, {options}"
 
 
 class StudentT(Prior):
@@ -349,9 +321,6 @@ class StudentT(Prior):
         features: the number of features of the latent, or its event shape.
         df: the degrees of freedom, one number or one for each feature.
         learnable: whether the degrees of freedom are learned, one for each feature.
-
-    Shapes:
-        z: ``(*batch, *event_shape)``; log_prob: ``(*batch,)``.
 
     Raises:
         ValueError: a degree of freedom is not positive and finite.
@@ -372,10 +341,7 @@ class StudentT(Prior):
         log_df = _as_parameter("df", df, self.event_shape, positive=True).log()
         self.learnable = learnable
         self.register_buffer("loc", torch.zeros(self.event_shape), persistent=False)
-        if learnable:
-            self.log_df = nn.Parameter(log_df)
-        else:
-            self.register_buffer("log_df", log_df)
+        self._register("log_df", log_df, learnable=learnable)
 
     @property
     def df(self) -> Tensor:
@@ -402,11 +368,7 @@ class Uniform(Prior):
 
     Args:
         features: the number of features of the latent, or its event shape.
-        low: the lower ends, one number or one for each feature.
-        high: the upper ends.
-
-    Shapes:
-        z: ``(*batch, *event_shape)``; log_prob: ``(*batch,)``.
+        low, high: the ends of the intervals, one number or one for each feature.
 
     Raises:
         ValueError: an interval is empty or not finite.
@@ -451,8 +413,7 @@ class LogitNormal(TorchDistribution):
     .. math:: \log p(y) = \log \mathcal N(\operatorname{logit} y; \mu, \sigma^2) - \log y - \log(1 - y)
 
     Args:
-        loc: the mean of the logit.
-        scale: the standard deviation of the logit.
+        loc, scale: the mean and the standard deviation of the logit.
         validate_args: whether arguments and values are checked.
 
     Shapes:
@@ -466,10 +427,7 @@ class LogitNormal(TorchDistribution):
         tensor(0.4674)
     """
 
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
-        "loc": constraints.real,
-        "scale": constraints.positive,
-    }
+    arg_constraints: ClassVar[dict[str, Any]] = {"loc": constraints.real, "scale": constraints.positive}
     support = constraints.unit_interval
     has_rsample = True
 
@@ -480,17 +438,18 @@ class LogitNormal(TorchDistribution):
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "LogitNormal":
         new = self._get_checked_instance(LogitNormal, _instance)
-        batch_shape = Size(batch_shape)
-        new.loc = self.loc.expand(batch_shape)
-        new.scale = self.scale.expand(batch_shape)
-        super(LogitNormal, new).__init__(batch_shape, validate_args=False)
+        new.loc, new.scale = self.loc.expand(batch_shape), self.scale.expand(batch_shape)
+        super(LogitNormal, new).__init__(Size(batch_shape), validate_args=False)
         new._validate_args = self._validate_args
         return new
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         shape = self._extended_shape(Size(sample_shape))
         noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
-        return self._squash(self.loc + self.scale * noise)
+        logit = self.loc + self.scale * noise
+        # The sigmoid of a large logit rounds to 0 or 1, at which the density is zero.
+        info = torch.finfo(logit.dtype)
+        return torch.sigmoid(logit).clamp(info.tiny, 1 - info.eps)
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
@@ -514,11 +473,6 @@ class LogitNormal(TorchDistribution):
     @property
     def median(self) -> Tensor:
         return torch.sigmoid(self.loc)
-
-    def _squash(self, logit: Tensor) -> Tensor:
-        # The sigmoid of a large logit rounds to 0 or 1, at which the density is zero.
-        info = torch.finfo(logit.dtype)
-        return torch.sigmoid(logit).clamp(info.tiny, 1 - info.eps)
 
 
 def _as_parameter(name: str, value: Any, shape: Sequence[int], *, positive: bool = False) -> Tensor:

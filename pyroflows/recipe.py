@@ -131,8 +131,8 @@ def describe(module: nn.Module, *, own: bool = True) -> tuple[dict[str, Any], di
     changed = [name for name in structure.keys() | rebuilt.keys() if structure.get(name) != rebuilt.get(name)]
     if changed:
         raise ValueError(
-            f"cannot save a module that was modified after construction; got a change in {min(changed)}: build a new "
-            f"module of its parts"
+            "cannot save a module that was modified after construction; got a change in "
+            f"{min(changed)}: build a new module of its parts"
         )
     return recipe, tensors
 
@@ -172,13 +172,10 @@ class _Describer:
         if id(value) in self.numbers:
             return {"same": self.numbers[id(value)]}
         maker, arguments = self._maker_and_arguments(value, where)
-        recipe = {
-            "make": maker,
-            "with": {name: self.describe(argument, f"{where}.{name}") for name, argument in arguments.items()},
-        }
+        described = {name: self.describe(argument, f"{where}.{name}") for name, argument in arguments.items()}
         if isinstance(value, nn.Module):
             self.numbers[id(value)] = len(self.numbers)
-        return recipe
+        return {"make": maker, "with": described}
 
     def _maker_and_arguments(self, value: Any, where: str) -> tuple[str, dict[str, Any]]:
         kind = type(value)

@@ -525,7 +525,7 @@ def test_two_processes_write_what_one_writes(folder, tmp_path):
 
 def test_ctrl_c_leaves_the_best_model_so_far(folder, tmp_path):
     model = tmp_path / "model"
-    code = "import sys; from pyroflows.cli import main, progress; progress._SECONDS = 0.5; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from pyroflows.cli import main, output; output._SECONDS = 0.5; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "fit", f"{folder}/diabetes.csv", "--output", str(model)]
     command += ["--columns", "bmi,bp", "--num-layers", "2", "--epochs", "1000000", "--patience", "1000000"]
     fit = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -545,7 +545,7 @@ def test_ctrl_c_leaves_the_best_model_so_far(folder, tmp_path):
 
 
 def test_a_log_has_a_line_now_and_then(capsys, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("pyroflows.cli.progress._SECONDS", 0.0)
+    monkeypatch.setattr("pyroflows.cli.output._SECONDS", 0.0)
     arguments = ["fit", f"{folder}/diabetes.csv", "-o", f"{tmp_path}/m", "--columns", "bmi,bp", *SMALL]
     assert main(arguments) == 0
     lines = capsys.readouterr().err.splitlines()

@@ -32,7 +32,7 @@ from pyroflows.data import (
     load_table,
     make_table,
 )
-from pyroflows.data.bsds300 import _patches, _read_image
+from pyroflows.data.benchmarks import _patches, _read_image
 
 NAMES = sorted(TOY_DENSITIES)
 # For each density: how far from the origin the grid that integrates it goes, and how fine it is.

@@ -14,9 +14,8 @@ import torch
 from sklearn.mixture import GaussianMixture
 
 from pyroflows import _version, cli, models, plots, realnvp
-from pyroflows.cli import parsers
+from pyroflows.cli import demo, parsers
 from pyroflows.cli.demo import digits
-from pyroflows.cli.demo import report as demo_report
 from pyroflows.data import load_images, load_table
 from pyroflows.diagnostics.bits import bits_per_dim
 from pyroflows.training import FitResult
@@ -47,7 +46,7 @@ def test_the_report_holds_finite_numbers_of_every_part(quick):
     _, report = quick
     assert report["seed"] == 3
     assert report["quick"] is True
-    assert set(report["parts"]) == set(demo_report.PARTS)
+    assert set(report["parts"]) == set(demo.PARTS)
     assert all(math.isfinite(number) for number in _numbers(report))
     for name in ("breast_cancer", "moons"):
         part = report["parts"][name]
@@ -171,7 +170,7 @@ def test_an_interrupt_is_one_line_and_status_1(capsys, monkeypatch, tmp_path):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo_report, "PARTS", {"moons": interrupted})
+    monkeypatch.setattr(demo, "PARTS", {"moons": interrupted})
     assert cli.main(["demo", "--output", str(tmp_path)]) == 1
     assert capsys.readouterr().err == "pyroflows: interrupted\n"
 

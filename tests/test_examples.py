@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scripts import EXAMPLES, run_example
 
-from pyroflows.data.power import COLUMNS
+from pyroflows.data.benchmarks import COLUMNS
 
 SCRIPTS = {path.stem: path.read_text() for path in sorted(EXAMPLES.glob("*.py"))}
 # What a quick run writes into its --output folder, and the bounds of its last number; without an entry, any number.

@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyroflows.layers.planar import Planar, _solve
-from pyroflows.layers.radial import Radial
+from pyroflows.layers.planar_radial import Planar, Radial, _solve
 
 torch.set_num_threads(1)
 BOTH = pytest.mark.parametrize("family", [Planar, Radial])

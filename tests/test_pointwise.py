@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import constraints
 
-from pyroflows.layers.permutation import Permutation
 from pyroflows.layers.pointwise import ElementwiseAffine, Logit, Sigmoid, Standardize
+from pyroflows.layers.rearrange import Permutation
 from pyroflows.priors import LogitNormal
 
 torch.set_num_threads(1)

@@ -34,7 +34,7 @@ from pyroflows import (
     maf,
     realnvp,
 )
-from pyroflows.training import optimizers
+from pyroflows.training import trainer
 from pyroflows.training.batches import Rows
 from pyroflows.training.modes import activation_checkpointing, bf16_networks, channels_last
 
@@ -132,7 +132,7 @@ def test_max_grad_norm_bounds_the_gradient():
 
     seen = []
     flow = affine()
-    step = optimizers.Adam.step
+    step = trainer.Adam.step
 
     def watched(self, *args, **kwargs):
         gradients = [p.grad for group in self.param_groups for p in group["params"]]
@@ -140,7 +140,7 @@ def test_max_grad_norm_bounds_the_gradient():
         return step(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optimizers.Adam, "step", watched)
+        patch.setattr(trainer.Adam, "step", watched)
         result = fit(flow, gaussian(), epochs=5, max_grad_norm=0.5, objective=objective, validation=None, seed=0)
         fit(affine(), gaussian(), epochs=5, max_grad_norm=None, objective=objective, validation=None, seed=0)
     assert max(seen[:5]) <= 0.5 + 1e-5
@@ -738,7 +738,7 @@ def test_the_optimizers_are_those_of_torch(kind):
     with contextlib.closing(contextlib.ExitStack()) as stack:
         handle = register_optimizer_step_post_hook(lambda *_: counted.append(1))
         stack.callback(handle.remove)
-        for module in (torch.optim, optimizers):
+        for module in (torch.optim, trainer):
             weights = torch.nn.Parameter(torch.arange(1.0, 5.0))
             optimizer = getattr(module, kind)([weights], 0.1, weight_decay=0.1)
             for _ in range(5):
@@ -977,8 +977,8 @@ def test_discrete_data_in_batches():
 def test_a_step_left_out_leaves_weights_and_optimizer_as_they_were(monkeypatch, optimizer, ema_decay):
     made = []
     for name in ("Adam", "Adamax"):
-        kind = getattr(optimizers, name)
-        monkeypatch.setattr(optimizers, name, lambda *a, kind=kind, **k: made.append(kind(*a, **k)) or made[-1])
+        kind = getattr(trainer, name)
+        monkeypatch.setattr(trainer, name, lambda *a, kind=kind, **k: made.append(kind(*a, **k)) or made[-1])
 
     torch.manual_seed(0)
     flow, seen, states = affine(), [], []

@@ -10,14 +10,12 @@ import torch
 
 from pyroflows import models
 from pyroflows.arguments import check_option
-from pyroflows.cli.model import TableModel, device_of, load_model, model_file
+from pyroflows.cli.model import TableModel, device_of, load_model
 from pyroflows.cli.output import print_json, say
 from pyroflows.contexts import seeded
 from pyroflows.training import negative_log_likelihood
 
 __all__ = ["run"]
-
-_TASKS = ("score", "sample", "train step")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -25,34 +23,22 @@ def run(options: argparse.Namespace) -> None:
     device, threads = device_of(options.device), torch.get_num_threads()
     table_models = _models(options, device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    say(
-        options,
-        f"rows per second, {options.rows:,} at once, on {where}, {threads} threads, PyTorch {torch.__version__}",
-    )
-    say(options, f"{'':<16}" + "".join(f"{task:>14}" for task in _TASKS))
+    setting = f"{options.rows:,} at once, on {where}, {threads} threads, PyTorch {torch.__version__}"
+    say(options, f"rows per second, {setting}\n{'':<16}{'score':>14}{'sample':>14}{'train step':>14}")
     speeds = {}
     for name, model in table_models.items():
         with seeded(options.seed, device):
             speeds[name] = _measure(model, options.rows, options.seconds)
         say(options, f"{name[-16:]:<16}" + "".join(f"{speed:>14,.0f}" for speed in speeds[name].values()))
     if options.json:
-        print_json(
-            {
-                "unit": "rows per second",
-                "rows": options.rows,
-                "device": where,
-                "threads": threads,
-                "torch": torch.__version__,
-                "flows": speeds,
-            }
-        )
+        results = {"unit": "rows per second", "rows": options.rows, "device": where, "threads": threads}
+        print_json({**results, "torch": torch.__version__, "flows": speeds})
 
 
 def _models(options: argparse.Namespace, device: torch.device) -> dict[str, TableModel]:
     """Load the model file, or build the named flows."""
     if options.model is not None:
-        with model_file(options.model) as file:
-            return {options.model: load_model(file, options.device)}
+        return {options.model: load_model(options.model, options.device)}
     for name in options.flows:
         check_option("a flow", name, models.__all__)
     with seeded(options.seed):
@@ -80,7 +66,7 @@ def _measure(model: TableModel, rows: int, seconds: float) -> dict[str, float]:
         negative_log_likelihood(flow, x, context).backward()
         optimizer.step()
 
-    tasks = dict(zip(_TASKS, (score, sample, train), strict=True))
+    tasks = {"score": score, "sample": sample, "train step": train}
     return {name: rows / _median_time(task, flow.device, seconds) for name, task in tasks.items()}
 
 

@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import asdict
 
-from pyroflows.cli.model import load_model, model_file, sample_rows
+from pyroflows.cli.model import load_model, sample_rows
 from pyroflows.cli.output import print_json, say
 from pyroflows.contexts import seeded
 from pyroflows.diagnostics import check
@@ -13,8 +13,7 @@ __all__ = ["run"]
 
 def run(options: argparse.Namespace) -> int:
     """Run the command, and return its exit status."""
-    with model_file(options.model) as file:
-        model = load_model(file, options.device)
+    model = load_model(options.model, options.device)
     x, context = model.split(sample_rows(model.open(options.data), options.rows, seed=0))
     if model.flow.dequantizer is not None:
         with seeded(0, model.flow.device):

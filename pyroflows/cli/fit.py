@@ -8,9 +8,7 @@ import numpy as np
 import torch
 
 from pyroflows.cli.model import check_target, context_of, number_of_parameters, save_model
-from pyroflows.cli.output import finite, is_first, print_json, say
-from pyroflows.cli.parsers import names
-from pyroflows.cli.progress import TrainingLog
+from pyroflows.cli.output import TrainingLog, finite, is_first, print_json, say
 from pyroflows.data.table_files import CellError, TableFile, open_table
 from pyroflows.dequantizers import ColumnDequantizer
 from pyroflows.distributed import choose_device
@@ -32,7 +30,9 @@ def run(options: argparse.Namespace) -> None:
     cells, dtype = _read(table, options), getattr(torch, options.dtype)
     x, given = cells[:, : len(columns)], cells[:, len(columns) :]
     _check_precision(x, columns, table.name, options.dtype)
-    integers = _integer_columns(options, torch.from_numpy(x).to(dtype), columns)
+    integers = sorted(map(columns.index, table.integers))
+    if options.integer_columns == "auto":
+        integers = ColumnDequantizer.from_data(torch.from_numpy(x).to(dtype)).steps.nonzero()[:, 0].tolist()
     categories = {name: table.categories[name] for name in options.given if name in options.categories}
     notes: dict[str, Any] = {
         "columns": columns,
@@ -52,28 +52,24 @@ def run(options: argparse.Namespace) -> None:
         started.append(flow)
         say(options, _describe(flow, notes))
 
+    sizes = {"num_layers": options.num_layers, "hidden_features": options.hidden_features, **dict(options.set)}
+    passed = ("validation", "batch_size", "seed", "device", "epochs", "learning_rate", "patience", "checkpoint")
+    settings = {name: getattr(options, name) for name in passed}
     try:
         with log.interruptible():
             flow, result = fit_table(
                 x,
                 options.flow,
                 context=context_of(given, options.given, categories) if options.given else None,
-                validation=options.validation,
                 columns=columns,
                 integer_columns=integers,
-                flow_options=_flow_options(options),
+                flow_options={name: size for name, size in sizes.items() if size is not None},
                 dtype=dtype,
-                batch_size=options.batch_size,
-                seed=options.seed,
-                device=options.device,
                 on_start=start,
                 on_step=log,
-                epochs=options.epochs,
-                learning_rate=options.learning_rate,
-                patience=options.patience,
                 max_seconds=None if options.minutes is None else 60 * options.minutes,
-                checkpoint=options.checkpoint,
                 progress=False if options.quiet else "fit",
+                **settings,
             )
     except TypeError as error:
         if started:
@@ -96,8 +92,8 @@ def _open(options: argparse.Namespace) -> tuple[TableFile, list[str]]:
     if not columns:
         raise ValueError(f"expected a column to model in {table.name}; got only columns that are given")
     table.select([*columns, *options.given])
-    if options.integer_columns not in ("auto", "none"):
-        table.integers = set(names(options.integer_columns))
+    if options.integer_columns != "auto":
+        table.integers = set(options.integer_columns)
         if unknown := sorted(table.integers - set(columns)):
             raise ValueError(f"expected --integer-columns among the columns {', '.join(columns)}; got {unknown[0]!r}")
     return table, columns
@@ -118,32 +114,16 @@ def _read(table: TableFile, options: argparse.Namespace) -> np.ndarray:
 def _check_precision(x: np.ndarray, columns: list[str], table: str, dtype: str) -> None:
     """Refuse columns whose numbers the dtype does not tell apart, or whose squares it does not hold."""
     for cells, name in zip(x.T, columns, strict=True):
-        largest = float(np.abs(cells).max())
+        largest, where = float(np.abs(cells).max()), f"in column {name!r} of {table}"
         if largest > math.sqrt(np.finfo(dtype).max):
-            raise ValueError(
-                f"expected numbers whose squares {dtype} holds; got {largest:.6g} in column {name!r} of {table}"
-            )
+            raise ValueError(f"expected numbers whose squares {dtype} holds; got {largest:.6g} {where}")
         # The rounding of numbers far from zero, such as times in seconds, must be small next to their spread.
         if np.ptp(cells) and largest * float(np.finfo(dtype).eps) > _ROUNDING * cells.std():
             hint = ": --dtype float64 does" if dtype == "float32" else ""
             raise ValueError(
                 f"expected {dtype} to tell the numbers of a column apart; got numbers up to "
-                f"{largest:.6g} that spread by {cells.std():.3g} in column {name!r} of {table}{hint}"
+                f"{largest:.6g} that spread by {cells.std():.3g} {where}{hint}"
             )
-
-
-def _integer_columns(options: argparse.Namespace, x: torch.Tensor, columns: list[str]) -> list[int]:
-    """Return the positions of the columns of whole numbers."""
-    if options.integer_columns == "none":
-        return []
-    if options.integer_columns == "auto":
-        return ColumnDequantizer.from_data(x).steps.nonzero()[:, 0].tolist()
-    return sorted(columns.index(name) for name in names(options.integer_columns))
-
-
-def _flow_options(options: argparse.Namespace) -> dict[str, Any]:
-    sizes = {"num_layers": options.num_layers, "hidden_features": options.hidden_features, **dict(options.set)}
-    return {name: value for name, value in sizes.items() if value is not None}
 
 
 def _describe(flow: Flow, notes: dict[str, Any]) -> str:
@@ -159,22 +139,12 @@ def _describe(flow: Flow, notes: dict[str, Any]) -> str:
 
 def _finish(options: argparse.Namespace, flow: Flow, result: FitResult, notes: dict[str, Any]) -> None:
     """Save the model, and say how the fit went."""
-    summary = {
-        "best_loss": result.best_loss,
-        "best_epoch": result.best_epoch,
-        "epochs": len(result.history["train"]),
-        "steps": result.steps,
-        "skipped_steps": result.skipped_steps,
-        "seconds": result.seconds,
-        "stopped": result.stopped,
-    }
+    kept = ("best_loss", "best_epoch", "steps", "skipped_steps", "seconds", "stopped")
+    summary = {"epochs": len(result.history["train"]), **{name: getattr(result, name) for name in kept}}
     save_model(flow, options.output, finite({**notes, **summary, "history": result.history}))
     if options.json:
         print_json({"model": options.output, **notes, "parameters": number_of_parameters(flow), **summary})
     rows = "validation" if result.history.get("validation") else "training"
     epoch = f"epoch {(result.best_epoch or 0) + 1} of {summary['epochs']}"
-    say(
-        options,
-        f"{rows} loss {result.best_loss:.4f} nats a row, of {epoch}; {result.stopped}, in {result.seconds:.1f} s\n"
-        f"model: {options.output}",
-    )
+    how = f"{rows} loss {result.best_loss:.4f} nats a row, of {epoch}; {result.stopped}, in {result.seconds:.1f} s"
+    say(options, f"{how}\nmodel: {options.output}")

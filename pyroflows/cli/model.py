@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyroflows.cli.progress import Progress
+from pyroflows.cli.output import Progress, is_first
 from pyroflows.contexts import seeded
-from pyroflows.data.table_files import TableFile, open_table
+from pyroflows.data.table_files import TableFile, open_table, write_table
 from pyroflows.distributed import choose_device, in_turn, initialize
 from pyroflows.flow import Flow, load
 
@@ -30,6 +31,7 @@ __all__ = [
     "number_of_parameters",
     "sample_rows",
     "save_model",
+    "write_chunks",
 ]
 
 _ROWS = 8192
@@ -38,19 +40,12 @@ _NUMBERS = 2**19
 
 @dataclass
 class TableModel:
-    """A flow, and what its notes say of the table it was fitted to.
-
-    Args:
-        flow: the flow, in evaluation mode.
-        columns: names of its features; None if it was saved without.
-        given: names of the columns of its context.
-        categories: labels of each of these columns that holds labels.
-    """
+    """A flow in evaluation mode, and what its notes say of the table it was fitted to."""
 
     flow: Flow
-    columns: list[str] | None
-    given: list[str] = field(default_factory=list)
-    categories: dict[str, list[str]] = field(default_factory=dict)
+    columns: list[str] | None  # names of its features; None if it was saved without
+    given: list[str] = field(default_factory=list)  # names of the columns of its context
+    categories: dict[str, list[str]] = field(default_factory=dict)  # labels of each of these that holds labels
 
     @property
     def names(self) -> list[str]:
@@ -66,27 +61,22 @@ class TableModel:
     @torch.no_grad()
     def log_prob(self, cells: np.ndarray, draws: int) -> np.ndarray:
         """Score rows; whole numbers by the logarithm of the mean over draws of noise, a lower bound."""
-        x, context = self.split(cells)
         log_probs = []
-        for rows in self._chunks(len(x)):
-            part, its_context = x[rows], None if context is None else context[rows]
+        for x, context in map(self.split, self._chunks(cells)):
             if self.flow.dequantizer is None:
-                log_probs.append(self.flow.log_prob(part, its_context))
+                log_probs.append(self.flow.log_prob(x, context))
             else:
-                bounds = [self.flow.dequantized_log_prob(part, its_context) for _ in range(draws)]
+                bounds = [self.flow.dequantized_log_prob(x, context) for _ in range(draws)]
                 log_probs.append(torch.stack(bounds).logsumexp(0) - math.log(draws))
         return torch.cat(log_probs).cpu().numpy()
 
     @torch.no_grad()
     def sample(self, given: np.ndarray) -> np.ndarray:
         """Draw a row for each row of the given columns, of which there may be none, and append these."""
-        context = self.context(given)
         chunks = []
-        for rows in self._chunks(len(given)):
-            if context is None:
-                x = self.flow.sample((rows.stop - rows.start,))
-            else:
-                x = self.flow.sample((), context[rows])
+        for rows in self._chunks(given):
+            context = self.context(rows)
+            x = self.flow.sample((len(rows),) if context is None else (), context)
             chunks.append(x if self.flow.dequantizer is None else self.flow.dequantizer.quantize(x))  # type: ignore[operator]
         samples = torch.cat(chunks).cpu().numpy()
         return np.concatenate([samples, given.astype(samples.dtype)], axis=1)
@@ -106,11 +96,11 @@ class TableModel:
             progress.add(len(result))
             yield result
 
-    def _chunks(self, rows: int) -> list[slice]:
-        """Return the slices in which rows are evaluated, so that activations fit into a CPU's caches."""
+    def _chunks(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Return rows in the chunks in which they are evaluated, so that activations fit into a CPU's caches."""
         factor = 1 if self.flow.device.type == "cpu" else 8
         size = max(1, factor * min(_ROWS, _NUMBERS // len(self.names)))
-        return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+        return np.split(rows, range(size, len(rows), size))
 
     def open(self, path: str, *, given_alone: bool = False) -> TableFile:
         """Open a table with the model's columns; those of an array without names count in their order."""
@@ -172,7 +162,7 @@ def number_of_parameters(flow: Flow) -> int:
 
 
 @contextlib.contextmanager
-def model_file(path: str) -> Iterator[Path]:
+def model_file(path: str | Path) -> Iterator[Path]:
     """Yield the file of a model, also of one on standard input."""
     if path != "-":
         yield Path(path)
@@ -191,8 +181,9 @@ def device_of(name: str) -> torch.device:
 
 
 def load_model(path: str | Path, device: str) -> TableModel:
-    """Load a model of a table."""
-    flow = load(path, device=device_of(device)).eval()
+    """Load a model of a table, also from standard input."""
+    with model_file(path) as file:
+        flow = load(file, device=device_of(device)).eval()
     if len(flow.event_shape) != 1:
         raise ValueError(f"expected a flow of the rows of a table in {path}; got one of {tuple(flow.event_shape)}")
     columns, given, categories = (flow.notes.get(name) for name in ("columns", "given", "categories"))
@@ -205,6 +196,14 @@ def load_model(path: str | Path, device: str) -> TableModel:
 
 def _are_texts(value: Any) -> TypeGuard[list[str]]:
     return isinstance(value, list) and all(isinstance(part, str) for part in value)
+
+
+def write_chunks(path: str | None, columns: list[str], chunks: Iterable[np.ndarray], **options: Any) -> None:
+    """Write a table on the first process; the others, or all if there is no path, only compute the chunks."""
+    if path is not None and is_first():
+        write_table(path, columns, chunks, **options)
+    else:
+        deque(chunks, maxlen=0)
 
 
 def check_target(path: str, *sources: str | None) -> None:
@@ -226,4 +225,3 @@ def save_model(flow: Flow, path: str, notes: dict[str, Any]) -> None:
         file = Path(folder) / "model.safetensors"
         flow.save(file, notes=notes)
         sys.stdout.buffer.write(file.read_bytes())
-        sys.stdout.buffer.flush()

@@ -1,17 +1,26 @@
-"""What commands print: lines for people, or one line of JSON."""
+"""What commands write: results for people or as one line of JSON, and progress on standard error."""
 
 import argparse
 import json
 import math
 import os
+import signal
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-__all__ = ["finite", "is_first", "print_json", "say"]
+from tqdm import tqdm
+
+__all__ = ["Progress", "TrainingLog", "finite", "is_first", "print_json", "say"]
+
+_SECONDS = 10.0
 
 
 def is_first() -> bool:
-    """Whether this process is the first of those that torchrun has started, or alone."""
+    """Return whether this process is the first of those that torchrun has started, or alone."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
@@ -35,3 +44,78 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class _Log:
+    """The times of lines on standard error: one every few seconds, in a log rather than on a terminal."""
+
+    def __init__(self, quiet: bool):
+        self.quiet = quiet or not is_first()
+        self.began = self._last = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+    def is_due(self) -> bool:
+        if self.quiet or sys.stderr.isatty() or time.perf_counter() - self._last < _SECONDS:
+            return False
+        self._last = time.perf_counter()
+        return True
+
+
+class Progress(_Log, AbstractContextManager["Progress"]):
+    """Count rows, and show the count on standard error: by a bar on a terminal, by a line now and then in a log."""
+
+    def __init__(self, verb: str, total: int | None, quiet: bool):
+        super().__init__(quiet)
+        self.verb, self.total, self.rows = verb, total, 0
+        hidden = self.quiet or None  # None hides the bar where there is no terminal
+        self.bar = tqdm(total=total, desc=verb, unit="row", unit_scale=True, leave=False, disable=hidden)
+
+    def __exit__(self, *_: Any) -> None:
+        self.bar.close()
+
+    def add(self, rows: int) -> None:
+        """Count rows."""
+        self.rows += rows
+        self.bar.update(rows)
+        if self.is_due():
+            of = "" if self.total is None else f" of {self.total:,}"
+            print(f"{self.verb} {self.rows:,}{of} rows, {self.rows_per_second:,.0f} a second", file=sys.stderr)
+
+    @property
+    def rows_per_second(self) -> float:
+        """The rows so far over the seconds so far."""
+        return self.rows / max(self.seconds, 1e-9)
+
+
+class TrainingLog(_Log):
+    """Print the loss of a training step now and then; on a terminal the fit itself shows a bar."""
+
+    steps, interrupted = 0, False
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Let Ctrl-C end training at the next step: raised anywhere, it is lost while Python frees an object."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread receives signals
+            return
+
+        def note(*_: Any) -> None:
+            if self.interrupted:  # the second time: at once
+                raise KeyboardInterrupt
+            self.interrupted = True
+
+        before = signal.signal(signal.SIGINT, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def __call__(self, loss: Any) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.steps += 1
+        if self.is_due():
+            print(f"fit: step {self.steps:,}, {self.seconds:.0f} s, loss {float(loss):.4f} nats", file=sys.stderr)

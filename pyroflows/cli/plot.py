@@ -7,7 +7,7 @@ import matplotlib
 from matplotlib import pyplot as plt
 
 from pyroflows import plots
-from pyroflows.cli.model import TableModel, check_target, load_model, model_file, sample_rows
+from pyroflows.cli.model import TableModel, check_target, load_model, sample_rows
 from pyroflows.cli.output import print_json, say
 from pyroflows.contexts import seeded
 from pyroflows.training import FitResult
@@ -19,8 +19,7 @@ def run(options: argparse.Namespace) -> None:
     """Run the command."""
     matplotlib.use("Agg")
     check_target(options.output, options.model, options.data)
-    with model_file(options.model) as file:
-        model = load_model(file, options.device)
+    model = load_model(options.model, options.device)
     if options.data is None:
         _plot_training(model, options.model)
     else:

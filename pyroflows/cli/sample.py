@@ -7,10 +7,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from pyroflows.cli.model import TableModel, check_target, load_model, model_file
-from pyroflows.cli.output import is_first, print_json, say
-from pyroflows.cli.progress import Progress
-from pyroflows.data.table_files import write_table
+from pyroflows.cli.model import TableModel, check_target, load_model, write_chunks
+from pyroflows.cli.output import Progress, print_json, say
 from pyroflows.distributed import broadcast, together
 
 __all__ = ["run"]
@@ -23,8 +21,7 @@ _NUMBERS = 2**22
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
     check_target(options.output, options.model, options.given)
-    with model_file(options.model) as file:
-        model = load_model(file, options.device)
+    model = load_model(options.model, options.device)
     columns = [*model.names, *model.given]
     given, total = _given(model, options.given)
     total = None if total is None else total * options.num_samples
@@ -32,11 +29,7 @@ def run(options: argparse.Namespace) -> None:
         seed = broadcast(int.from_bytes(os.urandom(4), "big") if options.seed is None else options.seed)
         size = max(1, min(_ROWS, _NUMBERS // len(columns)))
         chunks = model.map_chunks(model.sample, _repeated(given, options.num_samples, size), seed, progress)
-        if is_first():
-            write_table(options.output, columns, chunks, integers=model.integers, categories=model.categories)
-        else:
-            for _ in chunks:
-                pass
+        write_chunks(options.output, columns, chunks, integers=model.integers, categories=model.categories)
         rows, speed = progress.rows, progress.rows_per_second
     if options.json:
         print_json({"rows": rows, "output": options.output, "rows_per_second": speed})
@@ -80,9 +73,8 @@ def _cell(model: TableModel, name: str, value: str) -> float:
 
 def _repeated(given: Iterable[np.ndarray], times: int, size: int) -> Iterator[np.ndarray]:
     """Repeat each row, in chunks of at most a size."""
+    step = max(1, size // times)
     for cells in given:
-        step = max(1, size // times)
         for start in range(0, len(cells), step):
-            part = cells[start : start + step]
             for first in range(0, times, size):
-                yield part.repeat(min(size, times - first), axis=0)
+                yield cells[start : start + step].repeat(min(size, times - first), axis=0)

@@ -5,13 +5,12 @@ import math
 import sys
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 
-from pyroflows.cli.model import TableModel, check_target, load_model, model_file
-from pyroflows.cli.output import is_first, print_json, say
-from pyroflows.cli.progress import Progress
-from pyroflows.data.table_files import write_table
+from pyroflows.cli.model import check_target, load_model, model_file, write_chunks
+from pyroflows.cli.output import Progress, is_first, print_json, say
 from pyroflows.distributed import together
 
 __all__ = ["run"]
@@ -26,74 +25,52 @@ def run(options: argparse.Namespace) -> None:
     with model_file(options.model) as file:
         model = load_model(file, options.device)
         content = file.read_bytes() if options.pass_model else b""
-    moments, speed = _score(model, options)
-    if content and is_first():
-        sys.stdout.buffer.write(content)
-        sys.stdout.buffer.flush()
-    integers = ", ".join(model.integers)
-    bound = f"log-mean-exp over {options.draws} draws of noise on {integers}" if integers else None
-    if options.json:
-        print_json(
-            {
-                "rows": moments.rows,
-                "mean_log_prob": moments.mean,
-                "standard_error": moments.standard_error,
-                "not_finite": moments.not_finite,
-                "unit": "nats",
-                "lower_bound": bound,
-                "rows_per_second": speed,
-            }
-        )
-    say(options, _describe(moments, bound, speed))
-
-
-def _score(model: TableModel, options: argparse.Namespace) -> "tuple[_Moments, float]":
-    """Score the rows, write the scores, and return their moments and the rows per second."""
-    table, moments, score = model.open(options.data), _Moments(), partial(model.log_prob, draws=options.draws)
+    table = model.open(options.data)
+    score = partial(model.log_prob, draws=options.draws)
+    moments: list[tuple[int, int, float, float]] = []  # of each chunk: rows, those not finite, mean and variance
     with together(model.flow.device), Progress("scored", table.num_rows, options.quiet) as progress:
 
         def scores() -> Iterator[np.ndarray]:
             for log_probs in model.map_chunks(score, table.chunks(_ROWS), options.seed, progress):
-                moments.add(log_probs)
+                is_finite = np.isfinite(log_probs)
+                known = np.where(is_finite, log_probs, 0.0)
+                moments.append((len(known), (~is_finite).sum(), known.mean(dtype=float), known.var(dtype=float)))
                 yield log_probs[:, None]
 
-        if options.output is None or not is_first():
-            for _ in scores():
-                pass
-        else:
-            write_table(options.output, ["log_prob"], scores())
-        return moments, progress.rows_per_second
+        write_chunks(options.output, ["log_prob"], scores())
+        speed = progress.rows_per_second
+    if not is_first():
+        return
+    if content:
+        sys.stdout.buffer.write(content)
+    integers = ", ".join(model.integers)
+    results = {
+        **_combine(moments),
+        "unit": "nats",
+        "lower_bound": f"log-mean-exp over {options.draws} draws of noise on {integers}" if integers else None,
+        "rows_per_second": speed,
+    }
+    if options.json:
+        print_json(results)
+    say(options, _describe(results))
 
 
-def _describe(moments: "_Moments", bound: str | None, speed: float) -> str:
+def _combine(moments: list[tuple[int, int, float, float]]) -> dict[str, float]:
+    """Return number, mean and standard error of the numbers of all chunks; nan if one is not finite."""
+    counts, not_finite, means, variances = np.array(moments).T
+    rows, mean, error = int(counts.sum()), math.nan, math.nan
+    if not not_finite.any():
+        mean = float(np.average(means, weights=counts))
+        variance = float(np.average(variances + (means - mean) ** 2, weights=counts))
+        error = math.sqrt(variance / (rows - 1)) if rows > 1 else math.nan
+    return {"rows": rows, "mean_log_prob": mean, "standard_error": error, "not_finite": int(not_finite.sum())}
+
+
+def _describe(results: dict[str, Any]) -> str:
+    bound, number, not_finite = results["lower_bound"], results["rows"], results["not_finite"]
     what = "mean log-density" if bound is None else f"mean log-probability, a lower bound by {bound}:"
-    error = "" if moments.rows == 1 else f" +- {moments.standard_error:.4f}"
-    rows = "1 row" if moments.rows == 1 else f"{moments.rows:,} rows"
-    lost = f", {moments.not_finite:,} of them without a finite value" if moments.not_finite else ""
-    return f"{what} {moments.mean:.4f}{error} nats a row; {rows}{lost}, {speed:,.0f} a second"
-
-
-class _Moments:
-    """Mean and standard error of numbers that come in chunks; nan if a number is not finite."""
-
-    def __init__(self) -> None:
-        self.rows, self.not_finite, self._mean, self._squares = 0, 0, 0.0, 0.0
-
-    def add(self, numbers: np.ndarray) -> None:
-        """Take in a chunk, by the difference of its mean, so that no digits cancel."""
-        finite = numbers[np.isfinite(numbers)]
-        before, rows = self.rows - self.not_finite, len(finite)
-        self.rows, self.not_finite = self.rows + len(numbers), self.not_finite + len(numbers) - rows
-        if rows:
-            difference = float(finite.mean(dtype=float)) - self._mean
-            self._mean += difference * rows / (before + rows)
-            self._squares += rows * float(finite.var(dtype=float)) + difference**2 * before * rows / (before + rows)
-
-    @property
-    def mean(self) -> float:
-        return math.nan if self.not_finite else self._mean
-
-    @property
-    def standard_error(self) -> float:
-        known = self.rows > 1 and not self.not_finite
-        return math.sqrt(self._squares / (self.rows - 1) / self.rows) if known else math.nan
+    error = "" if number == 1 else f" +- {results['standard_error']:.4f}"
+    rows = "1 row" if number == 1 else f"{number:,} rows"
+    lost = f", {not_finite:,} of them without a finite value" if not_finite else ""
+    speed = f"{results['rows_per_second']:,.0f} a second"
+    return f"{what} {results['mean_log_prob']:.4f}{error} nats a row; {rows}{lost}, {speed}"

@@ -1,6 +1,6 @@
 """Data to fit flows to: toy densities with an exact log-density, tables, their files, images."""
 
-from pyroflows.data.bsds300 import load_bsds300
+from pyroflows.data.benchmarks import load_bsds300, load_power
 from pyroflows.data.images import (
     IMAGES,
     ImageData,
@@ -12,7 +12,6 @@ from pyroflows.data.images import (
     random_shifts,
 )
 from pyroflows.data.parquet import ParquetBatches
-from pyroflows.data.power import load_power
 from pyroflows.data.table_files import TableFile, open_table, write_table
 from pyroflows.data.tables import TABLES, Table, load_table, make_table
 from pyroflows.data.toy import (
@@ -27,38 +26,32 @@ from pyroflows.data.toy import (
     TwoMoons,
 )
 
-__all__ = [  # noqa: RUF022 - grouped by file
-    # toy
+__all__ = [
+    "IMAGES",
+    "TABLES",
     "TOY_DENSITIES",
     "Checkerboard",
     "Circles",
     "EightGaussians",
+    "ImageData",
+    "ParquetBatches",
     "Pinwheel",
     "RandomGaussianMixture",
     "Spirals",
+    "Table",
+    "TableFile",
     "ToyDensity",
     "TwoMoons",
-    # tables
-    "TABLES",
-    "Table",
-    "load_table",
-    "make_table",
-    # table_files
-    "TableFile",
-    "open_table",
-    "write_table",
-    # images
-    "IMAGES",
-    "ImageData",
+    "load_bsds300",
     "load_image_folder",
     "load_images",
+    "load_power",
+    "load_table",
     "make_images",
+    "make_table",
+    "open_table",
     "pad_images",
     "random_flips",
     "random_shifts",
-    # parquet
-    "ParquetBatches",
-    # power, bsds300
-    "load_bsds300",
-    "load_power",
+    "write_table",
 ]

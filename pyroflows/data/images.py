@@ -2,7 +2,7 @@
 
 import gzip
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,8 @@ import torch
 from torch import Size, Tensor
 from torch.nn import functional as F
 
-from pyroflows.arguments import check_counts, check_option, check_sizes
-from pyroflows.data.npz import read_npz
-from pyroflows.data.split import PARTS, split_rows
+from pyroflows.arguments import as_tensor, check_counts, check_option, check_sizes
+from pyroflows.data.tables import PARTS, read_npz, split_rows
 
 __all__ = [
     "IMAGES",
@@ -32,13 +31,10 @@ IMAGES: tuple[str, ...] = ("digits", "mnist", "fashion_mnist", "cifar10")
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 STRIP = 500  # images in each of the strips of CIFAR-10
-CLASSES = {
-    "mnist": tuple("0123456789"),
-    "fashion_mnist": (
-        *("t-shirt", "trouser", "pullover", "dress", "coat"),
-        *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
-    ),
-}
+CLOTHES = "t-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag, ankle boot"
+CLASSES = {"mnist": tuple("0123456789"), "fashion_mnist": tuple(CLOTHES.split(", "))}
+# The original files of MNIST and Fashion-MNIST; the digit is the number of dimensions.
+IDX_FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 # Folders of each set's files, below the root; then the folder of Debian's package.
 PLACES = {
     "mnist": ("MNIST/raw", "mnist", "images/mnist", "."),
@@ -47,8 +43,8 @@ PLACES = {
 }
 DEBIAN = {"fashion_mnist": Path("/usr/share/datasets/fashion-mnist")}
 
-# Images and labels of train, then of test.
-_Parts = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+# Images and labels of train, then of test; and the names of the classes.
+_Found = tuple[Sequence[np.ndarray], Sequence[str]]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -57,9 +53,7 @@ class ImageData:
 
     Args:
         name: name of the set.
-        train: images to train on, uint8, of shape ``(rows, C, H, W)``.
-        validation: images for validation.
-        test: images to test on.
+        train, validation, test: images of each part, uint8, of shape ``(rows, C, H, W)``.
         labels: class of every image for each part, int64; None if there are no classes.
         num_levels: number of levels; every value is below it.
         class_names: a name for each class.
@@ -112,14 +106,12 @@ def make_images(
 
     Args:
         images: integer levels.
-        name: name of the set.
+        name, class_names: as in :class:`ImageData`.
         labels: class of every image, integers from 0.
-        class_names: a name for each class.
         num_levels: number of levels, at most 256.
         channels_last: whether the last of four dimensions is that of the channels; by default the channels are the
             second or the last dimension, whichever is 1 or 3, if only one is.
-        test: fraction of all images to test on.
-        validation: fraction of all images for validation.
+        test, validation: fractions of all images.
         seed: of the split.
 
     Shapes:
@@ -148,36 +140,31 @@ def make_images(
     )
 
 
-def _tensor(name: str, values: Any) -> Tensor:
+def _as_tensor(name: str, values: Any) -> Tensor:
     if isinstance(values, Tensor):
         return values.detach().cpu()
     array = np.asarray(values)
     if array.dtype.kind not in "biufc":
         raise TypeError(f"expected {name} as a tensor or an array of numbers; got an array of {array.dtype}")
-    # torch takes neither a negative stride nor another byte order, and warns of memory that it may not write to.
-    return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ("C", "W")))
+    return as_tensor(array)
 
 
 def _levels(images: Any, num_levels: int, channels_last: bool | None) -> Tensor:
-    x = _tensor("images", images)
+    x = _as_tensor("images", images)
     if x.is_floating_point() or x.is_complex():
         raise TypeError(f"expected images of integer levels from 0 to {num_levels - 1}; got {x.dtype}")
+    if x.dim() == 4 and channels_last is None:
+        first, channels_last = x.shape[1] in (1, 3), x.shape[3] in (1, 3)
+        if first == channels_last:
+            expected = "expected channels_last=True or False, unless one of the second and the last dimension is 1 or 3"
+            raise ValueError(f"{expected}; got None with shape {tuple(x.shape)}")
     if x.dim() == 3:
         x = x.unsqueeze(1)
-    elif x.dim() == 4:
-        if channels_last is None:
-            first, last = x.shape[1] in (1, 3), x.shape[3] in (1, 3)
-            if first == last:
-                raise ValueError(
-                    "expected channels_last=True or False, unless one of the second and the last dimension "
-                    f"is 1 or 3; got None with shape {tuple(x.shape)}"
-                )
-            channels_last = last
-        x = x.movedim(-1, 1) if channels_last else x
+    elif x.dim() == 4 and channels_last:
+        x = x.movedim(-1, 1)
     if x.dim() != 4 or not x.numel():
-        raise ValueError(
-            f"expected images of shape (rows, H, W), (rows, C, H, W) or (rows, H, W, C); got {tuple(x.shape)}"
-        )
+        shapes = "(rows, H, W), (rows, C, H, W) or (rows, H, W, C)"
+        raise ValueError(f"expected images of shape {shapes}; got {tuple(x.shape)}")
     x = x if x.dtype in (torch.uint8, torch.bool) else x.long()
     low, high = int(x.min()), int(x.max())
     if low < 0 or high >= num_levels:
@@ -186,15 +173,14 @@ def _levels(images: Any, num_levels: int, channels_last: bool | None) -> Tensor:
 
 
 def _labels(labels: Any, rows: int, class_names: Sequence[str] | None) -> Tensor:
-    classes = _tensor("labels", labels)
+    classes = _as_tensor("labels", labels)
     if classes.shape != (rows,) or classes.is_floating_point():
         raise ValueError(f"expected labels as {rows} integers; got {classes.dtype} of shape {tuple(classes.shape)}")
     classes = classes.long()
-    number = None if class_names is None else len(class_names)
-    if int(classes.min()) < 0 or (number is not None and int(classes.max()) >= number):
-        upper = "0" if number is None else f"0 to {number - 1}"
-        bad = int(classes.min()) if int(classes.min()) < 0 else int(classes.max())
-        raise ValueError(f"expected labels from {upper}; got {bad}")
+    low, high = int(classes.min()), int(classes.max())
+    if low < 0 or (class_names is not None and high >= len(class_names)):
+        upper = "0" if class_names is None else f"0 to {len(class_names) - 1}"
+        raise ValueError(f"expected labels from {upper}; got {low if low < 0 else high}")
     return classes
 
 
@@ -257,36 +243,39 @@ def load_images(
         return _digits(bits, validation, seed)
 
     folder = Path(root or os.environ.get("PYROFLOWS_DATA") or ".")
-    arrays, class_names = _find(name, folder)
-    if arrays is None and download:
+    found = _find(name, folder)
+    if found is None and download:
         if root is None:
             raise ValueError(f"expected root, the folder to download {name} to; got None")
-        arrays, class_names = _download(name, folder)
-    if arrays is None:
+        try:
+            found = _from_torchvision(name, folder, download=True)
+        except (OSError, RuntimeError) as error:
+            got = " ".join(str(error).split())  # torchvision writes a line for each address
+            raise OSError(f"expected to download {name} to {folder}; got {type(error).__name__}: {got}") from error
+    if found is None:
+        files = f"{name}.npz or train-images-idx3-ubyte(.gz) and so on,"
+        if name == "cifar10":
+            files = "train_000.webp and so on with labels.npz, or torchvision's cifar-10-batches-py,"
         raise FileNotFoundError(
-            f"expected {_files_of(name)} in {folder} or its usual folders ({', '.join(PLACES[name][:-1])}); got none: "
-            f"give root, the folder that has them, or download=True for torchvision to put them there"
+            f"expected the files of {name}, {files} in {folder} or its usual folders ({', '.join(PLACES[name][:-1])}); "
+            f"got none: give root, the folder that has them, or download=True for torchvision to put them there"
         )
-    x_train, y_train, x_test, y_test = arrays
+    (x_train, y_train, x_test, y_test), class_names = found
     held = 5000 if validation is None else int(validation)
-    train_rows = len(x_train) - held
-    if train_rows < 1:
+    sizes = [len(x_train) - held, held]
+    if sizes[0] < 1:
         raise ValueError(f"expected validation to leave a train image; got {held} of {len(x_train)}")
-    # Each part has memory of its own, so that one that is kept or saved does not hold the others.
-    train, test = (_levels(x, 256, x.ndim == 4) >> (8 - int(bits)) for x in (x_train, x_test))
-    train_labels, test_labels = (_labels(y, len(x), class_names) for y, x in ((y_train, x_train), (y_test, x_test)))
+
+    def parts(train: Tensor, test: Tensor) -> dict[str, Tensor]:
+        # Each part has memory of its own, so that one that is kept or saved does not hold the others.
+        return dict(zip(PARTS, (*(part.clone() for part in train.split(sizes)), test), strict=True))
+
     return ImageData(
         name=name,
-        train=train[:train_rows].clone(),
-        validation=train[train_rows:].clone(),
-        test=test,
-        labels={
-            "train": train_labels[:train_rows].clone(),
-            "validation": train_labels[train_rows:].clone(),
-            "test": test_labels,
-        },
+        **parts(*(_levels(x, 256, x.ndim == 4) >> (8 - int(bits)) for x in (x_train, x_test))),
+        labels=parts(_labels(y_train, len(x_train), class_names), _labels(y_test, len(x_test), class_names)),
         num_levels=2 ** int(bits),
-        class_names=class_names,
+        class_names=tuple(class_names),
     )
 
 
@@ -296,120 +285,80 @@ def _digits(bits: int, validation: int | None, seed: int) -> ImageData:
     if bits != 8:
         raise ValueError(f"expected bits=8 for the 17 levels of digits; got {bits}")
     bunch = load_digits()
-    rows = len(bunch.images)
-    held = 0.1 if validation is None else validation / rows
     return make_images(
         bunch.images.astype(np.uint8),
         name="digits",
         labels=bunch.target,
         class_names=[str(label) for label in bunch.target_names],
         num_levels=17,
-        test=0.1,
-        validation=held,
+        validation=0.1 if validation is None else validation / len(bunch.images),
         seed=seed,
     )
 
 
-def _find(name: str, folder: Path) -> tuple[_Parts | None, tuple[str, ...]]:
+def _find(name: str, folder: Path) -> _Found | None:
     places = [folder / place for place in PLACES[name]]
     if name == "cifar10":
         for place in places:
             if (place / "train_000.webp").is_file():
                 return _read_strips(place)
         base = next((p for p in (folder, folder / "images") if (p / "cifar-10-batches-py").is_dir()), None)
-        return (None, ()) if base is None else _from_torchvision(name, base, download=False)
+        return None if base is None else _from_torchvision(name, base, download=False)
     for path in (folder / "images" / f"{name}.npz", folder / f"{name}.npz"):
         if path.is_file():
             arrays = read_npz(path, ("x_train", "y_train", "x_test", "y_test"), name)
-            return tuple(arrays.values()), CLASSES[name]  # type: ignore[return-value]
+            return list(arrays.values()), CLASSES[name]
     for place in (*places, *([DEBIAN[name]] if name in DEBIAN else [])):
-        if _idx_file(place, "train-images-idx3-ubyte") is not None:
-            return _read_idx_folder(place), CLASSES[name]
-    return None, ()
+        if any((place / f"{IDX_FILES[0]}{suffix}").is_file() for suffix in ("", ".gz")):
+            return [_read_idx(place / file) for file in IDX_FILES], CLASSES[name]
+    return None
 
 
-def _files_of(name: str) -> str:
-    if name == "cifar10":
-        return "the files of cifar10, train_000.webp and so on with labels.npz, or torchvision's cifar-10-batches-py,"
-    return f"the files of {name}, {name}.npz or train-images-idx3-ubyte(.gz) and so on,"
-
-
-def _read_strips(folder: Path) -> tuple[_Parts, tuple[str, ...]]:
+def _read_strips(folder: Path) -> _Found:
     from PIL import Image  # here, since only images need Pillow
 
     arrays = read_npz(folder / "labels.npz", ("y_train", "y_test", "class_names"), "the labels of CIFAR-10")
-    classes = {part: arrays[f"y_{part}"] for part in ("train", "test")}
-    class_names = tuple(name.decode() for name in arrays["class_names"])
-    images = {}
-    for part, labels in classes.items():
-        images[part] = np.empty((len(labels), 32, 32, 3), np.uint8)
-        for number, start in enumerate(range(0, len(labels), STRIP)):
+    found = []
+    for part in ("train", "test"):
+        labels = arrays[f"y_{part}"]
+        images = np.empty((len(labels), 32, 32, 3), np.uint8)
+        for number, images_of_strip in enumerate(np.split(images, range(STRIP, len(labels), STRIP))):
             file = folder / f"{part}_{number:03}.webp"
             if not file.is_file():
                 raise FileNotFoundError(f"expected {STRIP} images of CIFAR-10 in the file {file}; got no such file")
             with Image.open(file) as strip:
                 pixels = np.asarray(strip.convert("RGB"))
-            if pixels.size != images[part][start : start + STRIP].size:
+            if pixels.size != images_of_strip.size:
                 raise ValueError(f"expected a strip of {STRIP} images of 32 x 32 in {file}; got {pixels.shape}")
-            images[part][start : start + STRIP] = pixels.reshape(-1, 32, 32, 3)
-    return (images["train"], classes["train"], images["test"], classes["test"]), class_names
+            images_of_strip[:] = pixels.reshape(-1, 32, 32, 3)
+        found += [images, labels]
+    return found, [name.decode() for name in arrays["class_names"]]
 
 
-def _idx_file(folder: Path, name: str) -> Path | None:
-    for path in (folder / name, folder / f"{name}.gz"):
-        if path.is_file():
-            return path
-    return None
-
-
-def _read_idx_folder(folder: Path) -> _Parts:
-    arrays = []
-    for name, dims in (
-        ("train-images-idx3-ubyte", 3),
-        ("train-labels-idx1-ubyte", 1),
-        ("t10k-images-idx3-ubyte", 3),
-        ("t10k-labels-idx1-ubyte", 1),
-    ):
-        path = _idx_file(folder, name)
-        if path is None:
-            raise FileNotFoundError(f"expected the file {folder / name}, or the same with .gz; got no such file")
-        arrays.append(_read_idx(path, dims))
-    x_train, y_train, x_test, y_test = arrays
-    return x_train, y_train, x_test, y_test
-
-
-def _read_idx(path: Path, dims: int) -> np.ndarray:
+def _read_idx(path: Path) -> np.ndarray:
     """Read bytes in the IDX format: two zeros, the type (8 for bytes), the dimensions, their sizes, the values."""
+    file = next((file for file in (path, Path(f"{path}.gz")) if file.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"expected the file {path}, or the same with .gz; got no such file")
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
     except (EOFError, OSError) as error:
-        raise ValueError(f"expected a gzip file in {path}; got one that does not open ({error})") from error
+        raise ValueError(f"expected a gzip file in {file}; got one that does not open ({error})") from error
+    dims = int(path.name[-len("1-ubyte")])
     head = 4 + 4 * dims
     sizes = np.frombuffer(content[4:head], ">u4").astype(int).tolist()
     if content[:4] != bytes([0, 0, 8, dims]) or len(content) != head + int(np.prod(sizes)):
-        raise ValueError(f"expected an IDX file of bytes with {dims} dimensions in {path}; got another, or a part")
+        raise ValueError(f"expected an IDX file of bytes with {dims} dimensions in {file}; got another, or a part")
     return np.frombuffer(content, np.uint8, offset=head).reshape(sizes).copy()
 
 
-def _download(name: str, folder: Path) -> tuple[_Parts, tuple[str, ...]]:
-    try:
-        return _from_torchvision(name, folder, download=True)
-    except (OSError, RuntimeError) as error:
-        got = " ".join(str(error).split())  # torchvision writes a line for each address
-        raise OSError(f"expected to download {name} to {folder}; got {type(error).__name__}: {got}") from error
-
-
-def _from_torchvision(name: str, folder: Path, *, download: bool) -> tuple[_Parts, tuple[str, ...]]:
+def _from_torchvision(name: str, folder: Path, *, download: bool) -> _Found:
     from torchvision import datasets  # here, since the import is slow
 
-    kind: Callable[..., Any] = {
-        "mnist": datasets.MNIST,
-        "fashion_mnist": datasets.FashionMNIST,
-        "cifar10": datasets.CIFAR10,
-    }[name]
+    kind = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[name]
     train, test = (kind(str(folder), train=part, download=download) for part in (True, False))
-    parts = tuple(np.asarray(array) for array in (train.data, train.targets, test.data, test.targets))
-    return parts, CLASSES.get(name) or tuple(train.classes)  # type: ignore[return-value]
+    arrays = [np.asarray(array) for array in (train.data, train.targets, test.data, test.targets)]
+    return arrays, CLASSES.get(name) or train.classes
 
 
 def load_image_folder(
@@ -418,9 +367,7 @@ def load_image_folder(
     *,
     channels: int = 3,
     name: str | None = None,
-    test: float = 0.1,
-    validation: float = 0.1,
-    seed: int = 0,
+    **options: Any,
 ) -> ImageData:
     """Load every image file in a folder and the folders below it, and split them at random.
 
@@ -432,9 +379,7 @@ def load_image_folder(
             None takes them as they are, all of one size.
         channels: 3 for colour, 1 for grey.
         name: name of the set; by default that of the folder.
-        test: fraction of all images to test on.
-        validation: fraction of all images for validation.
-        seed: of the split.
+        options: ``test``, ``validation`` and ``seed`` of :func:`make_images`.
 
     Raises:
         FileNotFoundError: there is no such folder, or no image in it.
@@ -450,53 +395,37 @@ def load_image_folder(
         raise FileNotFoundError(f"expected a folder of images in {folder}; got no such folder")
     if channels not in (1, 3):
         raise ValueError(f"expected channels to be 1 or 3; got {channels!r}")
-    sides = _sides(size)
+    sides = None
+    if size is not None:
+        sides = tuple(size) if isinstance(size, Sequence) else (size, size)
+        if len(sides) != 2:
+            raise ValueError(f"expected size as one number or as (height, width); got {size!r}")
+        check_sizes(height=sides[0], width=sides[1])
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
     if not files:
         raise FileNotFoundError(f"expected image files ({', '.join(SUFFIXES)}) in {folder}; got none")
 
-    images = np.stack(_same_sized(files, channels, sides))
+    images: list[np.ndarray] = []
+    for file in files:
+        images.append(_read_image(file, channels, sides))
+        if images[-1].shape != images[0].shape:
+            first, other = (f"{image.shape[0]} x {image.shape[1]}" for image in (images[0], images[-1]))
+            expected = f"expected images of one size, {first} as {files[0]}"
+            raise ValueError(f"{expected}; got {other} in {file}: give size to resize and crop them")
     below = [file.relative_to(folder).parts for file in files]
     class_names = sorted({parts[0] for parts in below}) if all(len(parts) > 1 for parts in below) else None
     labels = None if class_names is None else [class_names.index(parts[0]) for parts in below]
     return make_images(
-        images,
+        np.stack(images),
         name=folder.resolve().name if name is None else name,
         labels=labels,
         class_names=class_names,
         channels_last=True,
-        test=test,
-        validation=validation,
-        seed=seed,
+        **options,
     )
 
 
-def _sides(size: int | Sequence[int] | None) -> tuple[int, int] | None:
-    if size is None:
-        return None
-    sides = tuple(size) if isinstance(size, Sequence) else (size, size)
-    if len(sides) != 2:
-        raise ValueError(f"expected size as one number or as (height, width); got {size!r}")
-    height, width = sides
-    check_sizes(height=height, width=width)
-    return int(height), int(width)
-
-
-def _same_sized(files: Sequence[Path], channels: int, sides: tuple[int, int] | None) -> list[np.ndarray]:
-    images: list[np.ndarray] = []
-    for file in files:
-        image = _read_image(file, channels, sides)
-        if images and image.shape != images[0].shape:
-            (height, width), (other_height, other_width) = images[0].shape[:2], image.shape[:2]
-            raise ValueError(
-                f"expected images of one size, {height} x {width} as {files[0]}; got {other_height} x {other_width} in "
-                f"{file}: give size to resize and crop them"
-            )
-        images.append(image)
-    return images
-
-
-def _read_image(file: Path, channels: int, sides: tuple[int, int] | None) -> np.ndarray:
+def _read_image(file: Path, channels: int, sides: Sequence[int] | None) -> np.ndarray:
     from PIL import Image, ImageOps  # here, since only images need Pillow
 
     try:
@@ -504,14 +433,12 @@ def _read_image(file: Path, channels: int, sides: tuple[int, int] | None) -> np.
             mode = opened.mode
             image = ImageOps.exif_transpose(opened).convert("RGB" if channels == 3 else "L")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"expected an image that can be read in {file}; got {type(error).__name__}: {error}"
-        ) from error
+        got = f"{type(error).__name__}: {error}"
+        raise ValueError(f"expected an image that can be read in {file}; got {got}") from error
     if mode.startswith(("I", "F")):  # Pillow would clip these at 255: a white picture
         raise ValueError(f"expected an image of 8 bits a channel in {file}; got one of more, Pillow's mode {mode!r}")
     if sides is not None:
-        height, width = sides
-        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+        image = ImageOps.fit(image, (int(sides[1]), int(sides[0])), Image.Resampling.BICUBIC)
     pixels = np.asarray(image)
     return pixels if channels == 3 else pixels[..., None]
 
@@ -544,11 +471,8 @@ def pad_images(x: Tensor, multiple: int) -> Tensor:
 def random_flips(x: Tensor) -> Tensor:
     """Mirror each image, left to right, with probability one half.
 
-    Args:
-        x: images of any dtype.
-
     Shapes:
-        x: ``(*batch, C, H, W)``.
+        x: ``(*batch, C, H, W)``, of any dtype.
 
     Raises:
         ValueError: images with less than three dimensions.

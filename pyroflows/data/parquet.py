@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -74,14 +75,13 @@ class ParquetBatches:
         if sum(self.sizes) < batch_size:
             raise ValueError(f"expected at least batch_size={batch_size} rows in {path}; got {sum(self.sizes)}")
 
-    def _open(self) -> Any:
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
         try:
-            return ParquetFile(self.path)
+            with ParquetFile(self.path) as file:
+                yield file
         except (OSError, ArrowException) as error:
-            raise self._unreadable(error) from None
-
-    def _unreadable(self, error: Exception) -> ValueError:
-        return ValueError(f"expected a Parquet file; got {self.path}: {str(error).splitlines()[0]}")
+            raise ValueError(f"expected a Parquet file; got {self.path}: {str(error).splitlines()[0]}") from None
 
     def __len__(self) -> int:
         return sum(self.sizes) // self.batch_size
@@ -108,10 +108,7 @@ class ParquetBatches:
             for group in order:
                 size = self.sizes[group]
                 if start < size and stop > 0:
-                    try:
-                        table = file.read_row_group(int(group), columns=names)
-                    except (OSError, ArrowException) as error:
-                        raise self._unreadable(error) from None
+                    table = file.read_row_group(int(group), columns=names)
                     table = table.slice(max(start, 0), min(stop, size) - max(start, 0))
                     yield np.stack([table.column(name).cast("float64", safe=False).to_numpy() for name in names], 1)
                 start, stop = start - size, stop - size

@@ -13,6 +13,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,7 +28,9 @@ from pyroflows.files import replacing
 
 __all__ = ["CellError", "TableFile", "open_table", "write_table"]
 
-_ENDINGS = (".csv", ".parquet", ".npy", ".npz")
+# The option of pandas.read_csv to read each number exactly, which is the default from pandas 3.1 on.
+_PANDAS = tuple(map(int, pd.__version__.split(".")[:2]))
+_EXACT_FLOATS: dict[str, Any] = {} if _PANDAS >= (3, 1) else {"float_precision": "round_trip"}
 # Columns that are written as integers (None), or as the labels of which their numbers are the positions.
 _Kinds = Mapping[str, Sequence[str] | None]
 
@@ -45,36 +48,28 @@ class CellError(ValueError):
 
 
 class TableFile:
-    """The numbers of a table in a file, opened by :func:`open_table`.
+    """The numbers of a table in a file, as :func:`open_table` returns it; a subclass reads one format."""
 
-    Args:
-        source: reader of the format.
-        columns: names of the columns to read, in this order; None for all.
-        categories: labels of each column of labels; None to find them.
-        dtype: dtype whose range the numbers must be in.
-    """
+    format: str
+    name: str
+    names: list[str]  # of all columns in the file
+    num_rows: int | None = None
+    named = True
 
-    def __init__(
-        self,
-        source: "_Source",
-        columns: Sequence[str] | None,
-        categories: Mapping[str, Sequence[str] | None],
-        dtype: str,
-    ):
-        self._source = source
+    def prepare(self, columns: Sequence[str] | None, categories: _Kinds, dtype: str) -> "TableFile":
+        """Choose what is read, see :func:`open_table`, and check that it is there."""
         self._dtype, self._largest = dtype, float(np.finfo(dtype).max)
-        self.name, self.num_rows, self.named = source.name, source.num_rows, source.named
-        for column, number in Counter(source.columns).items():
+        for column, number in Counter(self.names).items():
             if column and number > 1:
                 raise ValueError(f"expected columns of different names in {self.name}; got {column!r} {number} times")
         self.integers: set[str] = set()
         """The columns in which numbers that are not integers are refused."""
         self.categories = {name: list(labels or ()) for name, labels in categories.items()}
         self._found = {name for name in categories if categories[name] is None}
-        self.select(source.columns if columns is None else columns)
         self._check_names(categories)
         if self.num_rows == 0:
             raise self._no_rows()
+        return self.select(self.names if columns is None else columns)
 
     def select(self, columns: Sequence[str]) -> "TableFile":
         """Read these columns only, in this order."""
@@ -83,10 +78,9 @@ class TableFile:
         return self
 
     def _check_names(self, columns: Iterable[str]) -> None:
-        known = self._source.columns
         for column in columns:
-            if column not in known:
-                got = ", ".join(map(repr, known[:20])) + (", ..." if len(known) > 20 else "")
+            if column not in self.names:
+                got = ", ".join(map(repr, self.names[:20])) + (", ..." if len(self.names) > 20 else "")
                 raise ValueError(f"expected a column {column!r} in {self.name}; got {got}")
 
     def chunks(self, rows: int = 65536) -> Iterator[np.ndarray]:
@@ -96,13 +90,11 @@ class TableFile:
         """
         check_sizes(rows=rows)
         if "" in self.columns:
-            number = self._source.columns.index("") + 1
-            raise ValueError(
-                f"expected a name for each column of {self.name}; got none for column {number}: choose columns by name"
-            )
-        rows = max(1, min(rows, _NUMBERS // len(self._source.columns)))
+            got = f"none for column {self.names.index('') + 1}: choose columns by name"
+            raise ValueError(f"expected a name for each column of {self.name}; got {got}")
+        rows = max(1, min(rows, _NUMBERS // len(self.names)))
         start = 0
-        for frame in self._source.frames(rows, self.columns, self.categories):
+        for frame in self._frames(rows, self.columns, self.categories):
             if len(frame):
                 yield self._numbers(frame, start)
                 start += len(frame)
@@ -130,9 +122,8 @@ class TableFile:
         if name in self._found:
             known += [label for label in labels.dropna().unique() if label not in known]
             if len(known) > _MAX_CATEGORIES:
-                raise ValueError(
-                    f"expected at most {_MAX_CATEGORIES} categories in column {name!r} of {self.name}; got more"
-                )
+                expected = f"expected at most {_MAX_CATEGORIES} categories in column {name!r} of {self.name}"
+                raise ValueError(f"{expected}; got more")
         return labels.map({label: code for code, label in enumerate(known)}).astype(np.float64)
 
     def _refusal(self, cell: Any, name: str, row: int) -> CellError:
@@ -150,12 +141,24 @@ class TableFile:
             known = self.categories[name]
             expected = "labels" if missing else "one of the categories " + ", ".join(map(repr, known[:10]))
             expected += ", ..." if len(known) > 10 and not missing else ""
-        line = self._source.line(row)
+        line = self._line(row)
         place = f"row {row + 1}" if line is None else f"row {row + 1} (line {line})"
         return CellError(f"expected {expected} in column {name!r} of {self.name}; got {got} in {place}", name, is_text)
 
     def _no_rows(self) -> ValueError:
         return ValueError(f"expected at least one row in {self.name}; got none")
+
+    def _unreadable(self, reason: object) -> ValueError:
+        text = " ".join(str(reason).split()).rstrip(".") or type(reason).__name__
+        return ValueError(f"expected {self.format}; got {self.name}, which is not a valid one ({text})")
+
+    def _frames(self, rows: int, columns: list[str], labels: Iterable[str]) -> Iterator[Any]:
+        """Yield the columns of at most ``rows`` rows at a time; ``labels`` are columns of text."""
+        raise NotImplementedError
+
+    def _line(self, row: int) -> int | None:
+        """Return the line of a row in a file of text, to say where something is."""
+        return None
 
 
 def open_table(
@@ -200,16 +203,14 @@ def open_table(
     array: str | None = None
     if ".npz:" in text and not os.path.exists(text):
         text, _, array = text.rpartition(":")
-    source: _Source
-    if text == "-":
-        source = _Csv(None)
-    elif _ending(text) == ".csv":
-        source = _Csv(Path(text))
+    table: TableFile
+    if text == "-" or _ending(text) == ".csv":
+        table = _Csv(None if text == "-" else Path(text))
     elif _ending(text) == ".parquet":
-        source = _Parquet(Path(text))
+        table = _Parquet(Path(text))
     else:
-        source = _Array(Path(text), array)
-    return TableFile(source, columns, categories or {}, dtype)
+        table = _Array(Path(text), array)
+    return table.prepare(columns, categories or {}, dtype)
 
 
 def write_table(
@@ -259,128 +260,101 @@ def write_table(
             rows += len(chunk)
             yield chunk
 
-    with _writing(text) as file:
-        write(file, columns, checked(), kinds)
+    if text == "-":
+        sys.stdout.flush()
+        write(sys.stdout.buffer, columns, checked(), kinds)
+        sys.stdout.buffer.flush()
+    else:
+        with replacing(text) as file:
+            write(file, columns, checked(), kinds)
     return rows
 
 
-class _Source:
-    """A reader of one format: the columns of a file, and its rows as data frames."""
-
-    name: str
-    columns: list[str]
-    num_rows: int | None = None
-    named = True
-    format: str
-
-    def frames(self, rows: int, columns: list[str], labels: Iterable[str]) -> Iterator[Any]:
-        """Yield the columns of at most ``rows`` rows at a time; ``labels`` are columns of text."""
-        raise NotImplementedError
-
-    def line(self, row: int) -> int | None:
-        """Return the line of a row in a file of text, to say where something is."""
-        return None
-
-    def unreadable(self, reason: object) -> ValueError:
-        text = " ".join(str(reason).split()).rstrip(".") or type(reason).__name__
-        return ValueError(f"expected {self.format}; got {self.name}, which is not a valid one ({text})")
-
-
-class _Csv(_Source):
+class _Csv(TableFile):
     """Rows of text below a line of names, from a file, or from standard input if there is none."""
 
     format = "a CSV file in UTF-8"
 
     def __init__(self, path: Path | None):
-        self.path = path
+        self.path: Any = path
         self.name = "standard input" if path is None else path.name
-        file = self._open()
-        try:
-            self.columns = next(csv.reader(file), [])
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise self.unreadable(error) from None
-        finally:
-            if path is not None:
-                file.close()
-        self.standard_input = file if path is None else None
-        if not self.columns:
+        self.standard_input = None if path else io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig", newline="")
+        with self._open() as file:
+            self.names = next(csv.reader(file), [])
+        if not self.names:
             raise ValueError(f"expected a first line of column names in {self.name}; got none")
-        if len(self.columns) == 1 and re.search("[;\t]", self.columns[0]):
-            raise ValueError(f"expected commas between the cells of {self.name}; got a first line {self.columns[0]!r}")
-        numbered = [str(place) for place in range(len(self.columns))]
-        if self.columns != numbered and all(map(_is_number, self.columns)):
-            got = ", ".join(self.columns[:5])
+        if len(self.names) == 1 and re.search("[;\t]", self.names[0]):
+            raise ValueError(f"expected commas between the cells of {self.name}; got a first line {self.names[0]!r}")
+        numbered = [str(place) for place in range(len(self.names))]
+        if self.names != numbered and all(map(_is_number, self.names)):
+            got = ", ".join(self.names[:5])
             raise ValueError(f"expected a first line of column names in {self.name}; got numbers: {got}")
 
-    def frames(self, rows: int, columns: list[str], labels: Iterable[str]) -> Iterator[Any]:
-        file = self.standard_input or self._open()
-        if self.path is not None:
-            next(csv.reader(file))
+    def _frames(self, rows: int, columns: list[str], labels: Iterable[str]) -> Iterator[Any]:
         warned = pd.errors.ParserWarning
-        try:
-            chunks = pd.read_csv(
-                file,
-                names=range(len(self.columns)),
-                header=None,
-                index_col=False,
-                **_exact_floats(),
-                dtype={self.columns.index(name): str for name in labels},
-                chunksize=rows,
-                low_memory=False,  # one type for all cells of a chunk
-                skip_blank_lines=len(self.columns) > 1,  # in a single column they are missing values
-            )
-            places = [self.columns.index(name) for name in columns]
-            while True:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("error", warned)
-                    chunk = next(chunks, None)
-                if chunk is None:
-                    return
-                yield chunk[places]
-        except (pd.errors.ParserError, warned) as error:
-            raise self._ragged(error) from None
-        except UnicodeDecodeError as error:
-            raise self.unreadable(error) from None
-        finally:
-            if self.path is not None:
-                file.close()
+        with self._open() as file:
+            if file is not self.standard_input:
+                next(csv.reader(file))
+            try:
+                chunks = pd.read_csv(
+                    file,
+                    names=range(len(self.names)),
+                    header=None,
+                    index_col=False,
+                    **_EXACT_FLOATS,
+                    dtype={self.names.index(name): str for name in labels},
+                    chunksize=rows,
+                    low_memory=False,  # one type for all cells of a chunk
+                    skip_blank_lines=len(self.names) > 1,  # in a single column they are missing values
+                )
+                places = [self.names.index(name) for name in columns]
+                while True:
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("error", warned)
+                        chunk = next(chunks, None)
+                    if chunk is None:
+                        return
+                    yield chunk[places]
+            except (pd.errors.ParserError, warned) as error:
+                raise self._ragged(error) from None
 
-    def line(self, row: int) -> int | None:
-        for number, line, _ in self._records():
-            if number == row:
-                return line
-        return None
+    def _line(self, row: int) -> int | None:
+        return next((line for number, line, _ in self._records() if number == row), None)
 
     def _records(self) -> Iterator[tuple[int, int, list[str]]]:
         """Yield number, last line and cells of each row; slow, used to say where something is."""
-        if self.path is None:
+        if self.standard_input is not None:
             return
         with self._open() as file:
             reader = csv.reader(file)
             next(reader)
-            number = 0
-            for cells in reader:
-                if cells or len(self.columns) == 1:
-                    yield number, reader.line_num, cells
-                    number += 1
+            for number, cells in enumerate(cells for cells in reader if cells or len(self.names) == 1):
+                yield number, reader.line_num, cells
 
     def _ragged(self, error: Exception) -> ValueError:
-        expected = f"expected {len(self.columns)} cells in each row of {self.name}, as in its first line"
+        expected = f"expected {len(self.names)} cells in each row of {self.name}, as in its first line"
         for row, line, cells in self._records():
-            if len(cells) > len(self.columns):
+            if len(cells) > len(self.names):
                 return ValueError(f"{expected}; got {len(cells)} in row {row + 1} (line {line})")
         place = re.search(r"in line (\d+), saw (\d+)", str(error))
         if place:
             return ValueError(f"{expected}; got {place[2]} in row {place[1]}")
-        return ValueError(f"{expected}; got more") if isinstance(error, Warning) else self.unreadable(error)
+        return ValueError(f"{expected}; got more") if isinstance(error, Warning) else self._unreadable(error)
 
-    def _open(self) -> Any:
-        if self.path is None:
-            return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig", newline="")
-        return self.path.open(encoding="utf-8-sig", newline="")
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
+        """Yield the text from its start, or what is left of standard input, which stays open."""
+        file = self.standard_input or self.path.open(encoding="utf-8-sig", newline="")
+        try:
+            yield file
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise self._unreadable(error) from None
+        finally:
+            if file is not self.standard_input:
+                file.close()
 
 
-class _Parquet(_Source):
+class _Parquet(TableFile):
     """The columns of a Parquet file, row group by row group."""
 
     format = "a Parquet file"
@@ -388,38 +362,43 @@ class _Parquet(_Source):
     def __init__(self, path: Path):
         self.path, self.name = path, path.name
         with self._open() as file:
-            self.columns = list(file.schema_arrow.names)
+            self.names = list(file.schema_arrow.names)
             self.num_rows = file.metadata.num_rows
 
-    def frames(self, rows: int, columns: list[str], labels: Iterable[str]) -> Iterator[Any]:
+    def _frames(self, rows: int, columns: list[str], labels: Iterable[str]) -> Iterator[Any]:
         with self._open() as file:
-            try:
-                for batch in file.iter_batches(rows, columns=columns, use_threads=False):
-                    yield batch.select(columns).to_pandas()
-            except (pa.ArrowException, OSError, ValueError) as error:
-                raise self.unreadable(error) from None
+            for batch in file.iter_batches(rows, columns=columns, use_threads=False):
+                yield batch.select(columns).to_pandas()
 
-    def _open(self) -> Any:
-        _check_access(self.path)
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
+        self.path.open("rb").close()  # raises the system's error
         try:
-            return parquet.ParquetFile(self.path, buffer_size=2**20, pre_buffer=False)
+            with parquet.ParquetFile(self.path, buffer_size=2**20, pre_buffer=False) as file:
+                yield file
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise self.unreadable(error) from None
+            raise self._unreadable(error) from None
 
 
-class _Array(_Source):
+class _Array(TableFile):
     """The rows of an array in an NPY file, or in an NPZ archive, where they are unpacked as they are read."""
 
     def __init__(self, path: Path, array: str | None):
         self.path, self.name, self.array = path, path.name, None
         self.format = f"an array of numbers in an {path.suffix[1:].upper()} file"
-        _check_access(path)
+        path.open("rb").close()  # raises the system's error
         if _ending(path.name) == ".npz":
             self.array = self._choose(array)
             self.name = f"{path.name}:{self.array}"
         with self._open() as (_, shape, _, dtype):
-            sketch = np.empty((0, *shape[1:]), dtype) if shape else np.empty((), dtype)
-        self.columns, self.named = _columns_of(sketch, self.name)
+            pass
+        if dtype.hasobject:
+            got = "one of Python objects, which are not unpickled"
+            raise ValueError(f"expected an array of numbers in {self.name}; got {got}")
+        self.named = dtype.names is not None and len(shape) == 1
+        if not self.named and (len(shape) not in (1, 2) or not all(shape[1:])):
+            raise ValueError(f"expected an array of shape (rows, columns) in {self.name}; got {shape}")
+        self.names = list(dtype.names or ()) if self.named else [str(place) for place in range(math.prod(shape[1:]))]
         self.num_rows = shape[0]
 
     def _choose(self, array: str | None) -> str:
@@ -428,7 +407,7 @@ class _Array(_Source):
             with zipfile.ZipFile(self.path) as archive:
                 arrays = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
         except Exception as error:  # what is raised depends on which byte is wrong
-            raise self.unreadable(error) from None
+            raise self._unreadable(error) from None
         if array is None and len(arrays) == 1:
             return arrays[0]
         if array not in arrays:
@@ -436,26 +415,27 @@ class _Array(_Source):
             raise ValueError(f"expected one array in {self.name}, or its name, as in {self.name}:name; got {got}")
         return array
 
-    def frames(self, rows: int, columns: list[str], labels: Iterable[str]) -> Iterator[Any]:
+    def _frames(self, rows: int, columns: list[str], labels: Iterable[str]) -> Iterator[Any]:
         with self._open() as (file, shape, by_column, dtype):
-            array: np.ndarray | None = None
+            stored: np.ndarray | None = None
             if by_column and self.array is None:
-                array = np.memmap(self.path, dtype, "r", file.tell(), shape, "F")
+                stored = np.memmap(self.path, dtype, "r", file.tell(), shape, "F")
             elif by_column:
-                array = self._read(file, shape, dtype).reshape(shape[::-1]).T
+                stored = _read(file, shape, dtype).reshape(shape[::-1]).T
             for start in range(0, shape[0], rows):
-                number = min(rows, shape[0] - start)
-                if array is None:
-                    chunk = self._read(file, (number, *shape[1:]), dtype)
+                size = (min(rows, shape[0] - start), *shape[1:])
+                chunk = _read(file, size, dtype) if stored is None else stored[start : start + size[0]]
+                chunk = chunk.astype(dtype.newbyteorder("="), copy=False)  # pandas 2 takes no other byte order
+                if self.named:
+                    yield pd.DataFrame({name: chunk[name] for name in columns})
                 else:
-                    chunk = array[start : start + number]
-                yield _frame(chunk, self.columns)[columns]
+                    yield pd.DataFrame(chunk.reshape(size[0], -1), columns=self.names, copy=False)[columns]
 
     @contextmanager
     def _open(self) -> Iterator[tuple[IO[bytes], tuple[int, ...], bool, np.dtype]]:
         """Yield the array's file, behind the header, with its shape, whether it is stored by column, and its dtype."""
-        with ExitStack() as stack:
-            try:
+        try:
+            with ExitStack() as stack:
                 if self.array is None:
                     file: IO[bytes] = stack.enter_context(self.path.open("rb"))
                     size = self.path.stat().st_size
@@ -463,52 +443,23 @@ class _Array(_Source):
                     archive = stack.enter_context(zipfile.ZipFile(self.path))
                     file = stack.enter_context(archive.open(f"{self.array}.npy"))
                     size = archive.getinfo(f"{self.array}.npy").file_size
-                version = np.lib.format.read_magic(file)
-                header = (
-                    np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                )
-                shape, by_column, dtype = header(file)
+                first = np.lib.format.read_magic(file) == (1, 0)
+                read_header = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+                shape, by_column, dtype = read_header(file)
                 if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > size - file.tell():
                     raise ValueError("it is truncated")
-            except Exception as error:  # what is raised depends on which byte is wrong
-                raise self.unreadable(error) from None
-            yield file, shape, by_column, dtype
-
-    def _read(self, file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        try:
-            return np.frombuffer(file.read(math.prod(shape) * dtype.itemsize), dtype).reshape(shape)
-        except Exception as error:
-            raise self.unreadable(error) from None
+                yield file, shape, by_column, dtype
+        except Exception as error:  # what is raised depends on which byte is wrong
+            raise self._unreadable(error) from None
 
 
-def _columns_of(array: np.ndarray, name: str) -> tuple[list[str], bool]:
-    """Return the names of an array's columns, and whether the file names them."""
-    if array.dtype.hasobject:
-        raise ValueError(f"expected an array of numbers in {name}; got one of Python objects, which are not unpickled")
-    if array.dtype.names and array.ndim == 1:
-        return list(array.dtype.names), True
-    if array.ndim not in (1, 2) or (array.ndim == 2 and not array.shape[1]):
-        raise ValueError(f"expected an array of shape (rows, columns) in {name}; got {array.shape}")
-    return [str(place) for place in range(1 if array.ndim == 1 else array.shape[1])], False
-
-
-def _exact_floats() -> dict[str, Any]:
-    """Return the option with which ``pandas.read_csv`` reads each number exactly, the default from pandas 3.1 on."""
-    version = tuple(map(int, pd.__version__.split(".")[:2]))
-    return {} if version >= (3, 1) else {"float_precision": "round_trip"}
-
-
-def _frame(array: np.ndarray[Any, Any], columns: list[str]) -> Any:
-    array = array.astype(array.dtype.newbyteorder("="), copy=False)  # pandas 2 takes no other byte order
-    if array.dtype.names:
-        return pd.DataFrame({name: array[name] for name in columns})
-    return pd.DataFrame(array.reshape(len(array), -1), columns=columns, copy=False)
+def _read(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    return np.frombuffer(file.read(math.prod(shape) * dtype.itemsize), dtype).reshape(shape)
 
 
 def _as_numbers(cells: Any) -> Any:
     """Return cells as float64, with nan for a cell that is not a number, or that a float64 does not hold exactly."""
-
-    if cells.dtype.kind == "f" or cells.dtype.kind == "b":
+    if cells.dtype.kind in "fb":
         return cells.to_numpy(np.float64)
     if cells.dtype.kind in "iu":
         numbers = cells.to_numpy(np.float64)
@@ -532,28 +483,11 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _check_access(path: Path) -> None:
-    """Raise the system's error if a file is not there or cannot be read."""
-    path.open("rb").close()
-
-
 def _ending(path: str) -> str:
     ending = Path(path).suffix.lower()
-    if ending not in _ENDINGS:
-        raise ValueError(f"expected a table that ends in {', '.join(_ENDINGS)}, or '-' for CSV; got {path}")
+    if ending not in _WRITERS:
+        raise ValueError(f"expected a table that ends in {', '.join(_WRITERS)}, or '-' for CSV; got {path}")
     return ending
-
-
-@contextmanager
-def _writing(path: str) -> Iterator[Any]:
-    """Yield a binary file that replaces the one of the path when it is complete, or standard output."""
-    if path != "-":
-        with replacing(path) as file:
-            yield file
-        return
-    sys.stdout.flush()
-    yield sys.stdout.buffer
-    sys.stdout.buffer.flush()
 
 
 def _arrow(chunk: np.ndarray, columns: list[str], kinds: _Kinds) -> Any:
@@ -579,33 +513,35 @@ def _write_csv(file: IO[bytes], columns: list[str], chunks: Iterable[Any], kinds
 
 
 def _write_parquet(file: IO[bytes], columns: list[str], chunks: Iterable[Any], kinds: _Kinds) -> None:
-    writer = None
-    try:
-        for chunk in chunks:
-            rows = _arrow(chunk, columns, kinds)
-            writer = writer or parquet.ParquetWriter(file, rows.schema)
-            writer.write_table(rows)
-        writer = writer or parquet.ParquetWriter(file, _arrow(np.empty((0, len(columns))), columns, kinds).schema)
-    finally:
-        if writer is not None:
-            writer.close()
+    first, rest = _first(columns, chunks)
+    table = _arrow(first, columns, kinds)
+    with parquet.ParquetWriter(file, table.schema) as writer:
+        writer.write_table(table)
+        for chunk in rest:
+            writer.write_table(_arrow(chunk, columns, kinds))
 
 
 def _write_npy(file: IO[bytes], columns: list[str], chunks: Iterable[Any], kinds: _Kinds) -> None:
-    def write_header(rows: int, dtype: np.dtype) -> None:
+    first, rest = _first(columns, chunks)
+
+    def write_header(rows: int) -> None:
         # It leaves room for a longer number of rows, so that its length stays the same.
-        header = {"descr": dtype.str, "fortran_order": False, "shape": (rows, len(columns))}
+        header = {"descr": first.dtype.str, "fortran_order": False, "shape": (rows, len(columns))}
         np.lib.format.write_array_header_1_0(file, header)
 
-    rows, dtype = 0, None
-    for chunk in chunks:
-        if dtype is None:
-            dtype = chunk.dtype
-            write_header(0, dtype)
-        file.write(np.ascontiguousarray(chunk, dtype).data)
+    write_header(0)
+    rows = 0
+    for chunk in chain([first], rest):
+        file.write(np.ascontiguousarray(chunk, first.dtype).data)
         rows += len(chunk)
     file.seek(0)
-    write_header(rows, dtype or np.dtype(np.float64))
+    write_header(rows)
+
+
+def _first(columns: list[str], chunks: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
+    """Return the first chunk, which says the types of all, and the others."""
+    rest = iter(chunks)
+    return next(rest, np.empty((0, len(columns)))), rest
 
 
 def _write_npz(file: IO[bytes], columns: list[str], chunks: Iterable[Any], kinds: _Kinds) -> None:

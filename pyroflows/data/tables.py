@@ -2,15 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyroflows.arguments import check_finite, check_option
-from pyroflows.data.split import PARTS, split_rows
 
-__all__ = ["TABLES", "Table", "load_table", "make_table", "mean_and_scale"]
+__all__ = ["PARTS", "TABLES", "Table", "load_table", "make_table", "mean_and_scale", "read_npz", "split_rows"]
+
+PARTS = ("train", "validation", "test")
 
 TABLES: tuple[str, ...] = ("breast_cancer", "diabetes", "digits", "iris", "linnerud", "wine")
 """The names that ``load_table`` knows."""
@@ -23,9 +26,7 @@ class Table:
     Args:
         name: name of the table.
         columns: a name for each column.
-        train: rows to train on, of shape ``(rows, features)``.
-        validation: rows for validation.
-        test: rows to test on.
+        train, validation, test: rows of each part, of shape ``(rows, features)``.
         mean: subtracted from every row, of shape ``(features,)``, float64.
         scale: divisor of the difference, of shape ``(features,)``, float64.
         labels: class of every row for each part, int64; None if there are no classes.
@@ -83,11 +84,9 @@ def make_table(
 
     Args:
         x: the rows.
-        name: name of the table.
-        columns: a name for each column; None numbers them.
+        name, columns: of the table; None numbers the columns.
         labels: class of every row.
-        test: fraction of all rows to test on.
-        validation: fraction of all rows for validation.
+        test, validation: fractions of all rows.
         standardize: whether to standardize; otherwise the mean is 0 and the scale 1.
         seed: of the split.
         dtype: dtype of the rows.
@@ -99,11 +98,8 @@ def make_table(
         ValueError: the rows are not a finite matrix, or names, labels or fractions do not fit them.
 
     Example:
-        >>> table = make_table(torch.arange(20.0).reshape(10, 2))
-        >>> table
+        >>> make_table(torch.arange(20.0).reshape(10, 2))
         Table('table', features=2, train=7, validation=1, test=2)
-        >>> bool(table.train.mean().abs() < 1e-6)
-        True
     """
     rows = np.asarray(x.detach().cpu().double() if isinstance(x, Tensor) else x, dtype=np.float64)
     if rows.ndim != 2 or not rows.size:
@@ -130,16 +126,8 @@ def make_table(
     )
 
 
-def load_table(
-    name: str,
-    *,
-    test: float = 0.2,
-    validation: float = 0.1,
-    standardize: bool = True,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-) -> Table:
-    """Load one of scikit-learn's bundled tables, see :func:`make_table` for the other options.
+def load_table(name: str, **options: Any) -> Table:
+    """Load one of scikit-learn's bundled tables.
 
     The classification tables (breast_cancer, digits, iris, wine) have their classes as labels; the regression tables
     (diabetes, in its original units, and linnerud) have their targets as last columns. No column is dropped: one that
@@ -147,11 +135,7 @@ def load_table(
 
     Args:
         name: one of ``TABLES``.
-        test: fraction of all rows to test on.
-        validation: fraction of all rows for validation.
-        standardize: whether to standardize.
-        seed: of the split.
-        dtype: dtype of the rows.
+        options: ``test``, ``validation``, ``standardize``, ``seed`` and ``dtype`` of :func:`make_table`.
 
     Raises:
         ValueError: there is no such table, or the fractions leave no training row.
@@ -170,14 +154,29 @@ def load_table(
         rows = np.column_stack((rows, bunch.target))
         columns += ["progression"] if name == "diabetes" else list(bunch.target_names)
         labels = None
-    return make_table(
-        rows,
-        name=name,
-        columns=columns,
-        labels=labels,
-        test=test,
-        validation=validation,
-        standardize=standardize,
-        seed=seed,
-        dtype=dtype,
-    )
+    return make_table(rows, name=name, columns=columns, labels=labels, **options)
+
+
+def read_npz(path: Path, names: Sequence[str], what: str) -> dict[str, np.ndarray]:
+    """Read arrays by name."""
+    if not path.is_file():
+        raise FileNotFoundError(f"expected {what} in the file {path}; got no such file")
+    with np.load(path) as arrays:
+        missing = [name for name in names if name not in arrays]
+        if missing:
+            raise ValueError(f"expected an array named {missing[0]} in {path}; got {', '.join(arrays)}")
+        return {name: arrays[name] for name in names}
+
+
+def split_rows(rows: int, test: float, validation: float, seed: int, what: str = "row") -> dict[str, Tensor]:
+    """Return the positions, int64, of the rows of each part, given the fractions to test on and for validation."""
+    if not (test >= 0 and validation >= 0 and test + validation < 1):
+        raise ValueError(
+            f"expected fractions test and validation of at least 0, together below 1; got {test!r} and {validation!r}"
+        )
+    tested, held_out = round(test * rows), round(validation * rows)
+    trained = rows - tested - held_out
+    if trained < 1:
+        raise ValueError(f"expected fractions that leave a train {what}; got {test!r} and {validation!r} of {rows}")
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    return dict(zip(PARTS, order.split([trained, held_out, tested]), strict=True))

@@ -2,13 +2,14 @@
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Generator, Size, Tensor
+from torch.distributions import MultivariateNormal
 
-from pyroflows.arguments import check_counts, check_event, check_number, check_sizes
+from pyroflows.arguments import check_counts, check_event, check_integer, check_number, check_sizes
 
 __all__ = [
     "TOY_DENSITIES",
@@ -25,28 +26,20 @@ __all__ = [
 LOG_2PI = math.log(2 * math.pi)
 
 
-def _check_positive(**values: float) -> None:
-    for name, value in values.items():
-        check_number(name, value, "(0, inf)")
+def _uniform(generator: Generator | None, *shape: int) -> Tensor:
+    return torch.rand(shape, generator=generator, dtype=torch.float64)
 
 
-def _generator(seed: int | None) -> Generator | None:
-    if seed is None:
-        return None
-    check_counts(seed=seed)
-    return Generator().manual_seed(seed)
+def _normal(generator: Generator | None, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def _uniform(n: int, generator: Generator | None) -> Tensor:
-    return torch.rand(n, generator=generator, dtype=torch.float64)
-
-
-def _normal(n: int, features: int, generator: Generator | None) -> Tensor:
-    return torch.randn(n, features, generator=generator, dtype=torch.float64)
-
-
-def _choice(n: int, choices: int, generator: Generator | None) -> Tensor:
+def _choice(generator: Generator | None, n: int, choices: int) -> Tensor:
     return torch.randint(choices, (n,), generator=generator)
+
+
+def _either(first: Tensor, second: Tensor, generator: Generator | None) -> Tensor:
+    return torch.where(_choice(generator, len(first), 2)[:, None] == 0, first, second)
 
 
 def _polar(radius: Tensor, angle: Tensor) -> Tensor:
@@ -62,19 +55,10 @@ def _quadrature(end: float, width: float) -> tuple[Tensor, Tensor]:
     return ((starts[:, None] + (nodes + 1) / 2) * step).flatten(), (weights * step / 2).repeat(panels)
 
 
-def _log_prob_around(x: Tensor, points: Tensor, log_weights: Tensor, noise: float) -> Tensor:
-    """Return the log-density of weighted points, (m, 2), each blurred by a normal of standard deviation ``noise``."""
-    points, log_weights = points.to(x.device) / noise, log_weights.to(x.device)
-    x = x / noise
-    # With the square expanded, the (n, points) numbers come from one matrix product.
-    constants = log_weights - points.square().sum(-1) / 2
-    parts = x.split(max(1, 2**18 // len(points)))  # small enough for the processor's cache
-    log_sums = torch.cat([torch.logsumexp(torch.addmm(constants, part, points.T), -1) for part in parts])
-    return log_sums - x.square().sum(-1) / 2 - LOG_2PI - 2 * math.log(noise)
-
-
 class ToyDensity:
     """A density with seeded samples and an exact log-density; a subclass defines ``_draw`` and ``_log_density``.
+
+    The parameters of the densities here must be positive, and a seed at least 0: a ValueError says which is not.
 
     Example:
         >>> class Square(ToyDensity):
@@ -93,7 +77,7 @@ class ToyDensity:
         return 2
 
     def sample(self, n: int, *, seed: int | None = None) -> Tensor:
-        """Draw ``n`` independent points.
+        """Draw independent points.
 
         Args:
             n: number of points.
@@ -106,7 +90,9 @@ class ToyDensity:
             ValueError: ``n`` is not a positive integer, or ``seed`` not a non-negative one.
         """
         check_sizes(n=n)
-        return self._draw(n, _generator(seed)).float()
+        if seed is not None:
+            check_counts(seed=seed)
+        return self._draw(n, None if seed is None else Generator().manual_seed(seed)).float()
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Return the log-density in nats, computed in float64 and returned in the dtype of ``x``; it has gradients.
@@ -132,8 +118,46 @@ class ToyDensity:
         raise NotImplementedError(f"{type(self).__name__} must define _log_density(x)")
 
 
+class _Parametric(ToyDensity):
+    """A density whose parameters are the fields of a dataclass: positive numbers, and a seed of at least 0."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if field.type is int:
+                check_integer(field.name, value, 0 if field.name == "seed" else 1)
+            else:
+                check_number(field.name, value, "(0, inf)")
+
+
 @dataclass(frozen=True)
-class TwoMoons(ToyDensity):
+class _Blurred(_Parametric):
+    """Weighted points in the plane, each blurred by a normal of standard deviation ``noise``."""
+
+    noise: float
+
+    def _draw_point(self, n: int, generator: Generator | None) -> Tensor:
+        raise NotImplementedError
+
+    def _points(self) -> tuple[Tensor, Tensor]:
+        """Return the points, (m, 2), of a mixture or a quadrature, and the logarithms of their weights, (m,)."""
+        raise NotImplementedError
+
+    def _draw(self, n: int, generator: Generator | None) -> Tensor:
+        return self._draw_point(n, generator) + self.noise * _normal(generator, n, 2)
+
+    def _log_density(self, x: Tensor) -> Tensor:
+        points, log_weights = (values.to(x.device) for values in self._points())
+        points, x = points / self.noise, x / self.noise
+        # With the square expanded, the (n, points) numbers come from one matrix product.
+        constants = log_weights - points.square().sum(-1) / 2
+        parts = x.split(max(1, 2**18 // len(points)))  # small enough for the processor's cache
+        log_sums = torch.cat([torch.logsumexp(torch.addmm(constants, part, points.T), -1) for part in parts])
+        return log_sums - x.square().sum(-1) / 2 - LOG_2PI - 2 * math.log(self.noise)
+
+
+@dataclass(frozen=True)
+class TwoMoons(_Blurred):
     r"""Two interleaved half circles of radius 1, blurred by normal noise; at noise 0.05 the entropy is 0.289 nats.
 
     The arcs are those of scikit-learn's ``make_moons``, with random angles instead of a grid, so that points are
@@ -144,12 +168,6 @@ class TwoMoons(ToyDensity):
     Args:
         noise: the standard deviation of the noise.
 
-    Shapes:
-        samples: ``(n, 2)``.
-
-    Raises:
-        ValueError: ``noise`` is not a positive number.
-
     Example:
         >>> moons = TwoMoons(noise=0.05)
         >>> x = moons.sample(2000, seed=0)
@@ -159,27 +177,20 @@ class TwoMoons(ToyDensity):
 
     noise: float = 0.05
 
-    def __post_init__(self) -> None:
-        _check_positive(noise=self.noise)
-
-    @staticmethod
-    def _arcs(t: Tensor) -> tuple[Tensor, Tensor]:
-        outer = torch.stack((t.cos(), t.sin()), -1)
+    def _curves(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        outer = _polar(torch.ones_like(t), t)
         return outer, t.new_tensor([1.0, 0.5]) - outer
 
-    def _draw(self, n: int, generator: Generator | None) -> Tensor:
-        outer, inner = self._arcs(math.pi * _uniform(n, generator))
-        centres = torch.where(_choice(n, 2, generator)[:, None] == 0, outer, inner)
-        return centres + self.noise * _normal(n, 2, generator)
+    def _draw_point(self, n: int, generator: Generator | None) -> Tensor:
+        return _either(*self._curves(math.pi * _uniform(generator, n)), generator)
 
-    def _log_density(self, x: Tensor) -> Tensor:
+    def _points(self) -> tuple[Tensor, Tensor]:
         t, weights = _quadrature(math.pi, self.noise)
-        log_weights = weights.log() - math.log(2 * math.pi)
-        return _log_prob_around(x, torch.cat(self._arcs(t)), log_weights.repeat(2), self.noise)
+        return torch.cat(self._curves(t)), (weights.log() - math.log(2 * math.pi)).repeat(2)
 
 
 @dataclass(frozen=True)
-class Circles(ToyDensity):
+class Circles(_Blurred):
     r"""Two circles about the origin, of radius 1 and ``factor``, blurred by normal noise.
 
     The density of a blurred circle of radius R is known in closed form:
@@ -190,12 +201,6 @@ class Circles(ToyDensity):
         noise: the standard deviation of the noise.
         factor: the radius of the inner circle, between 0 and 1.
 
-    Shapes:
-        samples: ``(n, 2)``.
-
-    Raises:
-        ValueError: ``noise`` is not a positive number, or ``factor`` not between 0 and 1.
-
     Example:
         >>> Circles(factor=0.5).sample(3, seed=0).shape
         torch.Size([3, 2])
@@ -205,14 +210,13 @@ class Circles(ToyDensity):
     factor: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_positive(noise=self.noise)
+        super().__post_init__()
         if not 0 < self.factor < 1:
             raise ValueError(f"expected factor to be between 0 and 1; got {self.factor!r}")
 
-    def _draw(self, n: int, generator: Generator | None) -> Tensor:
-        angle = 2 * math.pi * _uniform(n, generator)
-        radius = torch.tensor([1.0, self.factor], dtype=torch.float64)[_choice(n, 2, generator)]
-        return _polar(radius, angle) + self.noise * _normal(n, 2, generator)
+    def _draw_point(self, n: int, generator: Generator | None) -> Tensor:
+        outer = _polar(torch.ones(n).double(), 2 * math.pi * _uniform(generator, n))
+        return _either(outer, self.factor * outer, generator)
 
     def _log_density(self, x: Tensor) -> Tensor:
         variance = self.noise**2
@@ -224,7 +228,7 @@ class Circles(ToyDensity):
 
 
 @dataclass(frozen=True)
-class Spirals(ToyDensity):
+class Spirals(_Blurred):
     r"""Two spiral arms from the origin, each the other turned by half a turn, blurred by normal noise.
 
     The arms are those of FFJORD's ``2spirals``, without its second, uniform noise, so that the density is an integral
@@ -236,12 +240,6 @@ class Spirals(ToyDensity):
     Args:
         noise: the standard deviation of the noise.
         turns: number of turns of an arm around the origin.
-
-    Shapes:
-        samples: ``(n, 2)``.
-
-    Raises:
-        ValueError: ``noise`` or ``turns`` is not a positive number.
 
     References:
         FFJORD: Free-form Continuous Dynamics for Scalable Reversible Generative Models,
@@ -255,36 +253,23 @@ class Spirals(ToyDensity):
     noise: float = 0.1
     turns: float = 1.5
 
-    def __post_init__(self) -> None:
-        _check_positive(noise=self.noise, turns=self.turns)
+    def _curves(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        arm = _polar(t / 3, math.pi - t)
+        return arm, -arm
 
-    @property
-    def _end(self) -> float:
-        return 2 * math.pi * self.turns
+    def _draw_point(self, n: int, generator: Generator | None) -> Tensor:
+        return _either(*self._curves(2 * math.pi * self.turns * _uniform(generator, n).sqrt()), generator)
 
-    @staticmethod
-    def _arm(t: Tensor) -> Tensor:
-        return _polar(t / 3, math.pi - t)
-
-    def _draw(self, n: int, generator: Generator | None) -> Tensor:
-        arm = self._arm(self._end * _uniform(n, generator).sqrt())
-        centres = torch.where(_choice(n, 2, generator)[:, None] == 0, arm, -arm)
-        return centres + self.noise * _normal(n, 2, generator)
-
-    def _log_density(self, x: Tensor) -> Tensor:
-        fastest = math.hypot(1, self._end) / 3
-        t, weights = _quadrature(self._end, self.noise / fastest)
-        arm = self._arm(t)
-        log_weights = (weights * t).log() - 2 * math.log(self._end)
-        return _log_prob_around(x, torch.cat((arm, -arm)), log_weights.repeat(2), self.noise)
+    def _points(self) -> tuple[Tensor, Tensor]:
+        end = 2 * math.pi * self.turns
+        fastest = math.hypot(1, end) / 3
+        t, weights = _quadrature(end, self.noise / fastest)
+        return torch.cat(self._curves(t)), ((weights * t).log() - 2 * math.log(end)).repeat(2)
 
 
 @dataclass(frozen=True)
 class Checkerboard(ToyDensity):
-    """The uniform density on every other cell of a 4x4 board with cells of side 2; its entropy is ln 32 nats.
-
-    Shapes:
-        samples: ``(n, 2)``, between -4 and 4.
+    """The uniform density on every other cell, of side 2, of a 4x4 board around the origin; its entropy is ln 32 nats.
 
     Example:
         >>> Checkerboard().log_prob(torch.tensor([[-3.0, -3.0], [-1.0, -3.0]]))
@@ -292,10 +277,10 @@ class Checkerboard(ToyDensity):
     """
 
     def _draw(self, n: int, generator: Generator | None) -> Tensor:
-        column = _choice(n, 4, generator)
-        row = 2 * _choice(n, 2, generator) + column % 2
+        column = _choice(generator, n, 4)
+        row = 2 * _choice(generator, n, 2) + column % 2
         # The bound differs from the next cell in float32 too, so that rounding moves no point there.
-        within = torch.rand(n, 2, generator=generator, dtype=torch.float64).clamp(max=1 - 2**-20)
+        within = _uniform(generator, n, 2).clamp(max=1 - 2**-20)
         return 2 * (torch.stack((column, row), -1) + within) - 4
 
     def _log_density(self, x: Tensor) -> Tensor:
@@ -305,18 +290,12 @@ class Checkerboard(ToyDensity):
 
 
 @dataclass(frozen=True)
-class EightGaussians(ToyDensity):
+class EightGaussians(_Blurred):
     """Eight round normals of equal weight, evenly spaced on a circle.
 
     Args:
         noise: the standard deviation of each.
         radius: the radius of the circle.
-
-    Shapes:
-        samples: ``(n, 2)``.
-
-    Raises:
-        ValueError: ``noise`` or ``radius`` is not a positive number.
 
     Example:
         >>> EightGaussians().log_prob(torch.tensor([[4.0, 0.0]]))
@@ -326,23 +305,16 @@ class EightGaussians(ToyDensity):
     noise: float = 0.5
     radius: float = 4.0
 
-    def __post_init__(self) -> None:
-        _check_positive(noise=self.noise, radius=self.radius)
+    def _draw_point(self, n: int, generator: Generator | None) -> Tensor:
+        return self._points()[0][_choice(generator, n, 8)]
 
-    @property
-    def _centres(self) -> Tensor:
+    def _points(self) -> tuple[Tensor, Tensor]:
         angle = torch.arange(8, dtype=torch.float64) * (math.pi / 4)
-        return _polar(torch.full_like(angle, self.radius), angle)
-
-    def _draw(self, n: int, generator: Generator | None) -> Tensor:
-        return self._centres[_choice(n, 8, generator)] + self.noise * _normal(n, 2, generator)
-
-    def _log_density(self, x: Tensor) -> Tensor:
-        return _log_prob_around(x, self._centres, torch.full((8,), -math.log(8), dtype=torch.float64), self.noise)
+        return _polar(torch.full_like(angle, self.radius), angle), torch.full_like(angle, -math.log(8))
 
 
 @dataclass(frozen=True)
-class Pinwheel(ToyDensity):
+class Pinwheel(_Parametric):
     r"""Normal arms about the origin, twisted into a pinwheel.
 
     A point of an arm is drawn around (1, 0), then rotated by the arm's angle and by :math:`\mathrm{rate} \cdot e^r`,
@@ -354,12 +326,6 @@ class Pinwheel(ToyDensity):
         radial_scale: an arm's standard deviation in the direction of the origin.
         tangential_scale: its standard deviation across.
         rate: strength of the twist.
-
-    Shapes:
-        samples: ``(n, 2)``.
-
-    Raises:
-        ValueError: an argument is not positive.
 
     References:
         Composing graphical models with neural networks for structured representations and fast inference,
@@ -375,19 +341,15 @@ class Pinwheel(ToyDensity):
     tangential_scale: float = 0.1
     rate: float = 0.25
 
-    def __post_init__(self) -> None:
-        check_sizes(num_arms=self.num_arms)
-        _check_positive(radial_scale=self.radial_scale, tangential_scale=self.tangential_scale, rate=self.rate)
-
     def _twist(self, distance: Tensor) -> Tensor:
         # Bounded, since the angle of an infinite twist is nan; no sample is that far from the origin.
         return self.rate * distance.clamp(max=20).exp()
 
     def _draw(self, n: int, generator: Generator | None) -> Tensor:
-        point = _normal(n, 2, generator) * torch.tensor([self.radial_scale, self.tangential_scale]).double()
+        point = _normal(generator, n, 2) * torch.tensor([self.radial_scale, self.tangential_scale]).double()
         along, across = (point + torch.tensor([1.0, 0.0])).unbind(-1)
         distance = torch.hypot(along, across)
-        arm = _choice(n, self.num_arms, generator) * (2 * math.pi / self.num_arms)
+        arm = _choice(generator, n, self.num_arms) * (2 * math.pi / self.num_arms)
         return _polar(distance, torch.atan2(across, along) + arm + self._twist(distance))
 
     def _log_density(self, x: Tensor) -> Tensor:
@@ -402,7 +364,7 @@ class Pinwheel(ToyDensity):
 
 
 @dataclass(frozen=True)
-class RandomGaussianMixture(ToyDensity):
+class RandomGaussianMixture(_Parametric):
     """A mixture of normals of equal weight, with random means and random full covariances.
 
     Means are normal with standard deviation 3; covariances have random axes, with standard deviations uniform between
@@ -413,12 +375,6 @@ class RandomGaussianMixture(ToyDensity):
         num_components: number of normals.
         seed: of the means and covariances; samples have another.
 
-    Shapes:
-        samples: ``(n, features)``.
-
-    Raises:
-        ValueError: a count is not a positive integer, or the seed not a non-negative one.
-
     Example:
         >>> RandomGaussianMixture(features=3, num_components=4).means.shape
         torch.Size([4, 3])
@@ -428,18 +384,12 @@ class RandomGaussianMixture(ToyDensity):
     num_components: int = 5
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        check_sizes(features=self.features, num_components=self.num_components)
-        check_counts(seed=self.seed)
-
     @functools.cached_property
     def _parameters(self) -> tuple[Tensor, Tensor, Tensor]:
-        generator = _generator(self.seed)
-        means = 3 * _normal(self.num_components, self.features, generator)
-        square = (self.num_components, self.features, self.features)
-        axes = torch.linalg.qr(torch.randn(square, generator=generator, dtype=torch.float64)).Q
-        scales = 0.3 + 0.7 * torch.rand(square[:2], generator=generator, dtype=torch.float64)
-        return means, axes, scales
+        generator = Generator().manual_seed(self.seed)
+        means = 3 * _normal(generator, self.num_components, self.features)
+        axes = torch.linalg.qr(_normal(generator, self.num_components, self.features, self.features)).Q
+        return means, axes, 0.3 + 0.7 * _uniform(generator, self.num_components, self.features)
 
     @property
     def means(self) -> Tensor:
@@ -454,16 +404,13 @@ class RandomGaussianMixture(ToyDensity):
 
     def _draw(self, n: int, generator: Generator | None) -> Tensor:
         means, axes, scales = self._parameters
-        component = _choice(n, self.num_components, generator)
-        normal = scales[component] * _normal(n, self.features, generator)
+        component = _choice(generator, n, self.num_components)
+        normal = scales[component] * _normal(generator, n, self.features)
         return means[component] + (axes[component] @ normal[..., None]).squeeze(-1)
 
     def _log_density(self, x: Tensor) -> Tensor:
-        means, axes, scales = (values.to(x.device) for values in self._parameters)
-        # In the axes of each component its normal is a product: (n, k, d) from (n, k, 1, d) @ (k, d, d).
-        whitened = ((x[:, None] - means)[..., None, :] @ axes).squeeze(-2) / scales
-        log_normals = -whitened.square().sum(-1) / 2 - scales.log().sum(-1)
-        return torch.logsumexp(log_normals, -1) - math.log(self.num_components) - self.features * LOG_2PI / 2
+        normals = MultivariateNormal(self.means.to(x.device), self.covariances.to(x.device), validate_args=False)
+        return torch.logsumexp(normals.log_prob(x[:, None]), -1) - math.log(self.num_components)
 
 
 TOY_DENSITIES: dict[str, type[ToyDensity]] = {

@@ -36,7 +36,19 @@ def as_rows(name: str, values: Any) -> NumPyArray:
     return rows
 
 
-def as_columns(name: str, values: Values) -> tuple[NumPyArray, list[str]]:
+def as_columns(draws: Values, reference: Values) -> tuple[NumPyArray, NumPyArray, list[str]]:
+    """Return draws and reference draws as arrays of the same columns, matched by name if both have names."""
+    if isinstance(draws, Mapping) and isinstance(reference, Mapping):
+        if unmatched := sorted(set(draws) ^ set(reference)):
+            raise ValueError(f"expected draws and reference of the same names; got {unmatched[0]!r} in one alone")
+        reference = {name: reference[name] for name in draws}
+    (x, x_names), (y, y_names) = _columns("draws", draws), _columns("reference", reference)
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"expected as many columns as the reference's {y.shape[1]}; got {x.shape[1]}")
+    return x, y, y_names if isinstance(reference, Mapping) else x_names
+
+
+def _columns(name: str, values: Values) -> tuple[NumPyArray, list[str]]:
     """Return an array, or arrays by name, as one array of rows, and the names of its columns."""
     if not isinstance(values, Mapping):
         rows = as_array(name, values, 2)
@@ -45,14 +57,12 @@ def as_columns(name: str, values: Values) -> tuple[NumPyArray, list[str]]:
         raise ValueError(f"expected {name} of at least one name; got none")
     columns, names = [], []
     for key, value in values.items():
-        shape = tuple(value.shape) if isinstance(value, Tensor) else np.shape(value)
-        if not shape:
+        if not (shape := np.shape(value)):
             raise ValueError(f"expected {name} of {key!r} of shape (n, *shape); got a single number")
         columns.append(as_array(f"{name} of {key!r}", value, len(shape)).reshape(shape[0], -1))
         names += labels(key, shape[1:])
-    lengths = sorted({len(column) for column in columns})
-    if len(lengths) > 1:
-        raise ValueError(f"expected as many draws of each name; got {' and '.join(map(str, lengths))}")
+    if len(lengths := {len(column) for column in columns}) > 1:
+        raise ValueError(f"expected as many draws of each name; got {' and '.join(map(str, sorted(lengths)))}")
     return np.concatenate(columns, 1), names
 
 
@@ -71,12 +81,7 @@ def column_names(names: Iterable[str] | None, default: Sequence[str]) -> tuple[s
 
 def table_text(names: Sequence[str], columns: Sequence[str], numbers: Sequence[Any], formats: Sequence[str]) -> str:
     """Return a text table: a row for each name, and a column of numbers for each title."""
-    cells = [["", *names]]
-    for title, column, form in zip(columns, numbers, formats, strict=True):
-        cells.append([title, *(format(float(number), form) for number in column)])
-    widths = [max(map(len, column)) for column in cells]
-    lines = []
-    for name, *row in zip(*cells, strict=True):
-        aligned = [name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row, widths[1:], strict=True))]
-        lines.append(" ".join(aligned))
-    return "\n".join(lines)
+    from pandas import DataFrame
+
+    table = DataFrame(np.transpose(numbers), names, columns)
+    return table.to_string(formatters=[f"{{:{form}}}".format for form in formats])

@@ -20,12 +20,9 @@ class BitsPerDim:
     """The result of :func:`bits_per_dim`; ``float()`` returns the value, ``str()`` names the estimator.
 
     Args:
-        value: bits per dimension, the mean over the rows.
-        standard_error: of that mean, from the spread of the rows; nan for one row.
-        estimator: "mean" or "log-mean-exp".
-        num_draws: draws of the dequantisation noise for each row.
+        value, standard_error: bits per dimension, the mean over the rows, and its error; nan for one row.
+        estimator, num_draws, dims: as in :func:`bits_per_dim`.
         rows: the number of rows.
-        dims: the number of dimensions divided by.
 
     Example:
         >>> print(BitsPerDim(2.1034, 0.0121, "mean", 8, 180, 64))
@@ -45,10 +42,8 @@ class BitsPerDim:
     def __str__(self) -> str:
         draws = "1 draw" if self.num_draws == 1 else f"{self.num_draws} draws"
         rows = "1 row" if self.rows == 1 else f"{self.rows} rows"
-        return (
-            f"{self.value:.3f} +- {self.standard_error:.3f} bits per dimension "
-            f"({self.estimator} over {draws} of noise; {rows} of {self.dims} dimensions)"
-        )
+        bits = f"{self.value:.3f} +- {self.standard_error:.3f} bits per dimension"
+        return f"{bits} ({self.estimator} over {draws} of noise; {rows} of {self.dims} dimensions)"
 
 
 def bits_per_dim(
@@ -72,10 +67,8 @@ def bits_per_dim(
     the upper bound on the bits of :math:`\log P(x)` that papers report, or the logarithm of the mean of the
     exponentials, a tighter bound and a lower number. Do not compare one with the other.
 
-    The flow is evaluated in evaluation mode, without gradients, and its mode is restored.
-
     Args:
-        flow: a flow with a dequantizer.
+        flow: a flow with a dequantizer, evaluated in evaluation mode without gradients.
         x: the discrete data, on any device.
         context: of each row, if the flow takes a context.
         num_draws: draws of noise for each row.
@@ -88,9 +81,7 @@ def bits_per_dim(
         x: ``(rows, *event_shape)``; context: ``(rows, context_features)``, or what the flow's embedding takes.
 
     Raises:
-        TypeError: ``flow`` is not a flow, or the dequantizer does not take data of this dtype.
-        ValueError: the flow has no dequantizer, ``x`` or ``context`` has another shape or a value that the dequantizer
-            does not take, or an option is not one of those above.
+        TypeError, ValueError: not a flow with a dequantizer of its shape, or data or a context that these do not take.
 
     References:
         A note on the evaluation of generative models, Theis, van den Oord and Bethge, 2016 (arXiv:1511.01844);
@@ -112,7 +103,7 @@ def bits_per_dim(
         raise ValueError(f"expected dims of at most {event_dims}, all of the data's; got {dims}")
     data = torch.as_tensor(x)
     if data.shape[1:] != flow.event_shape or not len(data):
-        expected = "(rows, " + ", ".join(map(str, flow.event_shape)) + ")"
+        expected = f"(rows, {', '.join(map(str, flow.event_shape))})"
         raise ValueError(f"expected data of shape {expected}, at least one row; got {tuple(data.shape)}")
     contexts = None if context is None else torch.as_tensor(context)
     if contexts is not None and contexts.shape[:1] != data.shape[:1]:
@@ -143,17 +134,13 @@ def _check_flow(flow: Flow) -> None:
 def _log_prob_draws(flow: Flow, x: Tensor, context: Tensor | None, num_draws: int) -> Tensor:
     """Return the dequantised log-densities of a batch of rows, ``(num_draws, rows)``."""
     x = x.to(flow.device)
-    check = getattr(flow.dequantizer, "check", None)  # a user's own dequantizer need not have one
-    if check is not None:
-        check(x)
+    getattr(flow.dequantizer, "check", lambda _: None)(x)  # a user's own dequantizer need not have one
     if context is not None:
         context = context.to(flow.device)
         if isinstance(flow.embedding, OneHot):
             flow.embedding.check(context)
     draws = torch.stack([flow.dequantized_log_prob(x, context).double() for _ in range(num_draws)])
     if context is not None and draws.shape[1:] != x.shape[:1]:
-        raise ValueError(
-            f"expected a context that gives one log-density to each of {len(x)} rows; "
-            f"got {tuple(draws.shape[1:])} from a context of shape {tuple(context.shape)}"
-        )
+        got = f"{tuple(draws.shape[1:])} from a context of shape {tuple(context.shape)}"
+        raise ValueError(f"expected a context that gives one log-density to each of {len(x)} rows; got {got}")
     return draws

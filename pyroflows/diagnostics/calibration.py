@@ -31,18 +31,13 @@ def sbc_ranks(draws: Array, truth: Array) -> NumPyArray:
     the exact posterior, then each rank is uniform on ``0, ..., num_draws``.
 
     Args:
-        draws: posterior draws for each simulated data set.
-        truth: the values from which each data set was simulated.
+        draws, truth: posterior draws for each simulated data set, and the values from which it was simulated.
 
     Shapes:
-        draws: ``(simulations, num_draws, d)``; truth: ``(simulations, d)``.
-
-    Returns:
-        Integer ranks, shape ``(simulations, d)``.
+        draws: ``(simulations, num_draws, d)``; truth and result: ``(simulations, d)``.
 
     Raises:
-        TypeError: not numbers.
-        ValueError: shapes that do not match, or numbers that are not finite.
+        TypeError, ValueError: not numbers, not finite, empty, or shapes that do not match.
 
     References:
         Validating Bayesian Inference Algorithms with Simulation-Based Calibration, Talts et al., 2018
@@ -57,13 +52,10 @@ def sbc_ranks(draws: Array, truth: Array) -> NumPyArray:
 
 
 def sbc_p_values(ranks: Array, num_draws: int, *, num_bins: int | None = None) -> NumPyArray:
-    """Test whether ranks are uniform by a chi-square test of each column.
+    """Compute the p-value, for each column, of a chi-square test of uniform ranks.
 
     Args:
-        ranks, num_draws, num_bins: as in :func:`rank_counts`, which says what is refused.
-
-    Returns:
-        A p-value for each column, shape ``(d,)``.
+        ranks, num_draws, num_bins: as in :func:`rank_counts`.
 
     Example:
         >>> ranks = np.random.default_rng(0).integers(0, 100, size=(1000, 1))
@@ -73,29 +65,21 @@ def sbc_p_values(ranks: Array, num_draws: int, *, num_bins: int | None = None) -
     from scipy.stats import chisquare
 
     counts, expected = rank_counts(ranks, num_draws, num_bins=num_bins)
-    return np.array([chisquare(column, expected).pvalue for column in counts.T])
+    return chisquare(counts, expected[:, None]).pvalue
 
 
 def rank_counts(ranks: Array, num_draws: int, *, num_bins: int | None = None) -> tuple[NumPyArray, NumPyArray]:
     """Count ranks in the bins of a histogram, column by column, and compute the counts expected of uniform ranks.
 
-    If the number of bins does not divide the number of ranks, some bins hold one rank more than others, and their
-    expected count is larger.
+    If the number of bins does not divide the number of ranks, some bins hold one rank more, and are expected to.
 
     Args:
-        ranks: from :func:`sbc_ranks`.
+        ranks: integers from 0 to ``num_draws``, from :func:`sbc_ranks`, of at least 10 simulations.
         num_draws: posterior draws for each simulation.
-        num_bins: of the histogram; by default with 25 simulations expected in a bin, but at most 40 bins.
+        num_bins: from 2 to one for each rank; by default 25 simulations are expected in a bin, but at most 40 bins.
 
     Shapes:
-        ranks: ``(simulations, d)``, integers from 0 to ``num_draws``.
-
-    Returns:
-        Counts, shape ``(num_bins, d)``, and expected counts, shape ``(num_bins,)``.
-
-    Raises:
-        TypeError: not numbers.
-        ValueError: another shape, a rank out of range, fewer than 10 simulations, or more bins than ranks.
+        ranks: ``(simulations, d)``; counts: ``(num_bins, d)``; expected counts: ``(num_bins,)``.
 
     Example:
         >>> counts, expected = rank_counts(np.arange(10)[:, None], 9, num_bins=3)
@@ -124,18 +108,10 @@ def pit(draws: Array, truth: Array) -> NumPyArray:
 
     .. math:: u_{sj} = \frac{r_{sj} + 1/2}{n + 1}, \qquad r_{sj} = \#\{l : \theta^{(l)}_{sj} < \theta^*_{sj}\}
 
+    For exact predictions it is uniform up to steps of ``1 / (n + 1)``.
+
     Args:
-        draws: of each prediction: posterior draws for a simulated data set, or samples of a flow given a row's context.
-        truth: the true values.
-
-    Shapes:
-        draws: ``(simulations, num_draws, d)``; truth: ``(simulations, d)``.
-
-    Returns:
-        Numbers in (0, 1), shape ``(simulations, d)``; for exact predictions uniform up to steps of ``1 / (n + 1)``.
-
-    Raises:
-        TypeError, ValueError: as in :func:`sbc_ranks`.
+        draws, truth: as in :func:`sbc_ranks`; draws can also be samples of a flow given the context of each row.
 
     References:
         Present Position and Potential Developments: The Prequential Approach, Dawid, 1984.
@@ -144,8 +120,7 @@ def pit(draws: Array, truth: Array) -> NumPyArray:
         >>> pit(np.array([[[1.0], [2.0], [3.0]]]), np.array([[2.5]]))
         array([[0.625]])
     """
-    draws, truth = _simulations(draws, truth)
-    return (sbc_ranks(draws, truth) + 0.5) / (draws.shape[1] + 1)
+    return (sbc_ranks(draws, truth) + 0.5) / (np.shape(draws)[1] + 1)
 
 
 def expected_band(shares: Array | Sequence[float], num: int, *, level: float = 0.99) -> tuple[NumPyArray, NumPyArray]:
@@ -154,23 +129,15 @@ def expected_band(shares: Array | Sequence[float], num: int, *, level: float = 0
     The level holds for each share alone: one of a hundred shares may be outside by chance.
 
     Args:
-        shares: the expected ones, such as nominal coverages or a bin's share of ranks.
+        shares: the expected ones, from 0 to 1, such as nominal coverages or a bin's share of ranks.
         num: the number of trials.
         level: the probability that an observed share is within its interval.
 
     Shapes:
-        shares: ``(k,)``.
-
-    Returns:
-        The lower and the upper ends, each of shape ``(k,)``.
-
-    Raises:
-        TypeError: not numbers.
-        ValueError: a share or a level that is no probability, or ``num`` is not positive.
+        shares, lower ends and upper ends: ``(k,)``.
 
     Example:
-        >>> low, high = expected_band([0.5], 400, level=0.95)
-        >>> low, high
+        >>> expected_band([0.5], 400, level=0.95)
         (array([0.45]), array([0.55]))
     """
     from scipy.stats import binom
@@ -185,17 +152,14 @@ def expected_band(shares: Array | Sequence[float], num: int, *, level: float = 0
 
 
 def coverage(draws: Array, truth: Array, levels: Sequence[float] = _LEVELS) -> NumPyArray:
-    """Compute how often central posterior intervals hold the true value.
+    """Compute how often central posterior intervals hold the true value: for exact posteriors, the levels up to chance.
 
     Args:
-        draws, truth: as in :func:`sbc_ranks`.
+        draws, truth: as in :func:`sbc_ranks`, which says what is refused.
         levels: the probabilities of the intervals.
 
     Returns:
-        Shares of the simulations, shape ``(levels, d)``; for exact posteriors, the levels up to chance.
-
-    Raises:
-        TypeError, ValueError: as in :func:`sbc_ranks`, or a level is no probability.
+        Shares of the simulations, ``(levels, d)``.
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -219,8 +183,7 @@ class Calibration:
         ranks: of the true values among the draws, shape ``(simulations, d)``.
         num_draws: posterior draws for each simulation.
         p_values: of the chi-square test of uniform ranks, one for each column.
-        levels: probabilities of central intervals.
-        coverage: how often each holds the true value, shape ``(levels, d)``.
+        levels, coverage: probabilities of central intervals, and how often each holds the true value, ``(levels, d)``.
     """
 
     names: tuple[str, ...]
@@ -248,12 +211,9 @@ def calibration(
     """Run simulation-based calibration: ranks, the test of their uniformity, and the coverage of central intervals.
 
     Args:
-        draws, truth: as in :func:`sbc_ranks`.
+        draws, truth: as in :func:`sbc_ranks`, which says what is refused, of at least 10 simulations.
         names: of the columns.
         levels: the probabilities of the intervals.
-
-    Raises:
-        TypeError, ValueError: as in :func:`coverage`, or there are fewer than 10 simulations.
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -270,8 +230,6 @@ def calibration(
 def _simulations(draws: Array, truth: Array) -> tuple[NumPyArray, NumPyArray]:
     draws, truth = as_array("draws", draws, 3), as_array("truth", truth, 2)
     if draws.shape[::2] != truth.shape or 0 in draws.shape:
-        raise ValueError(
-            "expected draws of shape (simulations, num_draws, d) and a truth of (simulations, d), not empty; "
-            f"got {draws.shape} and {truth.shape}"
-        )
+        expected = "draws of shape (simulations, num_draws, d) and a truth of (simulations, d), not empty"
+        raise ValueError(f"expected {expected}; got {draws.shape} and {truth.shape}")
     return draws, truth

@@ -1,7 +1,7 @@
 """Distances between samples, their moments and their densities."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -21,8 +21,6 @@ from pyroflows.diagnostics.arrays import (
 
 __all__ = ["MomentTable", "kde", "moment_table", "sliced_wasserstein"]
 
-_PROJECTIONS_AT_ONCE = 16
-
 
 def sliced_wasserstein(x: Array, y: Array, *, num_projections: int = 128, seed: int = 0) -> float:
     r"""Compute the sliced Wasserstein-1 distance of a sample to a reference, in standard deviations of the reference.
@@ -34,17 +32,14 @@ def sliced_wasserstein(x: Array, y: Array, *, num_projections: int = 128, seed: 
     distance between two halves of the reference.
 
     Args:
-        x: the sample.
-        y: the reference sample; it may have another number of rows.
-        num_projections: directions, uniform on the sphere.
-        seed: of the directions.
+        x, y: the sample and the reference sample.
+        num_projections, seed: the number of directions, uniform on the sphere, and their seed.
 
     Shapes:
         x: ``(n, d)``; y: ``(m, d)``.
 
     Raises:
-        TypeError: not numbers.
-        ValueError: another shape, numbers that are not finite, or a constant column of the reference.
+        TypeError, ValueError: not numbers, of another shape or not finite, or a constant column of the reference.
 
     References:
         Sliced and Radon Wasserstein Barycenters of Measures, Bonneel et al., 2015.
@@ -65,25 +60,21 @@ def sliced_wasserstein(x: Array, y: Array, *, num_projections: int = 128, seed: 
     # Between two levels of this grid neither quantile function jumps, so the integral is a finite sum.
     levels = np.union1d(np.arange(len(x) + 1) / len(x), np.arange(len(y) + 1) / len(y))
     widths, middles = np.diff(levels), (levels[1:] + levels[:-1]) / 2
-    x_index = np.minimum((middles * len(x)).astype(int), len(x) - 1)
-    y_index = np.minimum((middles * len(y)).astype(int), len(y) - 1)
     total = 0.0
-    for chunk in np.split(directions, range(_PROJECTIONS_AT_ONCE, num_projections, _PROJECTIONS_AT_ONCE)):
-        gaps = np.sort(x @ chunk.T, axis=0)[x_index] - np.sort(y @ chunk.T, axis=0)[y_index]
-        total += float((widths @ np.abs(gaps)).sum())
+    for direction in directions:
+        u, v = (np.sort(rows @ direction)[(middles * len(rows)).astype(int)] for rows in (x, y))
+        total += float(widths @ np.abs(u - v))
     return total / num_projections
 
 
 @dataclass(frozen=True)
 class MomentTable:
-    """Means and standard deviations of draws and of reference draws, column by column.
+    """Means and standard deviations of draws and of reference draws, by column; ``str()`` prints them all.
 
     Args:
         names: of the columns.
-        mean: of the draws.
-        sd: of the draws.
-        reference_mean: of the reference draws.
-        reference_sd: of the reference draws.
+        mean, sd: means and standard deviations of the draws.
+        reference_mean, reference_sd: those of the reference draws.
     """
 
     names: tuple[str, ...]
@@ -119,22 +110,18 @@ class MomentTable:
 
 
 def moment_table(draws: Values, reference: Values, names: Sequence[str] | None = None) -> MomentTable:
-    r"""Compare the means and standard deviations of draws with those of reference draws.
+    """Compare the means and standard deviations of draws with those of reference draws.
 
     Args:
-        draws: an array, or arrays by name.
-        reference: the reference draws, in the same columns; if both are given by name, the names are matched.
+        draws, reference: arrays, or arrays by name; if both are given by name, the names are matched.
         names: of the columns; by default those of the dicts with indices, such as ``theta[0]``, or ``x[0]``.
 
     Shapes:
         draws: ``(n, d)``, or ``(n, *shape)`` by name; reference: ``(m, d)``, or ``(m, *shape)`` by name.
 
-    Returns:
-        A table that prints, with ``mean_error`` (in the reference's deviations), ``sd_ratio`` and the worst of both.
-
     Raises:
-        TypeError: not numbers.
-        ValueError: columns or names that do not match, fewer than 2 draws, or a constant column of the reference.
+        TypeError, ValueError: not numbers, columns or names that do not match, fewer than 2 draws, or a constant column
+            of the reference.
 
     Example:
         >>> draws = np.random.default_rng(0).normal(size=(4000, 2))
@@ -143,16 +130,8 @@ def moment_table(draws: Values, reference: Values, names: Sequence[str] | None =
         mu  -0.001572 -0.001572   +0.000  1.01      1.01 1.000
         tau  0.005496  0.002748   +0.003 1.992    0.9959 2.000
     """
-    if isinstance(draws, Mapping) and isinstance(reference, Mapping):
-        unmatched = sorted(set(draws) ^ set(reference))
-        if unmatched:
-            raise ValueError(f"expected draws and reference of the same names; got {unmatched[0]!r} in one alone")
-        reference = {name: reference[name] for name in draws}
-    x, x_names = as_columns("draws", draws)
-    y, y_names = as_columns("reference", reference)
-    if x.shape[1] != y.shape[1]:
-        raise ValueError(f"expected as many columns as the reference's {y.shape[1]}; got {x.shape[1]}")
-    names = column_names(names, y_names if isinstance(reference, Mapping) else x_names)
+    x, y, default = as_columns(draws, reference)
+    names = column_names(names, default)
     if min(len(x), len(y)) < 2:
         raise ValueError(f"expected at least 2 draws; got {min(len(x), len(y))}")
     return MomentTable(names, x.mean(0), x.std(0, ddof=1), y.mean(0), _scale("the reference", y))
@@ -167,14 +146,10 @@ def kde(x: Array, *, points: int = 200, limits: tuple[float, float] | None = Non
         limits: the ends of the grid, which also exclude the draws beyond; by default the lowest and the highest draw.
 
     Shapes:
-        x: ``(n,)``.
-
-    Returns:
-        The grid and the density of all draws on it, each of shape ``(points,)``.
+        x: ``(n,)``; the grid and the density of all draws on it: ``(points,)``.
 
     Raises:
-        TypeError: not numbers.
-        ValueError: another shape, numbers that are not finite, or fewer than two different draws within the limits.
+        TypeError, ValueError: not finite numbers of one dimension, or fewer than two different draws within the limits.
 
     Example:
         >>> grid, density = kde(np.random.default_rng(0).normal(size=4000), limits=(-2.0, 2.0))
@@ -185,9 +160,9 @@ def kde(x: Array, *, points: int = 200, limits: tuple[float, float] | None = Non
     draws = as_array("draws", x, 1)
     low, high = (-math.inf, math.inf) if limits is None else limits
     within = draws[(draws >= low) & (draws <= high)]
-    if len(np.unique(within)) < 2:
+    if (different := len(np.unique(within))) < 2:
         interval = "" if limits is None else f" from {low:g} to {high:g}"
-        raise ValueError(f"expected at least two different draws{interval}; got {len(np.unique(within))}")
+        raise ValueError(f"expected at least two different draws{interval}; got {different}")
     try:
         estimate = import_module("arviz_stats.base").array_stats.kde
     except ImportError:
@@ -200,7 +175,6 @@ def kde(x: Array, *, points: int = 200, limits: tuple[float, float] | None = Non
 def _scale(name: str, rows: NumPyArray) -> NumPyArray:
     """Return the standard deviations of columns that vary."""
     scale = rows.std(0, ddof=1) if len(rows) > 1 else np.zeros(rows.shape[1])
-    constant = np.flatnonzero(~(scale > 0))
-    if len(constant):
+    if len(constant := np.flatnonzero(~(scale > 0))):
         raise ValueError(f"expected columns of {name} that vary; got a constant column {constant[0]}")
     return scale

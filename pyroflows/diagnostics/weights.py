@@ -25,8 +25,8 @@ def psis(log_weights: AnyArray) -> tuple[AnyArray, float]:
 
     .. math:: w_i = p(u_i) / q(u_i), \qquad u_i \sim q
 
-    The fit is ArviZ's. With k-hat below 0.7, and below ``1 - 1 / log10(n)`` for fewer than 2,200 draws, the smoothed
-    weights can be trusted. K-hat alone can mislead: look at the effective sample size too.
+    The fit is ArviZ's. The smoothed weights can be trusted with k-hat below :func:`khat_threshold`. K-hat alone can
+    mislead: look at the effective sample size too.
 
     Args:
         log_weights: log-densities of the target minus those of the guide, normalised or not; minus infinity is a
@@ -36,13 +36,12 @@ def psis(log_weights: AnyArray) -> tuple[AnyArray, float]:
         log_weights: ``(n,)``.
 
     Returns:
-        The smoothed log weights, whose exponentials sum to 1, as an array or a tensor like ``log_weights``; and k-hat.
-        It is 0 if the largest weights are all equal, and infinite if it cannot be estimated: fewer than 30 weights
-        above zero, or a few far above all others, which are equal.
+        The smoothed log weights, whose exponentials sum to 1, as an array or a tensor like ``log_weights``; and k-hat:
+        0 if the largest weights are all equal, and infinite if it cannot be estimated, from fewer than 30 weights above
+        zero, or a few far above all others, which are equal.
 
     Raises:
-        TypeError: not numbers.
-        ValueError: another shape, fewer than 30 draws, a weight that is NaN or infinite, or none above zero.
+        TypeError, ValueError: not numbers, another shape, fewer than 30 draws, NaN, infinity, or no weight above zero.
 
     References:
         Pareto Smoothed Importance Sampling, Vehtari et al., 2024 (arXiv:1507.02646).
@@ -50,10 +49,8 @@ def psis(log_weights: AnyArray) -> tuple[AnyArray, float]:
     Example:
         >>> log_weights = torch.randn(1000, generator=torch.Generator().manual_seed(0))
         >>> smoothed, khat = psis(log_weights)
-        >>> round(float(smoothed.exp().sum()), 4)
-        1.0
-        >>> khat < 0.7
-        True
+        >>> round(float(smoothed.exp().sum()), 4), khat < 0.7
+        (1.0, True)
     """
     weights = _log_weights(log_weights)
     if len(weights) < _MIN_DRAWS:
@@ -63,9 +60,7 @@ def psis(log_weights: AnyArray) -> tuple[AnyArray, float]:
     if positive.sum() >= _MIN_DRAWS:
         weights[positive], khat = _smoothed(weights[positive])
     weights = weights - np.logaddexp.reduce(weights)
-    if isinstance(log_weights, Tensor):
-        return torch.from_numpy(weights).to(log_weights), khat
-    return weights, khat
+    return torch.from_numpy(weights).to(log_weights) if isinstance(log_weights, Tensor) else weights, khat
 
 
 def _smoothed(weights: NumPyArray) -> tuple[NumPyArray, float]:
@@ -91,18 +86,12 @@ def _smoothed(weights: NumPyArray) -> tuple[NumPyArray, float]:
 
 
 def khat_threshold(num_draws: int) -> float:
-    r"""Return the k-hat up to which ``num_draws`` weighted draws can be trusted.
+    r"""Return the k-hat of :func:`psis` up to which weighted draws can be trusted: 0.7 for 2,200 draws or more.
 
     .. math:: \min(1 - 1 / \log_{10} n, \; 0.7)
 
     Args:
-        num_draws: the number of draws.
-
-    Raises:
-        ValueError: fewer than 30 draws, for which no k-hat is estimated.
-
-    References:
-        Pareto Smoothed Importance Sampling, Vehtari et al., 2024 (arXiv:1507.02646).
+        num_draws: at least 30, since no k-hat is estimated from fewer.
 
     Example:
         >>> khat_threshold(100), khat_threshold(10_000)
@@ -115,22 +104,14 @@ def khat_threshold(num_draws: int) -> float:
 
 
 def khat_by_size(log_weights: Array, sizes: Sequence[int] | None = None) -> dict[int, NumPyArray]:
-    """Estimate k-hat from subsets of the draws, for several sizes of a subset.
-
-    If the tail is heavier than it looks, k-hat grows with the size.
+    """Estimate k-hat from subsets of several sizes: if the tail is heavier than it looks, k-hat grows with the size.
 
     Args:
-        log_weights: as in :func:`psis`, in the order in which they were drawn.
-        sizes: draws in a subset; by default 100 and its doublings, up to all draws.
-
-    Shapes:
-        log_weights: ``(n,)``.
+        log_weights: as in :func:`psis`, which says what is refused, in the order in which they were drawn.
+        sizes: draws in a subset, from 30 to all; by default 100 and its doublings.
 
     Returns:
         For each size, the k-hats of ``n // size`` disjoint subsets.
-
-    Raises:
-        TypeError, ValueError: as in :func:`psis`, or a size is below 30 or above the number of draws.
 
     Example:
         >>> log_weights = np.random.default_rng(0).normal(size=400)
@@ -144,10 +125,8 @@ def khat_by_size(log_weights: Array, sizes: Sequence[int] | None = None) -> dict
         check_sizes(size=size)
         if not _MIN_DRAWS <= size <= len(weights):
             raise ValueError(f"expected sizes from {_MIN_DRAWS} to the {len(weights)} draws; got {size}")
-    return {
-        int(size): np.array([psis(part)[1] for part in weights[: len(weights) // size * size].reshape(-1, size)])
-        for size in sizes
-    }
+    subsets = {int(size): weights[: len(weights) // size * size].reshape(-1, size) for size in sizes}
+    return {size: np.array([psis(subset)[1] for subset in rows]) for size, rows in subsets.items()}
 
 
 def importance_ess(log_weights: Array) -> float:
@@ -156,13 +135,7 @@ def importance_ess(log_weights: Array) -> float:
     .. math:: \Big(\sum_i w_i\Big)^2 \Big/ \sum_i w_i^2
 
     Args:
-        log_weights: the log weight of each draw, normalised or not; minus infinity is a weight of zero.
-
-    Shapes:
-        log_weights: ``(n,)``.
-
-    Raises:
-        TypeError, ValueError: as in :func:`psis`, or there are no draws.
+        log_weights: as in :func:`psis`, which says what is refused, but of one draw or more.
 
     References:
         Survey Sampling, Kish, 1965.
@@ -178,8 +151,7 @@ def importance_ess(log_weights: Array) -> float:
 def _log_weights(log_weights: Array) -> NumPyArray:
     """Return a float64 copy, shifted so that the largest is 0."""
     weights = as_array("log weights", log_weights, 1, finite=False)
-    invalid = np.isnan(weights) | (weights == math.inf)
-    if invalid.any():
+    if (invalid := np.isnan(weights) | (weights == math.inf)).any():
         draw = int(invalid.argmax())
         raise ValueError(f"expected log weights that are finite or -inf; got {weights[draw]} at draw {draw}")
     if len(weights) == 0 or weights.max() == -math.inf:

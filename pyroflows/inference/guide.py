@@ -312,7 +312,7 @@ def _inner_flow(builder: Builder | Flow, options: Mapping[str, Any], features: i
     if isinstance(builder, Flow):
         return build_flow(copy.deepcopy(builder), features)
     # A coupling of a single feature has no identity feature to condition on: only splines bend it.
-    if builder is realnvp and features == 1 and set(options) <= set(inspect.signature(nsf).parameters):
+    if builder is realnvp and features == 1 and not {"scale", "mask"} & set(options):
         builder = nsf
     return build_flow(builder, features, **{**_OPTIONS.get(builder, {}), **options})
 

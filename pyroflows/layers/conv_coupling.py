@@ -9,8 +9,8 @@ from torch import Size, Tensor, nn
 from pyroflows.arguments import Shape, as_image_shape, check_option
 from pyroflows.bijection import Bijection, Pair
 from pyroflows.layers.transformers import Transform, Transformer, make_transformer, num_parameters, split_by_parameter
-from pyroflows.networks.conditioner import make_conditioner
 from pyroflows.networks.convnet import ConvNet
+from pyroflows.networks.mlp import make_conditioner
 
 __all__ = ["ConvCoupling"]
 
@@ -22,11 +22,9 @@ class ConvCoupling(Bijection):
 
     Args:
         shape: ``(C, H, W)``.
-        transformer: "affine", "additive", "spline", or a :class:`Transformer` with other options.
+        transformer, flip, context_features: as in :class:`Coupling`.
         mask: "channels" (the second half of the channels is transformed) or "checkerboard" (pixels of even row plus
             column are; the network sees the image with zeros in their place).
-        flip: exchange what is transformed and what is not.
-        context_features: length of the context.
         conditioner: a network from the identity channels (or the masked image) and the context to
             ``(*batch, outputs, H, W)``: the first parameter of all transformed channels, then the second, and so on; by
             default a :class:`ConvNet`.

@@ -17,8 +17,7 @@ from pyroflows.layers.transformers import (
     pull_back,
     split_by_parameter,
 )
-from pyroflows.networks.conditioner import make_conditioner
-from pyroflows.networks.mlp import MLP
+from pyroflows.networks.mlp import MLP, make_conditioner
 
 __all__ = ["Coupling"]
 

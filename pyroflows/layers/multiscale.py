@@ -7,6 +7,7 @@ import torch
 from torch import Size, Tensor, nn
 
 from pyroflows.bijection import Bijection, Pair
+from pyroflows.compose import as_bijections
 
 __all__ = ["Multiscale"]
 
@@ -41,45 +42,28 @@ class Multiscale(Bijection):
     """
 
     def __init__(self, levels: Iterable[Bijection]):
-        levels = list(levels)
-        if not levels:
-            raise ValueError("expected at least one level; got none")
+        levels = as_bijections("level", levels)
         for number, level in enumerate(levels):
-            if not isinstance(level, Bijection):
-                raise TypeError(f"expected levels that are Bijections; got {type(level).__name__}")
             if len(level.latent_shape) != 3 or len(level.data_shape) != 3:
-                raise ValueError(
-                    f"expected level {number} to map images (C, H, W); "
-                    f"got {tuple(level.latent_shape)} -> {tuple(level.data_shape)}"
-                )
+                shapes = f"{tuple(level.latent_shape)} -> {tuple(level.data_shape)}"
+                raise ValueError(f"expected level {number} to map images (C, H, W); got {shapes}")
         for number, (below, above) in enumerate(pairwise(levels)):
             channels, *size = above.latent_shape
             if list(below.data_shape[1:]) != size or below.data_shape[0] >= channels:
-                raise ValueError(
-                    f"expected level {number} to give fewer channels than the {channels} of level {number + 1}, "
-                    f"of size {size[0]} x {size[1]}; got {tuple(below.data_shape)}"
-                )
-        contexts = sorted({level.context_features for level in levels} - {0})
-        if len(contexts) > 1:
-            raise ValueError(f"expected levels of one context length; got context_features of {contexts}")
-        features = levels[-1].data_shape.numel()
-        super().__init__(features, data_shape=levels[-1].data_shape, context_features=contexts[0] if contexts else 0)
+                expected = f"fewer channels than the {channels} of level {number + 1}, of size {size[0]} x {size[1]}"
+                raise ValueError(f"expected level {number} to give {expected}; got {tuple(below.data_shape)}")
+        shape, context_features = levels[-1].data_shape, max(level.context_features for level in levels)
+        super().__init__(shape.numel(), data_shape=shape, context_features=context_features)
         self.levels = nn.ModuleList(levels)
         self.codomain = levels[-1].codomain
+        self.forward_passes = sum(level.forward_passes for level in levels)
+        self.inverse_passes = sum(level.inverse_passes for level in levels)
         self.passed_on = [0, *(level.data_shape[0] for level in levels[:-1])]  # channels from the level below
         self.factored_shapes = [
             Size((level.latent_shape[0] - channels, *level.latent_shape[1:]))
             for level, channels in zip(levels, self.passed_on, strict=True)
         ]
         self.sizes = [shape.numel() for shape in self.factored_shapes]
-
-    @property
-    def forward_passes(self) -> int:  # type: ignore[override]
-        return sum(level.forward_passes for level in self.levels)  # type: ignore[misc]
-
-    @property
-    def inverse_passes(self) -> int:  # type: ignore[override]
-        return sum(level.inverse_passes for level in self.levels)  # type: ignore[misc]
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> Pair:
         parts = zip(self.levels, x.split(self.sizes, -1), self.factored_shapes, strict=True)

@@ -9,7 +9,7 @@ from torch.distributions import constraints
 from torch.nn import functional as F
 
 from pyroflows.arguments import Shape, as_float_tensor, check_number
-from pyroflows.bijection import Bijection, Pair
+from pyroflows.bijection import Bijection, Inverse, Pair
 from pyroflows.networks.mlp import MLP
 from pyroflows.supports import event_constraint
 
@@ -30,10 +30,7 @@ class ElementwiseAffine(Bijection):
         x, y: ``(*batch, *features)``; context: ``(*batch, context_features)``.
 
     Example:
-        >>> layer = ElementwiseAffine(2)
-        >>> [name for name, _ in layer.named_parameters()]
-        ['shift', 'log_scale']
-        >>> layer.forward_and_log_det(torch.ones(3, 2))[1].shape
+        >>> ElementwiseAffine(2).forward_and_log_det(torch.ones(3, 2))[1].shape
         torch.Size([3])
     """
 
@@ -59,10 +56,6 @@ class ElementwiseAffine(Bijection):
             return self.shift, self.log_scale
         shift, log_scale = self.conditioner(context).chunk(2, -1)
         return shift.unflatten(-1, self.latent_shape), log_scale.unflatten(-1, self.latent_shape)
-
-    def extra_repr(self) -> str:
-        context = f", context_features={self.context_features}" if self.context_features else ""
-        return f"{_shape_of(self)}{context}"
 
 
 class Sigmoid(Bijection):
@@ -95,39 +88,39 @@ class Sigmoid(Bijection):
 
     def __init__(self, features: Shape, alpha: float = 0.0):
         super().__init__(features)
-        self.alpha = _checked_alpha(alpha)
-        self.codomain = _margin(alpha, len(self.data_shape))
+        check_number("alpha", alpha, "[0, 0.5)")
+        self.alpha = float(alpha)
+        margin = alpha / (1 - 2 * alpha)
+        self.codomain = event_constraint(constraints.interval(-margin, 1 + margin), len(self.data_shape))
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> Pair:
-        y, log_slope = _sigmoid(x, self.alpha)
-        return y, _sum_event(log_slope, self)
+        # Not softplus, which torch replaces by the identity beyond 20, with an error of 2e-9.
+        log_slope = F.logsigmoid(x) + F.logsigmoid(-x) - math.log1p(-2 * self.alpha)
+        return (torch.sigmoid(x) - self.alpha) / (1 - 2 * self.alpha), _sum_event(log_slope, self)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> Pair:
-        x, log_slope = _logit(y, self.alpha)
-        return x, _sum_event(log_slope, self)
+        inner = self.alpha + (1 - 2 * self.alpha) * y
+        log_inner, log_rest = torch.log(inner), torch.log1p(-inner)
+        return log_inner - log_rest, _sum_event(math.log1p(-2 * self.alpha) - log_inner - log_rest, self)
 
     def extra_repr(self) -> str:
-        return f"{_shape_of(self)}, alpha={self.alpha:g}"
+        return f"{super().extra_repr()}, alpha={self.alpha:g}"
 
 
-class Logit(Bijection):
+class Logit(Inverse):
     r"""The logit of each feature, which maps latents in (0, 1), such as those of a uniform prior, to the reals.
 
     .. math::
         y_i = \operatorname{logit}(\alpha + (1 - 2\alpha) x_i), \qquad
         \log|\det dy/dx| = -\sum_i \bigl(\log\sigma(y_i) + \log\sigma(-y_i) - \log(1 - 2\alpha)\bigr)
 
-    For data in (0, 1) the last layer of a flow is :class:`Sigmoid`, not this.
+    It is the inverse of a :class:`Sigmoid`, which as the last layer of a flow models data in (0, 1).
 
     Args:
-        features: number of features, or the event shape.
-        alpha: margin at both ends, in [0, 0.5).
+        features, alpha: as in :class:`Sigmoid`.
 
     Shapes:
         x, y: ``(*batch, *features)``.
-
-    Raises:
-        ValueError: ``alpha`` is outside [0, 0.5).
 
     Example:
         >>> Logit(2)(torch.tensor([0.5, 0.5]))
@@ -135,20 +128,8 @@ class Logit(Bijection):
     """
 
     def __init__(self, features: Shape, alpha: float = 0.0):
-        super().__init__(features)
-        self.alpha = _checked_alpha(alpha)
-        self.domain = _margin(alpha, len(self.latent_shape))
-
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> Pair:
-        y, log_slope = _logit(x, self.alpha)
-        return y, _sum_event(log_slope, self)
-
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> Pair:
-        x, log_slope = _sigmoid(y, self.alpha)
-        return x, _sum_event(log_slope, self)
-
-    def extra_repr(self) -> str:
-        return f"{_shape_of(self)}, alpha={self.alpha:g}"
+        super().__init__(Sigmoid(features, alpha))
+        self.alpha = float(alpha)
 
 
 class Standardize(Bijection):
@@ -178,9 +159,8 @@ class Standardize(Bijection):
     def __init__(self, mean: Tensor, std: Tensor):
         mean, std = as_float_tensor(mean), as_float_tensor(std)
         if mean.dim() == 0 or mean.shape != std.shape:
-            raise ValueError(
-                f"expected mean and std of one shape (features,); got {tuple(mean.shape)} and {tuple(std.shape)}"
-            )
+            shapes = f"{tuple(mean.shape)} and {tuple(std.shape)}"
+            raise ValueError(f"expected mean and std of one shape (features,); got {shapes}")
         _refuse_columns(~(mean.isfinite() & std.isfinite()), "expected a finite mean and std; got other values")
         _refuse_columns(std <= 0, "expected a positive std; got zero or less")
         super().__init__(mean.shape)
@@ -203,38 +183,9 @@ class Standardize(Bijection):
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> Pair:
         return (y - self.mean) / self.std, -_sum_event(self.std.log().expand(y.shape), self)
 
-    def extra_repr(self) -> str:
-        return _shape_of(self)
-
-
-def _sigmoid(x: Tensor, alpha: float) -> Pair:
-    y = (torch.sigmoid(x) - alpha) / (1 - 2 * alpha)
-    # Not softplus, which torch replaces by the identity beyond 20, with an error of 2e-9.
-    return y, F.logsigmoid(x) + F.logsigmoid(-x) - math.log1p(-2 * alpha)
-
-
-def _logit(y: Tensor, alpha: float) -> Pair:
-    inner = alpha + (1 - 2 * alpha) * y
-    log_inner, log_rest = torch.log(inner), torch.log1p(-inner)
-    return log_inner - log_rest, math.log1p(-2 * alpha) - log_inner - log_rest
-
-
-def _checked_alpha(alpha: float) -> float:
-    check_number("alpha", alpha, "[0, 0.5)")
-    return float(alpha)
-
-
-def _margin(alpha: float, event_dim: int) -> constraints.Constraint:
-    overhang = alpha / (1 - 2 * alpha)
-    return event_constraint(constraints.interval(-overhang, 1 + overhang), event_dim)
-
 
 def _sum_event(terms: Tensor, layer: Bijection) -> Tensor:
     return terms.sum(dim=tuple(range(-len(layer.latent_shape), 0)))
-
-
-def _shape_of(layer: Bijection) -> str:
-    return str(layer.latent_shape[0] if len(layer.latent_shape) == 1 else tuple(layer.latent_shape))
 
 
 def _refuse_columns(bad: Tensor, message: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Size, Tensor
 from torch.nn import functional as F
 
-from pyroflows.arguments import check_number, check_option, check_outputs
+from pyroflows.arguments import check_event_shape, check_number, check_option
 from pyroflows.gradients import vjp
 from pyroflows.layers.spline import Spline
 from pyroflows.recipe import recorded
@@ -17,7 +17,6 @@ from pyroflows.recipe import recorded
 __all__ = [
     "Additive",
     "Affine",
-    "Spline",
     "Transform",
     "Transformer",
     "make_transformer",
@@ -173,7 +172,7 @@ def split_by_parameter(transformer: Transformer, output: Tensor, x: Tensor, shap
     The first dimension of ``shape`` is that of the features or channels. The outputs along it are the first parameter
     of all features, then the second, and so on, so that each parameter and its gradient is one piece of memory.
     """
-    check_outputs(output, shape)
+    check_event_shape("a conditioner that returns", output, shape)  # others might broadcast to a wrong density
     shapes, dim = transformer.parameter_shapes, -len(shape)
     output = output if output.dtype == x.dtype else output.to(x.dtype)
     if not any(shapes):

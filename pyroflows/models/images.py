@@ -9,13 +9,12 @@ from pyroflows.arguments import Shape, as_image_shape, check_option, check_sizes
 from pyroflows.bijection import Bijection
 from pyroflows.compose import Compose
 from pyroflows.flow import Flow
-from pyroflows.layers.actnorm import ActNorm
 from pyroflows.layers.conv_coupling import ConvCoupling
 from pyroflows.layers.linear import InvertibleConv
 from pyroflows.layers.multiscale import Multiscale
-from pyroflows.layers.permutation import Permutation
+from pyroflows.layers.norms import ActNorm
 from pyroflows.layers.pointwise import ElementwiseAffine, Sigmoid
-from pyroflows.layers.squeeze import Squeeze
+from pyroflows.layers.rearrange import Permutation, Squeeze
 from pyroflows.layers.transformers import Additive, Affine, num_parameters
 from pyroflows.networks.convnet import ResNet, ZeroConv
 from pyroflows.networks.one_hot import OneHot
@@ -23,7 +22,13 @@ from pyroflows.priors import Prior, StandardNormal
 
 __all__ = ["image_glow", "image_realnvp"]
 
-PERMUTATIONS = ("conv", "conv-full", "shuffle", "reverse", "none")
+_PERMUTATIONS: dict[str, Callable[[Size], list[Bijection]]] = {
+    "conv": lambda shape: [InvertibleConv(shape)],
+    "conv-full": lambda shape: [InvertibleConv(shape, factored=False)],
+    "shuffle": lambda shape: [Permutation(shape, "random")],
+    "reverse": lambda shape: [Permutation(shape, "reverse")],
+    "none": lambda shape: [],
+}
 
 
 def image_glow(
@@ -45,16 +50,15 @@ def image_glow(
 ) -> Flow:
     """Build Glow for images; see :func:`pyroflows.glow`."""
     check_sizes(num_levels=num_levels, num_steps=num_steps, hidden_channels=hidden_channels)
-    check_option("permutation", permutation, PERMUTATIONS)
+    check_option("permutation", permutation, _PERMUTATIONS)
     check_option("coupling", coupling, ("affine", "additive"))
     context, embedding = _conditions(num_classes, context_features)
     transformer = Affine(scale=scale) if coupling == "affine" else Additive()
+    network: dict[str, Any] = {"context_features": context, "hidden_channels": hidden_channels, "norm": norm}
 
     def step(shape: Size) -> Bijection:
-        coupling_layer = ConvCoupling(
-            shape, transformer=transformer, context_features=context, hidden_channels=hidden_channels, norm=norm
-        )
-        return Compose([coupling_layer, *_permutation(shape, permutation), ActNorm(shape)])
+        coupling_layer = ConvCoupling(shape, transformer=transformer, **network)
+        return Compose([coupling_layer, *_PERMUTATIONS[permutation](shape), ActNorm(shape)])
 
     levels: list[Bijection] = []
     shape = _divisible(features, num_levels)
@@ -90,6 +94,7 @@ def image_realnvp(
     check_sizes(num_levels=num_levels, num_blocks=num_blocks, hidden_channels=hidden_channels)
     context, embedding = _conditions(num_classes, context_features)
     transformer = Affine(scale=scale)
+    network: dict[str, Any] = {"num_blocks": num_blocks, "context_features": context, "norm": norm, "dropout": dropout}
 
     def couplings(shape: Size, mask: str, number: int, width: int) -> list[Bijection]:
         layers: list[Bijection] = []
@@ -99,17 +104,9 @@ def image_realnvp(
             seen, transformed = halves[::-1] if flip else halves
             if mask == "checkerboard":
                 seen = transformed = shape[0]
-            network = ResNet(
-                seen,
-                transformed * num_parameters(transformer),
-                hidden_channels=width,
-                num_blocks=num_blocks,
-                context_features=context,
-                norm=norm,
-                dropout=dropout,
-            )
+            conditioner = ResNet(seen, transformed * num_parameters(transformer), hidden_channels=width, **network)
             options: dict[str, Any] = {"mask": mask, "flip": flip, "context_features": context}
-            coupling = ConvCoupling(shape, transformer=transformer, conditioner=network, **options)
+            coupling = ConvCoupling(shape, transformer=transformer, conditioner=conditioner, **options)
             layers.append(Compose([coupling, ActNorm(shape)]))
         return layers
 
@@ -149,17 +146,6 @@ def _divisible(features: Shape, halvings: int, *, least: int = 1) -> Size:
     return shape
 
 
-def _permutation(shape: Size, permutation: str) -> list[Bijection]:
-    make: dict[str, Callable[[], list[Bijection]]] = {
-        "conv": lambda: [InvertibleConv(shape)],
-        "conv-full": lambda: [InvertibleConv(shape, factored=False)],
-        "shuffle": lambda: [Permutation(shape, "random")],
-        "reverse": lambda: [Permutation(shape, "reverse")],
-        "none": list,
-    }
-    return make[permutation]()
-
-
 def _split_prior(shape: Size, context_features: int) -> Bijection:
     """Return Glow's learned prior of the channels that are factored out, given those that are passed on."""
     passed_on = shape[0] // 2
@@ -183,5 +169,5 @@ def _image_flow(
     layers: list[Bijection] = [multiscale]
     if alpha is not None:
         layers.append(Sigmoid(multiscale.data_shape, alpha))
-    options: dict[str, Any] = {"embedding": embedding, "dequantizer": dequantizer}
-    return Flow(StandardNormal(multiscale.latent_shape) if prior is None else prior, layers, **options)
+    prior = StandardNormal(multiscale.latent_shape) if prior is None else prior
+    return Flow(prior, layers, embedding=embedding, dequantizer=dequantizer)

@@ -1,71 +1,86 @@
 """The named flows: functions that build a Flow with good defaults."""
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, overload
+from typing import Any, Concatenate, ParamSpec, Protocol, Unpack, cast, overload
 
 import torch
-from torch import nn
 
 from pyroflows.arguments import Shape, check_names, check_option, check_sizes, is_integer
 from pyroflows.bijection import Bijection, Inverse
 from pyroflows.flow import Flow
-from pyroflows.layers.actnorm import ActNorm
 from pyroflows.layers.autoregressive import MaskedAutoregressive
-from pyroflows.layers.batchnorm import BatchNorm
 from pyroflows.layers.coupling import Coupling
 from pyroflows.layers.linear import DenseLinear, LULinear
-from pyroflows.layers.permutation import Permutation
-from pyroflows.layers.planar import Planar
+from pyroflows.layers.norms import ActNorm, BatchNorm
+from pyroflows.layers.planar_radial import Planar, Radial
 from pyroflows.layers.pointwise import ElementwiseAffine
-from pyroflows.layers.radial import Radial
+from pyroflows.layers.rearrange import Permutation
 from pyroflows.layers.spline import Spline
 from pyroflows.layers.transformers import Additive, Affine
 from pyroflows.models.images import image_glow, image_realnvp
+from pyroflows.networks.mlp import NetworkOptions
 from pyroflows.priors import Prior, StandardNormal
 from pyroflows.recipe import recorded
 
 __all__ = ["glow", "iaf", "maf", "nice", "nsf", "planar", "radial", "realnvp"]
 
-_PERMUTATIONS = ("lu", "dense", "reverse", "shuffle", "none")
-_NORMS = ("actnorm", "batchnorm", "none")
+_NORMS: dict[str, Callable[[int], list[Bijection]]] = {
+    "actnorm": lambda features: [ActNorm(features)],
+    "batchnorm": lambda features: [BatchNorm(features)],
+    "none": lambda features: [],
+}
+_PERMUTATIONS: dict[str, Callable[[int], list[Bijection]]] = {
+    "lu": lambda features: [LULinear(features)],
+    "dense": lambda features: [DenseLinear(features)],
+    "reverse": lambda features: [],  # every second layer is built for reversed features instead
+    "shuffle": lambda features: [Permutation(features, "random")],
+    "none": lambda features: [],
+}
+
+P = ParamSpec("P")
+Q = ParamSpec("Q")
+
+
+class _Builder(Protocol[P, Q]):
+    @overload
+    def __call__(self, features: int, *args: P.args, **kwargs: P.kwargs) -> Flow: ...
+    @overload
+    def __call__(self, features: Shape, *args: Q.args, **kwargs: Q.kwargs) -> Flow: ...
+
+
+def _or_for_images(
+    of_images: Callable[Concatenate[Shape, Q], Flow],
+) -> Callable[[Callable[Concatenate[int, P], Flow]], _Builder[P, Q]]:
+    """Decorate a builder of flows of vectors, so that the shape of an image gives a flow of images."""
+
+    def decorate(of_vectors: Callable[Concatenate[int, P], Flow]) -> _Builder[P, Q]:
+        @functools.wraps(of_vectors)
+        def build(features: Any, **options: Any) -> Flow:
+            builder, network = (of_vectors, NetworkOptions.__annotations__) if is_integer(features) else (of_images, ())
+            check_names(options, builder, exclude=("features", "network"), also=network)
+            return cast(Any, builder)(features, **options)
+
+        del build.__wrapped__  # its signature is that of one of the two
+        return cast(_Builder[P, Q], recorded(build))
+
+    return decorate
 
 
 def _flow(prior: Prior | None, features: int, layers: Sequence[Bijection]) -> Flow:
     return Flow(StandardNormal(features) if prior is None else prior, layers)
 
 
-def _build(
-    features: Shape, options: dict[str, Any], of_vectors: Callable[..., Flow], of_images: Callable[..., Flow]
-) -> Flow:
-    """Build the flow of vectors or of images, according to the shape."""
-    build = of_vectors if is_integer(features) else of_images
-    check_names(options, build, exclude=("features",))
-    return build(features, **options)
-
-
 def _stack(
     make_layer: Callable[[int], Bijection], features: int, num_layers: int, permutation: str, norm: str
 ) -> list[Bijection]:
-    """Stack layers, each followed, towards the data, by a permutation or linear map and by a norm, as in Glow.
-
-    A reversal needs no layer: every second layer is built for reversed features instead.
-    """
+    """Stack layers, each followed, towards the data, by a permutation or linear map and by a norm, as in Glow."""
     check_sizes(features=features, num_layers=num_layers)
     check_option("permutation", permutation, _PERMUTATIONS)
     check_option("norm", norm, _NORMS)
     layers: list[Bijection] = []
     for number in range(num_layers):
-        layers.append(make_layer(number))
-        if permutation == "lu":
-            layers.append(LULinear(features))
-        elif permutation == "dense":
-            layers.append(DenseLinear(features))
-        elif permutation == "shuffle":
-            layers.append(Permutation(features, "random"))
-        if norm == "actnorm":
-            layers.append(ActNorm(features))
-        elif norm == "batchnorm":
-            layers.append(BatchNorm(features))
+        layers += [make_layer(number), *_PERMUTATIONS[permutation](features), *_NORMS[norm](features)]
     return layers
 
 
@@ -81,7 +96,8 @@ def _couplings(features: int, permutation: str, *, mask: str = "halves", **optio
 def _autoregressive(
     features: int, permutation: str, order: str | Sequence[int], **options: Any
 ) -> Callable[[int], Bijection]:
-    """Return a builder of autoregressive layers of one order, or alternating with the reversed one."""
+    """Return a builder of autoregressive layers, by default residual, of one order or alternating with its reverse."""
+    options = {"residual": True, **options}
     reversed_order: str | Sequence[int] = order
     if permutation == "reverse":
         named = {"sequential": "reversed", "reversed": "sequential", "random": "random"}
@@ -89,40 +105,19 @@ def _autoregressive(
     return lambda number: MaskedAutoregressive(features, order=reversed_order if number % 2 else order, **options)
 
 
-@overload
+@_or_for_images(image_realnvp)
 def realnvp(
     features: int,
     *,
     context_features: int = 0,
     num_layers: int = 8,
-    hidden_features: Sequence[int] = (128, 128),
-    residual: bool = False,
-    activation: str = "relu",
-    dropout: float = 0.0,
     scale: str = "exp",
     mask: str = "halves",
     permutation: str = "lu",
     norm: str = "actnorm",
     prior: Prior | None = None,
-) -> Flow: ...
-@overload
-def realnvp(
-    features: Shape,
-    *,
-    num_levels: int = 2,
-    num_blocks: int = 8,
-    hidden_channels: int = 64,
-    scale: str = "exp",
-    norm: str = "weight",
-    dropout: float = 0.0,
-    num_classes: int = 0,
-    context_features: int = 0,
-    alpha: float | None = 0.05,
-    prior: Prior | None = None,
-    dequantizer: nn.Module | None = None,
-) -> Flow: ...
-@recorded
-def realnvp(features: Shape, **options: Any) -> Flow:
+    **network: Unpack[NetworkOptions],
+) -> Flow:
     r"""RealNVP: alternating affine couplings, fast both ways, for vectors or for images at several scales.
 
     A shape ``(C, H, W)`` gives the multi-scale flow of the paper: at each scale three checkerboard couplings, a squeeze
@@ -131,15 +126,14 @@ def realnvp(features: Shape, **options: Any) -> Flow:
 
     Args:
         features: number of features, or ``(C, H, W)``.
-        options: the options below.
         context_features: length of the context; 0 for none.
         scale: "exp" or "sigmoid", see :class:`Affine`.
-        dropout: dropout of the networks, in training only.
+        dropout: dropout of the networks, in training only (0).
         prior: prior of the latent, a vector; by default a standard normal.
 
     Of vectors:
         num_layers: number of couplings (8).
-        hidden_features, residual, activation: options of each :class:`MLP`.
+        hidden_features, residual, activation: as in :class:`MLP`.
         mask: "halves" or "checkerboard"; transformed and identity features alternate.
         permutation: after each coupling, towards the data: "lu", "dense", "reverse", "shuffle" or "none".
         norm: after each permutation: "actnorm", "batchnorm" or "none".
@@ -165,79 +159,28 @@ def realnvp(features: Shape, **options: Any) -> Flow:
         Density estimation using Real NVP, Dinh et al., 2017 (arXiv:1605.08803).
 
     Example:
-        >>> import torch
         >>> realnvp(3, num_layers=2, context_features=1).log_prob(torch.zeros(4, 3), torch.zeros(4, 1)).shape
         torch.Size([4])
         >>> realnvp((1, 8, 8), num_blocks=1, hidden_channels=8).sample((2,)).shape
         torch.Size([2, 1, 8, 8])
     """
-    return _build(features, options, _vector_realnvp, image_realnvp)
-
-
-def _vector_realnvp(
-    features: int,
-    *,
-    context_features: int = 0,
-    num_layers: int = 8,
-    hidden_features: Sequence[int] = (128, 128),
-    residual: bool = False,
-    activation: str = "relu",
-    dropout: float = 0.0,
-    scale: str = "exp",
-    mask: str = "halves",
-    permutation: str = "lu",
-    norm: str = "actnorm",
-    prior: Prior | None = None,
-) -> Flow:
-    layer = _couplings(
-        features,
-        permutation,
-        transformer=Affine(scale=scale),
-        mask=mask,
-        context_features=context_features,
-        hidden_features=hidden_features,
-        residual=residual,
-        activation=activation,
-        dropout=dropout,
-    )
+    options: dict[str, Any] = {"transformer": Affine(scale=scale), "context_features": context_features, **network}
+    layer = _couplings(features, permutation, mask=mask, **options)
     return _flow(prior, features, _stack(layer, features, num_layers, permutation, norm))
 
 
-@overload
+@_or_for_images(image_glow)
 def glow(
     features: int,
     *,
     context_features: int = 0,
     num_steps: int = 10,
-    hidden_features: Sequence[int] = (128, 128),
-    residual: bool = False,
-    activation: str = "relu",
-    dropout: float = 0.0,
     coupling: str = "affine",
     scale: str = "exp",
     permutation: str = "lu",
     prior: Prior | None = None,
-) -> Flow: ...
-@overload
-def glow(
-    features: Shape,
-    *,
-    num_levels: int = 3,
-    num_steps: int = 16,
-    hidden_channels: int = 512,
-    permutation: str = "conv",
-    coupling: str = "affine",
-    scale: str = "exp",
-    norm: str = "actnorm",
-    num_classes: int = 0,
-    context_features: int = 0,
-    learn_top: bool = True,
-    alpha: float | None = None,
-    prior: Prior | None = None,
-    dequantizer: nn.Module | None = None,
-) -> Flow: ...
-@recorded
-def glow(features: Shape, **options: Any) -> Flow:
+    **network: Unpack[NetworkOptions],
+) -> Flow:
     r"""Glow: steps of ActNorm, an invertible linear map and a coupling, for vectors or for images at several scales.
 
     A shape ``(C, H, W)`` gives the multi-scale flow of the paper: at each level a squeeze and ``num_steps`` steps, with
@@ -246,7 +189,6 @@ def glow(features: Shape, **options: Any) -> Flow:
 
     Args:
         features: number of features, or ``(C, H, W)``.
-        options: the options below.
         context_features: length of the context; 0 for none.
         coupling: "affine" or "additive".
         scale: scale of affine couplings: "exp", or "sigmoid" as in the paper, see :class:`Affine`.
@@ -254,7 +196,7 @@ def glow(features: Shape, **options: Any) -> Flow:
 
     Of vectors:
         num_steps: number of steps (10).
-        hidden_features, residual, activation, dropout: options of each :class:`MLP`.
+        network: ``hidden_features``, ``residual``, ``activation`` and ``dropout`` of each :class:`MLP`.
         permutation: "lu" (factored), "dense", "reverse", "shuffle" or "none".
 
     Of images:
@@ -281,42 +223,16 @@ def glow(features: Shape, **options: Any) -> Flow:
         Glow: Generative Flow with Invertible 1x1 Convolutions, Kingma and Dhariwal, 2018 (arXiv:1807.03039).
 
     Example:
-        >>> import torch
         >>> glow(2, num_steps=3).sample((5,)).shape
         torch.Size([5, 2])
         >>> flow = glow((1, 8, 8), num_levels=2, num_steps=2, hidden_channels=16, num_classes=10)
         >>> flow.sample((2,), torch.tensor([3, 7, 7])).shape
         torch.Size([2, 3, 1, 8, 8])
     """
-    return _build(features, options, _vector_glow, image_glow)
-
-
-def _vector_glow(
-    features: int,
-    *,
-    context_features: int = 0,
-    num_steps: int = 10,
-    hidden_features: Sequence[int] = (128, 128),
-    residual: bool = False,
-    activation: str = "relu",
-    dropout: float = 0.0,
-    coupling: str = "affine",
-    scale: str = "exp",
-    permutation: str = "lu",
-    prior: Prior | None = None,
-) -> Flow:
     check_sizes(num_steps=num_steps)
     check_option("coupling", coupling, ("affine", "additive"))
-    layer = _couplings(
-        features,
-        permutation,
-        transformer=Affine(scale=scale) if coupling == "affine" else Additive(),
-        context_features=context_features,
-        hidden_features=hidden_features,
-        residual=residual,
-        activation=activation,
-        dropout=dropout,
-    )
+    transformer = Affine(scale=scale) if coupling == "affine" else Additive()
+    layer = _couplings(features, permutation, transformer=transformer, context_features=context_features, **network)
     return _flow(prior, features, _stack(layer, features, num_steps, permutation, "actnorm"))
 
 
@@ -326,22 +242,18 @@ def nice(
     *,
     context_features: int = 0,
     num_layers: int = 4,
-    hidden_features: Sequence[int] = (128, 128),
-    residual: bool = False,
-    activation: str = "relu",
-    dropout: float = 0.0,
     mask: str = "checkerboard",
     prior: Prior | None = None,
+    **network: Unpack[NetworkOptions],
 ) -> Flow:
     r"""NICE: alternating additive couplings, and a learned scale of each latent feature.
 
     Args:
         features: number of features.
-        context_features: length of the context; 0 for none.
         num_layers: number of couplings.
-        hidden_features, residual, activation, dropout: options of each :class:`MLP`.
+        network: ``hidden_features``, ``residual``, ``activation`` and ``dropout`` of each :class:`MLP`.
         mask: "checkerboard" or "halves"; transformed and identity features alternate.
-        prior: prior of the latent; by default a standard normal.
+        context_features, prior: as in :func:`maf`.
 
     Shapes:
         x: ``(*batch, features)``; context: ``(*batch, context_features)``.
@@ -353,22 +265,12 @@ def nice(
         NICE: Non-linear Independent Components Estimation, Dinh et al., 2015 (arXiv:1410.8516).
 
     Example:
-        >>> import torch
         >>> nice(4).log_prob(torch.zeros(4)).shape
         torch.Size([])
     """
     check_sizes(features=features, num_layers=num_layers)
-    layer = _couplings(
-        features,
-        "none",
-        transformer=Additive(),
-        mask=mask,
-        context_features=context_features,
-        hidden_features=hidden_features,
-        residual=residual,
-        activation=activation,
-        dropout=dropout,
-    )
+    options: dict[str, Any] = {"transformer": Additive(), "context_features": context_features, **network}
+    layer = _couplings(features, "none", mask=mask, **options)
     couplings = _stack(layer, features, num_layers, "none", "none")
     return _flow(prior, features, [ElementwiseAffine(features), *couplings, ActNorm(features)])
 
@@ -379,15 +281,12 @@ def maf(
     *,
     context_features: int = 0,
     num_layers: int = 5,
-    hidden_features: Sequence[int] = (128, 128),
-    residual: bool = True,
-    activation: str = "relu",
-    dropout: float = 0.0,
     order: str | Sequence[int] = "sequential",
     scale: str = "exp",
     permutation: str = "lu",
     norm: str = "actnorm",
     prior: Prior | None = None,
+    **network: Unpack[NetworkOptions],
 ) -> Flow:
     r"""MAF: masked autoregressive layers; scoring takes one pass, sampling the time of about three.
 
@@ -395,7 +294,7 @@ def maf(
         features: number of features.
         context_features: length of the context; 0 for none.
         num_layers: number of autoregressive layers.
-        hidden_features, residual, activation, dropout: options of each :class:`MADE`.
+        network: ``hidden_features``, ``residual`` (here True), ``activation`` and ``dropout`` of each :class:`MADE`.
         order: "sequential", "reversed", "random", or the features in the order of their dependence.
         scale: "exp" or "sigmoid", see :class:`Affine`.
         permutation: after each layer, towards the data: "lu", "dense", "reverse" (as in the paper), "shuffle", "none".
@@ -412,21 +311,11 @@ def maf(
         Masked Autoregressive Flow for Density Estimation, Papamakarios et al., 2017 (arXiv:1705.07057).
 
     Example:
-        >>> import torch
         >>> maf(3, num_layers=2).log_prob(torch.zeros(4, 3)).shape
         torch.Size([4])
     """
-    layer = _autoregressive(
-        features,
-        permutation,
-        order,
-        transformer=Affine(scale=scale),
-        context_features=context_features,
-        hidden_features=hidden_features,
-        residual=residual,
-        activation=activation,
-        dropout=dropout,
-    )
+    options: dict[str, Any] = {"transformer": Affine(scale=scale), "context_features": context_features, **network}
+    layer = _autoregressive(features, permutation, order, **options)
     return _flow(prior, features, _stack(layer, features, num_layers, permutation, norm))
 
 
@@ -436,48 +325,32 @@ def iaf(
     *,
     context_features: int = 0,
     num_layers: int = 5,
-    hidden_features: Sequence[int] = (128, 128),
-    residual: bool = True,
-    activation: str = "relu",
-    dropout: float = 0.0,
     order: str | Sequence[int] = "sequential",
     scale: str = "exp",
     permutation: str = "lu",
     norm: str = "actnorm",
     prior: Prior | None = None,
+    **network: Unpack[NetworkOptions],
 ) -> Flow:
     r"""IAF: inverse autoregressive layers; sampling and scoring the sample take one pass, as guides need.
 
     Args:
         features, context_features, num_layers, order, scale, permutation, norm, prior: as in :func:`maf`.
-        hidden_features, residual, activation, dropout: options of each :class:`MADE`.
+        network: ``hidden_features``, ``residual`` (here True), ``activation`` and ``dropout`` of each :class:`MADE`.
 
     Shapes:
         x: ``(*batch, features)``; context: ``(*batch, context_features)``.
-
-    Raises:
-        ValueError: a size is not positive, or an option is not one of those above.
 
     References:
         Improved Variational Inference with Inverse Autoregressive Flow, Kingma et al., 2016 (arXiv:1606.04934).
 
     Example:
-        >>> import torch
         >>> x, log_prob = iaf(3, num_layers=2).rsample_and_log_prob((4,))
         >>> x.shape, log_prob.shape
         (torch.Size([4, 3]), torch.Size([4]))
     """
-    layer = _autoregressive(
-        features,
-        permutation,
-        order,
-        transformer=Affine(scale=scale),
-        context_features=context_features,
-        hidden_features=hidden_features,
-        residual=residual,
-        activation=activation,
-        dropout=dropout,
-    )
+    options: dict[str, Any] = {"transformer": Affine(scale=scale), "context_features": context_features, **network}
+    layer = _autoregressive(features, permutation, order, **options)
     layers = _stack(lambda number: Inverse(layer(number)), features, num_layers, permutation, norm)
     return _flow(prior, features, layers)
 
@@ -489,51 +362,36 @@ def nsf(
     autoregressive: bool = False,
     context_features: int = 0,
     num_layers: int = 5,
-    hidden_features: Sequence[int] = (128, 128),
-    residual: bool = True,
-    activation: str = "relu",
-    dropout: float = 0.0,
     num_bins: int = 8,
     bound: float = 3.0,
     permutation: str = "lu",
     norm: str = "actnorm",
     prior: Prior | None = None,
+    **network: Unpack[NetworkOptions],
 ) -> Flow:
     r"""Neural spline flow: rational-quadratic splines in couplings, or autoregressive.
 
     Args:
         features: number of features.
         autoregressive: whether the layers are autoregressive, slower to sample, or couplings.
-        context_features: length of the context; 0 for none.
         num_layers: number of spline layers.
-        hidden_features, residual, activation, dropout: options of each :class:`MLP`.
+        context_features, permutation, norm, prior: as in :func:`maf`.
+        network: ``hidden_features``, ``residual`` (here True), ``activation`` and ``dropout`` of each :class:`MLP`.
         num_bins, bound: options of each :class:`Spline`.
-        permutation: after each layer, towards the data: "lu", "dense", "reverse", "shuffle" or "none".
-        norm: after each permutation: "actnorm", "batchnorm" or "none".
-        prior: prior of the latent; by default a standard normal.
 
     Shapes:
         x: ``(*batch, features)``; context: ``(*batch, context_features)``.
-
-    Raises:
-        ValueError: a size is not positive, or an option is not one of those above.
 
     References:
         Neural Spline Flows, Durkan et al., 2019 (arXiv:1906.04032).
 
     Example:
-        >>> import torch
         >>> nsf(3, autoregressive=True, num_layers=2).log_prob(torch.zeros(4, 3)).shape
         torch.Size([4])
     """
-    options: dict[str, Any] = {
-        "transformer": Spline(num_bins=num_bins, bound=bound),
-        "context_features": context_features,
-        "hidden_features": hidden_features,
-        "residual": residual,
-        "activation": activation,
-        "dropout": dropout,
-    }
+    transformer = Spline(num_bins=num_bins, bound=bound)
+    network = {"residual": True, **network}
+    options: dict[str, Any] = {"transformer": transformer, "context_features": context_features, **network}
     if autoregressive:
         layer = _autoregressive(features, permutation, "sequential", **options)
     else:
@@ -554,10 +412,9 @@ def planar(
 
     Args:
         features: number of features.
-        context_features: length of the context; 0 for none.
         num_layers: number of planar layers.
         hidden_features: widths of the network that computes their parameters from a context.
-        prior: prior of the latent; by default a standard normal.
+        context_features, prior: as in :func:`maf`.
 
     Shapes:
         x: ``(*batch, features)``; context: ``(*batch, context_features)``.
@@ -569,7 +426,6 @@ def planar(
         Variational Inference with Normalizing Flows, Rezende and Mohamed, 2015 (arXiv:1505.05770).
 
     Example:
-        >>> import torch
         >>> planar(2).log_prob(torch.zeros(3, 2)).shape
         torch.Size([3])
     """
@@ -595,14 +451,10 @@ def radial(
     Shapes:
         x: ``(*batch, features)``; context: ``(*batch, context_features)``.
 
-    Raises:
-        ValueError: a size is not positive.
-
     References:
         Variational Inference with Normalizing Flows, Rezende and Mohamed, 2015 (arXiv:1505.05770).
 
     Example:
-        >>> import torch
         >>> radial(2).log_prob(torch.zeros(3, 2)).shape
         torch.Size([3])
     """

@@ -123,10 +123,8 @@ class _Context(nn.Module):
         super().__init__()
         self.shape = None if context_shape is None else as_image_shape(context_shape)
         if self.shape is not None and self.shape.numel() != context_features:
-            raise ValueError(
-                f"expected context_features={self.shape.numel()} for context_shape={tuple(self.shape)}; "
-                f"got {context_features}"
-            )
+            expected = f"context_features={self.shape.numel()} for context_shape={tuple(self.shape)}"
+            raise ValueError(f"expected {expected}; got {context_features}")
         is_vector = context_features and self.shape is None
         self.linear = nn.Linear(context_features, width, bias=False) if is_vector else None
 
@@ -148,9 +146,7 @@ class ConvNet(Recorded, nn.Module):
     r"""Glow's network: convolutions of 3x3, 1x1 and 3x3 pixels, the last initialised to zero.
 
     Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        hidden_channels: channels of the hidden layers.
+        in_channels, out_channels, hidden_channels: channels of the input, the output and the hidden layers.
         context_features: length of the context, which becomes a bias of the first convolution.
         context_shape: ``(c, H, W)`` if the context is a flattened image, which then becomes ``c`` more input channels.
         norm: of the hidden convolutions: "actnorm" or "weight" (weight normalisation), both initialised by the first
@@ -208,9 +204,7 @@ class ResNet(Recorded, nn.Module):
     .. math:: h \leftarrow h + B\, a(A\, a(h))
 
     Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        hidden_channels: channels of the hidden layers.
+        in_channels, out_channels, hidden_channels: channels of the input, the output and the hidden layers.
         num_blocks: number of residual blocks.
         context_features, context_shape: as in :class:`ConvNet`.
         norm: of the convolutions: "weight" (as in the paper, which adds batch norm), "actnorm", "group" or "none".

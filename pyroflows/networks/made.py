@@ -58,17 +58,6 @@ class MaskedLinear(nn.Linear):
         return [weight[:, :seen] * mask[:, :seen] for seen, weight, mask in rows]
 
 
-def _order(features: int, order: str | Sequence[int] | Tensor, seed: int | None) -> Tensor:
-    if isinstance(order, str):
-        check_option("order", order, ("sequential", "reversed", "random"))
-        if order == "random":
-            generator = None if seed is None else torch.Generator().manual_seed(seed)
-            return torch.randperm(features, generator=generator)
-        positions = torch.arange(features)
-        return positions.flip(0) if order == "reversed" else positions
-    return as_permutation(order, features)
-
-
 class MADE(nn.Module):
     r"""A masked autoencoder: the parameters of each feature from the features before it and the context.
 
@@ -81,14 +70,10 @@ class MADE(nn.Module):
     Args:
         features: number of features.
         num_parameters: outputs for each feature.
-        hidden_features: widths of the hidden layers, or of the residual blocks.
+        hidden_features, residual, activation, dropout, zero_last: as in :class:`MLP`.
         context_features: length of the context, which every unit sees.
         order: "sequential", "reversed", "random", or the features in the order of their dependence.
         seed: seeds the random order; by default torch's global generator.
-        residual: whether the hidden layers are residual blocks.
-        activation: as in :class:`MLP`.
-        dropout: probability of dropping a hidden unit, in training only.
-        zero_last: initialise the output to zero.
 
     Shapes:
         x: ``(*batch, features)``; context: ``(*batch, context_features)``;
@@ -128,7 +113,9 @@ class MADE(nn.Module):
         hidden_features = as_widths("hidden_features", hidden_features)
         check_sizes(features=features, num_parameters=num_parameters)
         self.features, self.num_parameters = features, num_parameters
-        self.register_buffer("order", _order(features, order, seed))
+        if isinstance(order, str):
+            check_option("order", order, ("sequential", "reversed", "random"))
+        self.register_buffer("order", as_permutation(order, features, seed))
         degrees = torch.empty(features, dtype=torch.long)
         degrees[self.order] = torch.arange(1, features + 1)
         lowest = 0 if context_features or features == 1 else 1

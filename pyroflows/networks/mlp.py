@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import cast
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from pyroflows.arguments import as_widths, check_number, check_option, check_sizes
+from pyroflows.arguments import as_widths, check_names, check_number, check_option, check_sizes
 from pyroflows.recipe import Recorded
 
-__all__ = ["ACTIVATIONS", "MLP"]
+__all__ = ["ACTIVATIONS", "MLP", "NetworkOptions", "make_conditioner"]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -22,6 +22,15 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 LinearFactory = Callable[[int, int], nn.Linear]
+
+
+class NetworkOptions(TypedDict, total=False):
+    """Options of each network of a named flow; see :class:`MLP`."""
+
+    hidden_features: Sequence[int]
+    residual: bool
+    activation: str
+    dropout: float
 
 
 class MLP(Recorded, nn.Module):
@@ -51,7 +60,6 @@ class MLP(Recorded, nn.Module):
         Identity Mappings in Deep Residual Networks, He et al., 2016 (arXiv:1603.05027).
 
     Example:
-        >>> import torch
         >>> MLP(3, 2, hidden_features=(16, 16), residual=True)(torch.ones(5, 3)).shape
         torch.Size([5, 2])
     """
@@ -91,15 +99,10 @@ class MLP(Recorded, nn.Module):
         for second_of_block in self.linears[2::2] if residual else []:
             nn.init.uniform_(second_of_block.weight, -1e-3, 1e-3)  # type: ignore[arg-type]
         if zero_last:
-            for part in self.last:
-                for parameter in part.parameters():
-                    nn.init.zeros_(parameter)
-
-    @property
-    def last(self) -> list[nn.Module]:
-        """The linear maps whose sum is the output."""
-        with_context = len(self.linears) == 1 and self.context is not None
-        return [self.linears[-1], cast(nn.Module, self.context)] if with_context else [self.linears[-1]]
+            # The map of the context is one of the last if there is no hidden layer.
+            last = self if len(self.linears) == 1 else self.linears[-1]
+            for parameter in last.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if self.in_features == 0:
@@ -118,3 +121,21 @@ class MLP(Recorded, nn.Module):
             h = activation(h)
             h = linear(dropout(h) if dropout.p else h)
         return h
+
+
+def make_conditioner(
+    conditioner: nn.Module | None,
+    default: type[nn.Module],
+    inputs: int,
+    outputs: int,
+    context_features: int,
+    options: dict[str, Any],
+) -> nn.Module:
+    """Return the conditioner, or else a network of the default class with these options."""
+    if conditioner is None:
+        fixed = ("in_features", "out_features", "in_channels", "out_channels", "context_features", "linear")
+        check_names(options, default, exclude=fixed)
+        return default(inputs, outputs, context_features=context_features, **options)
+    if options:
+        raise TypeError(f"`conditioner` cannot be combined with options of a network; got {', '.join(options)}")
+    return conditioner

@@ -6,10 +6,9 @@ come from :mod:`pyroflows.diagnostics`.
 
 from pyroflows.plots.calibration import coverage_curves, latent_normality, pit_ecdf, rank_histograms
 from pyroflows.plots.canvas import COLORS, PAPER
-from pyroflows.plots.fits import log_likelihoods, training_curves
+from pyroflows.plots.fits import khat, log_likelihoods, posterior_draws, training_curves
 from pyroflows.plots.images import image_grid, interpolations, save_image_grid
 from pyroflows.plots.plane import deformed_grid, density_2d, samples_2d
-from pyroflows.plots.posteriors import khat, posterior_draws
 from pyroflows.plots.tables import marginals, pair_plot
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import cycle
-from typing import Literal
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -24,36 +24,27 @@ def latent_normality(
     level: float = 0.99,
     title: str = "Latent against a standard normal",
 ) -> Axes:
-    """Draw the quantiles of each feature of a latent against those of a standard normal.
+    """Draw the quantiles of each feature of a latent of held-out data against those of a standard normal.
 
     For a well-specified flow each point is in the grey band with probability ``level``. Of more than six features,
     those farthest from the normal have a colour and a name.
 
     Args:
-        z: the latent of held-out data, such as ``flow.encode(x)``, of a flow whose prior is a standard normal.
-        ax: the axes; new ones by default.
-        names: of the features.
-        level: of the band.
-        title: of the axes.
-
-    Shapes:
-        z: ``(rows, features)``.
-
-    Raises:
-        TypeError, ValueError: as in :func:`pyroflows.diagnostics.normal_quantiles`, or another number of names.
+        z: as in :func:`normal_quantiles <pyroflows.diagnostics.normal_quantiles>`, which says what is refused.
+        ax, title: the axes, new ones by default, and their title.
+        names, level: of the features, and of the band.
 
     Example:
         >>> latent_normality(np.random.default_rng(0).normal(size=(500, 2))).get_xlabel()
         'standard normal quantile (standard deviations)'
     """
     quantiles = normal_quantiles(z, level=level)
-    names = feature_names(names, quantiles.observed.shape[1])
+    names, unit = feature_names(names, quantiles.observed.shape[1]), "quantile (standard deviations)"
     with drawing(ax, (3.3, 3.0)) as ax:
         _band(ax, quantiles.expected, quantiles.low, quantiles.high, level, "normal")
         ax.axline((0, 0), slope=1, color="black", linewidth=0.6)
         _lines(ax, quantiles.expected, quantiles.observed, names, quantiles.distance)
-        ax.set(title=title, ylabel="latent quantile (standard deviations)")
-        ax.set_xlabel("standard normal quantile (standard deviations)")
+        ax.set(title=title, xlabel=f"standard normal {unit}", ylabel=f"latent {unit}")
         ax.legend(frameon=False)
     return ax
 
@@ -73,18 +64,8 @@ def pit_ecdf(
     that are too high, one that stays below too low.
 
     Args:
-        values: probability integral transforms, from :func:`pit <pyroflows.diagnostics.pit>`.
-        ax: the axes; new ones by default.
-        names: of the columns.
-        level: of the band.
-        title: of the axes.
-
-    Shapes:
-        values: ``(rows, columns)``.
-
-    Raises:
-        TypeError: not numbers.
-        ValueError: another shape, no rows, numbers outside [0, 1], another number of names, or a level outside (0, 1).
+        values: ``(rows, columns)``, numbers from 0 to 1, as :func:`pit <pyroflows.diagnostics.pit>` returns them.
+        ax, names, level, title: as in :func:`latent_normality`.
 
     Example:
         >>> pit_ecdf(np.random.default_rng(0).uniform(size=(500, 1)), names=["rain"]).get_xlabel()
@@ -119,16 +100,9 @@ def rank_histograms(
 
     Args:
         result: from ``AmortizedPosterior.calibrate`` or :func:`calibration <pyroflows.diagnostics.calibration>`.
-        ax: an axes for each column; new ones by default.
-        num_bins: of the histograms; by default those of the test whose p-value is in the title.
+        ax: ``d`` axes, one for each column; new ones by default.
+        num_bins: of the histograms, at most one for each rank; by default those of the test whose p-value is shown.
         level: of the band.
-
-    Returns:
-        The axes, shape ``(d,)``.
-
-    Raises:
-        TypeError: not a result of calibration.
-        ValueError: more bins than ranks, a level that is no probability, or another number of axes.
 
     Example:
         >>> from pyroflows.diagnostics import calibration
@@ -147,9 +121,8 @@ def rank_histograms(
             # The band of the last bin is written twice: steps need the end of each.
             _band(each, edges, np.append(low, low[-1]), np.append(high, high[-1]), level, "uniform", step="post")
             each.stairs(counts[:, column], edges, color=COLORS[0], baseline=None, linewidth=1.2)
-            each.set(title=f"{result.names[column]}, p = {result.p_values[column]:.2f}", xlim=(0, 1))
-            each.set(xlabel="rank (share of draws)", ylabel="" if column else "simulations")
-            each.set_ylim(0, 1.3 * max(counts.max(), high.max()))
+            each.set(title=f"{result.names[column]}, p = {result.p_values[column]:.2f}", xlabel="rank (share of draws)")
+            each.set(ylabel="" if column else "simulations", xlim=(0, 1), ylim=(0, 1.3 * max(counts.max(), high.max())))
         axes[0].legend(frameon=False, loc="upper left", handlelength=1.2)
     return axes
 
@@ -163,15 +136,8 @@ def coverage_curves(
     narrow, above it too wide.
 
     Args:
-        result: from ``AmortizedPosterior.calibrate`` or :func:`calibration <pyroflows.diagnostics.calibration>`; its
-            levels are the points.
-        ax: the axes; new ones by default.
-        level: of the band.
-        title: of the axes.
-
-    Raises:
-        TypeError: not a result of calibration.
-        ValueError: a level that is no probability.
+        result: as in :func:`rank_histograms`; its levels are the points.
+        ax, level, title: as in :func:`latent_normality`.
 
     Example:
         >>> from pyroflows.diagnostics import calibration
@@ -194,17 +160,9 @@ def coverage_curves(
     return ax
 
 
-def _band(
-    ax: Axes,
-    x: NumPyArray,
-    low: NumPyArray,
-    high: NumPyArray,
-    level: float,
-    ideal: str,
-    step: Literal["post"] | None = None,
-) -> None:
+def _band(ax: Axes, x: NumPyArray, low: NumPyArray, high: NumPyArray, level: float, ideal: str, **options: Any) -> None:
     """Fill the band of chance in grey."""
-    ax.fill_between(x, low, high, step=step, color="0.85", linewidth=0, label=f"{100 * level:g}% if {ideal}")
+    ax.fill_between(x, low, high, color="0.85", linewidth=0, label=f"{100 * level:g}% if {ideal}", **options)
 
 
 def _lines(

@@ -21,7 +21,6 @@ __all__ = [
     "STYLES",
     "AxesArray",
     "AxesLike",
-    "as_limits",
     "canvas",
     "drawing",
     "feature_names",
@@ -37,12 +36,8 @@ COLORS: tuple[str, ...] = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
 STYLES = ("-", "--", "-.", ":")
 COLUMN, PAGE = 3.3, 6.8  # inches: the widths of a column and of a page with two columns
 PAPER: Any = {
-    "font.size": 8.0,
-    "axes.titlesize": 8.0,
-    "axes.labelsize": 8.0,
-    "xtick.labelsize": 7.0,
-    "ytick.labelsize": 7.0,
-    "legend.fontsize": 7.0,
+    **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 8.0),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 7.0),
     "figure.titlesize": 9.0,
     "lines.linewidth": 1.2,
     "lines.markersize": 4.0,
@@ -56,14 +51,7 @@ _PAPER_FIGURES: WeakSet[Figure] = WeakSet()  # made here: PAPER also holds for w
 def canvas(
     ax: AxesLike | None, shape: tuple[int, int], size: tuple[float, float], *, layout: Any = "constrained"
 ) -> Iterator[AxesArray]:
-    """Yield an array of axes to draw on.
-
-    Args:
-        ax: the axes; new ones by default.
-        shape: rows and columns of axes.
-        size: of a new figure, in inches.
-        layout: of a new figure.
-    """
+    """Yield rows and columns of axes to draw on: those given, or new ones in a figure of ``size`` inches."""
     if ax is not None:
         axes = np.asarray(ax, dtype=object).reshape(-1)
         count, are_axes = math.prod(shape), all(isinstance(each, Axes) for each in axes)
@@ -91,13 +79,9 @@ def drawing(ax: Axes | None, size: tuple[float, float] = (COLUMN, 2.6)) -> Itera
 @contextmanager
 def panels(ax: AxesLike | None, count: int) -> Iterator[AxesArray]:
     """Yield ``count`` axes in one dimension; new ones stand in rows of at most four."""
-    if ax is not None:
-        with canvas(ax, (1, count), (0, 0)) as axes:
-            yield axes[0]
-        return
-    across = min(4, count)
+    across = min(4, count) if ax is None else count
     down = -(-count // across)
-    with canvas(None, (down, across), (max(PAGE * across / 4, COLUMN), 1.8 * down + 0.3)) as axes:
+    with canvas(ax, (down, across), (max(PAGE * across / 4, COLUMN), 1.8 * down + 0.3)) as axes:
         for unused in axes.flat[count:]:
             unused.set_axis_off()
         yield axes.reshape(-1)[:count]
@@ -106,12 +90,3 @@ def panels(ax: AxesLike | None, count: int) -> Iterator[AxesArray]:
 def feature_names(names: Sequence[str] | None, count: int) -> tuple[str, ...]:
     """Return the names of features, by default x_1, x_2 and so on."""
     return column_names(names, [f"$x_{{{i + 1}}}$" for i in range(count)])
-
-
-def as_limits(limits: Sequence[float]) -> tuple[float, float, float, float]:
-    """Return ``(left, right, bottom, top)`` from these four or from ``(low, high)``."""
-    numbers = tuple(map(float, limits))
-    numbers = numbers * 2 if len(numbers) == 2 else numbers
-    if len(numbers) != 4 or not (numbers[0] < numbers[1] and numbers[2] < numbers[3]):
-        raise ValueError(f"expected limits (low, high) or (left, right, bottom, top), increasing; got {tuple(limits)}")
-    return numbers

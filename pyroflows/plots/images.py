@@ -2,36 +2,31 @@
 
 from pathlib import Path
 
+import numpy as np
+import torch
 from matplotlib.axes import Axes
-from torch import Tensor
 
-from pyroflows.arguments import check_sizes
+from pyroflows.arguments import check_integer, check_sizes
 from pyroflows.plots.canvas import drawing
 
 __all__ = ["image_grid", "interpolations", "save_image_grid"]
 
 
 def image_grid(
-    images: Tensor, ax: Axes | None = None, *, columns: int = 8, num_levels: int = 256, title: str = ""
+    images: torch.Tensor, ax: Axes | None = None, *, columns: int = 8, num_levels: int = 256, title: str = ""
 ) -> Axes:
     """Draw images in a grid, row by row.
 
     Args:
-        images: levels of pixels, with one channel or three.
-        ax: the axes; new ones by default.
+        images: ``(num, C, H, W)``, levels of pixels, with one channel or three.
+        ax, title: the axes, new ones by default, and their title.
         columns: images in a row.
         num_levels: the number of levels; the highest is white.
-        title: of the axes.
-
-    Shapes:
-        images: ``(num, C, H, W)``.
 
     Raises:
-        TypeError: not a tensor.
-        ValueError: no image, another number of channels, or a number out of range.
+        TypeError, ValueError: not a tensor, no image, another number of channels, or a number out of range.
 
     Example:
-        >>> import torch
         >>> image_grid(torch.randint(17, (4, 1, 8, 8)), num_levels=17, title="Noise").get_title()
         'Noise'
     """
@@ -43,59 +38,41 @@ def image_grid(
 
 
 def interpolations(
-    images: Tensor, ax: Axes | None = None, *, num_levels: int = 256, title: str = "Straight lines in the latent"
+    images: torch.Tensor, ax: Axes | None = None, *, num_levels: int = 256, title: str = "Straight lines in the latent"
 ) -> Axes:
     """Draw interpolations between images, one in each row, as :func:`pyroflows.interpolate` returns them.
 
     Args:
-        images: levels of pixels, with one channel or three; the first and the last in a row are the ends.
-        ax: the axes; new ones by default.
-        num_levels: the number of levels; the highest is white.
-        title: of the axes.
-
-    Shapes:
-        images: ``(pairs, num, C, H, W)``.
-
-    Raises:
-        ValueError: images of another shape, fewer than two in a row, or a number out of range.
+        images: ``(pairs, num, C, H, W)``, at least two in a row, of which the first and the last are the ends.
+        ax, num_levels, title: as in :func:`image_grid`, which says what else is refused.
 
     Example:
-        >>> import torch
         >>> interpolations(torch.randint(17, (3, 6, 1, 8, 8)), num_levels=17).get_xlabel()
         'share of the way'
     """
-    if not isinstance(images, Tensor) or images.dim() != 5 or images.shape[1] < 2:
-        got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+    if not isinstance(images, torch.Tensor) or images.dim() != 5 or images.shape[1] < 2:
+        got = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
         raise ValueError(f"expected images of shape (pairs, num, C, H, W), num of at least 2; got {got}")
     num, width = images.shape[1], images.shape[-1] + 1  # of an image and the line between two
     ax = image_grid(images.flatten(0, 1), ax, columns=num, num_levels=num_levels, title=title)
-    shares = (0.0, 0.25, 0.5, 0.75, 1.0)
-    ax.set_xticks([width * (0.5 + share * (num - 1)) for share in shares], [f"{share:g}" for share in shares])
+    shares = np.linspace(0, 1, 5)
+    ax.set_xticks(width * (0.5 + shares * (num - 1)), [f"{share:g}" for share in shares])
     ax.set_xlabel("share of the way")
     return ax
 
 
 def save_image_grid(
-    images: Tensor, path: str | Path, *, columns: int = 8, num_levels: int = 256, enlarge: int = 1
+    images: torch.Tensor, path: str | Path, *, columns: int = 8, num_levels: int = 256, enlarge: int = 1
 ) -> None:
     """Save a grid of images as a PNG file.
 
     Args:
-        images: levels of pixels, with one channel or three.
+        images, columns, num_levels: as in :func:`image_grid`, which says what is refused.
         path: the file.
-        columns: images in a row.
-        num_levels: the number of levels; the highest is white.
         enlarge: pixels of the file for one pixel of an image, along each side.
 
-    Shapes:
-        images: ``(num, C, H, W)``.
-
-    Raises:
-        TypeError: not a tensor.
-        ValueError: no image, another number of channels, or a number out of range.
-
     Example:
-        >>> import tempfile, torch
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_image_grid(torch.randint(256, (4, 3, 8, 8)), f"{folder}/grid.png")
     """
@@ -106,13 +83,12 @@ def save_image_grid(
     save_image(grid.repeat_interleave(enlarge, 1).repeat_interleave(enlarge, 2), path, format="png")
 
 
-def _grid(images: Tensor, columns: int, num_levels: int) -> Tensor:
+def _grid(images: torch.Tensor, columns: int, num_levels: int) -> torch.Tensor:
     from torchvision.utils import make_grid  # here, because the import is slow and few plots need it
 
     check_sizes(columns=columns)
-    if num_levels < 2:
-        raise ValueError(f"expected num_levels of at least 2; got {num_levels}")
-    if not isinstance(images, Tensor):
+    check_integer("num_levels", num_levels, 2)
+    if not isinstance(images, torch.Tensor):
         raise TypeError(f"expected images as a tensor; got {type(images).__name__}")
     if images.dim() != 4 or not len(images) or images.shape[1] not in (1, 3):
         raise ValueError(f"expected images of shape (num, 1 or 3, H, W), at least one; got {tuple(images.shape)}")

@@ -1,6 +1,7 @@
 """The plane: densities, samples, and the latent grid after each layer of a flow."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -9,11 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from torch import Tensor
 
-from pyroflows.arguments import check_number, check_sizes
+from pyroflows.arguments import check_integer, check_number, check_sizes
 from pyroflows.contexts import evaluating
 from pyroflows.diagnostics.arrays import Array
 from pyroflows.flow import Flow
-from pyroflows.plots.canvas import COLORS, AxesArray, AxesLike, as_limits, drawing, panels
+from pyroflows.plots.canvas import COLORS, AxesArray, AxesLike, drawing, panels
 
 __all__ = ["deformed_grid", "density_2d", "samples_2d"]
 
@@ -34,64 +35,41 @@ def density_2d(
     """Draw a density in the plane, light where it is high.
 
     Args:
-        density: a flow of two features, evaluated in evaluation mode, or a function that returns log-densities of rows
-            in nats.
-        limits: ``(low, high)`` for both axes, or ``(left, right, bottom, top)``.
-        ax: the axes; new ones by default.
-        points: grid points along each axis.
+        density: a flow of two features, evaluated in evaluation mode, or a function of rows, ``(n, 2)``, that returns
+            their log-densities in nats, ``(n,)``.
+        limits: increasing numbers, ``(low, high)`` for both axes or ``(left, right, bottom, top)``.
+        ax, title: the axes, new ones by default, and their title.
+        points: grid points along each axis, at least 2.
         max_density: the density drawn lightest, for comparable pictures; by default the highest.
         colorbar: whether to draw the scale.
-        title: of the axes.
-
-    Shapes:
-        rows: ``(n, 2)``; log-densities: ``(n,)``.
-
-    Raises:
-        ValueError: ``limits`` are neither two nor four increasing numbers, or ``points`` is below 2.
 
     Example:
         >>> from pyroflows import StandardNormal
         >>> density_2d(StandardNormal(2).log_prob, (-3, 3), points=10).get_title()
         'Density'
     """
-    left, right, bottom, top = as_limits(limits)
-    if points < 2:
-        raise ValueError(f"expected points of at least 2; got {points}")
-    values = _density_grid(density, (left, right, bottom, top), points)
+    left, right, bottom, top = _as_limits(limits)
+    check_integer("points", points, 2)
+    x1 = torch.linspace(left, right, points, dtype=torch.float64)
+    x2 = torch.linspace(bottom, top, points, dtype=torch.float64)
+    grid = torch.cartesian_prod(x2, x1).flip(-1)  # (points * points, 2), the lowest row first
+    parameter = next(density.parameters(), None) if isinstance(density, torch.nn.Module) else None
+    grid = grid.to(torch.get_default_dtype()) if parameter is None else grid.to(parameter)
+    log_prob = getattr(density, "log_prob", density)
+    with torch.no_grad(), evaluating(density):
+        values = torch.cat([log_prob(rows) for rows in grid.split(_ROWS)]).double().exp().cpu().reshape(points, points)
     half_x, half_y = (right - left) / (points - 1) / 2, (top - bottom) / (points - 1) / 2
     with drawing(ax) as ax:
         # imshow, not pcolormesh, whose 40,000 cells would be separate shapes in PDF and SVG.
-        image = ax.imshow(
-            values.numpy(),
-            origin="lower",
-            extent=(left - half_x, right + half_x, bottom - half_y, top + half_y),
-            vmin=0,
-            vmax=max_density,
-            cmap="viridis",
-            aspect="equal",
-        )
+        extent = (left - half_x, right + half_x, bottom - half_y, top + half_y)
+        colors: Any = {"vmin": 0, "vmax": max_density, "cmap": "viridis"}
+        image = ax.imshow(values.numpy(), origin="lower", extent=extent, aspect="equal", **colors)
         ax.set(title=title, xlabel="$x_1$", ylabel="$x_2$", xlim=(left, right), ylim=(bottom, top))
         if colorbar:
             # In the axes' own coordinates it stays as tall as the picture.
             bar = ax.figure.colorbar(image, cax=ax.inset_axes((1.04, 0, 0.05, 1)), label="density")
             bar.ax.tick_params(labelsize=plt.rcParams["ytick.labelsize"])
     return ax
-
-
-def _density_grid(
-    density: torch.nn.Module | Callable[[Tensor], Tensor], limits: tuple[float, float, float, float], points: int
-) -> Tensor:
-    """Return the density on a grid, ``(points, points)``, the lowest row first."""
-    left, right, bottom, top = limits
-    x1 = torch.linspace(left, right, points, dtype=torch.float64)
-    x2 = torch.linspace(bottom, top, points, dtype=torch.float64)
-    parameter = next(density.parameters(), None) if isinstance(density, torch.nn.Module) else None
-    grid = torch.cartesian_prod(x2, x1).flip(-1)  # (points * points, 2)
-    grid = grid.to(torch.get_default_dtype()) if parameter is None else grid.to(parameter)
-    log_prob = getattr(density, "log_prob", density)
-    with torch.no_grad(), evaluating(density):
-        values = torch.cat([log_prob(rows) for rows in grid.split(_ROWS)])
-    return values.double().exp().cpu().reshape(points, points)
 
 
 def samples_2d(
@@ -107,19 +85,11 @@ def samples_2d(
     """Draw rows of two features as points; further calls add to the same axes.
 
     Args:
-        x: the rows.
-        ax: the axes; new ones by default.
-        limits: ``(low, high)`` for both axes, or ``(left, right, bottom, top)``; by default those of the rows.
-        color: of the points.
-        label: of the points, for a legend.
-        title: of the axes.
+        x: the rows, shape ``(rows, 2)``.
+        ax, title: the axes, new ones by default, and their title.
+        limits: as in :func:`density_2d`; by default those of the rows.
+        color, label: of the points, the label for a legend.
         names: of the two features.
-
-    Shapes:
-        x: ``(rows, 2)``.
-
-    Raises:
-        ValueError: ``x`` or ``limits`` has another shape.
 
     Example:
         >>> samples_2d(torch.randn(100, 2), title="A normal").get_title()
@@ -134,7 +104,7 @@ def samples_2d(
         ax.scatter(rows[:, 0], rows[:, 1], s=size, alpha=alpha, color=color, linewidths=0, label=label, rasterized=True)
         ax.set(title=title, xlabel=names[0], ylabel=names[1])
         if limits is not None:
-            left, right, bottom, top = as_limits(limits)
+            left, right, bottom, top = _as_limits(limits)
             ax.set(xlim=(left, right), ylim=(bottom, top), aspect="equal")
     return ax
 
@@ -154,27 +124,15 @@ def deformed_grid(
 
     Args:
         flow: a flow of two features.
-        ax: an axes for each panel; new ones by default.
-        context: a single one, if the flow takes a context.
-        extent: of the grid, from the middle to each side.
-        lines: of the grid in each direction.
-        max_panels: the largest number of panels; with more layers, they are spread evenly from the latent to the data.
-
-    Shapes:
-        context: ``(context_features,)``, or what the flow's embedding maps to that, without a batch.
-
-    Returns:
-        The axes, shape ``(panels,)``: the latent, and the output of layers.
-
-    Raises:
-        TypeError: not a flow.
-        ValueError: the flow is not of two features, a number is out of range, or another number of axes.
+        ax: an axes for each panel, the latent and the outputs of layers; new ones by default.
+        context: a single one, without a batch, if the flow takes a context.
+        extent, lines: of the grid, from the middle to each side, and its lines in each direction, at least 2.
+        max_panels: 2 or more; if there are more layers, panels are spread evenly from the latent to the data.
 
     Example:
         >>> from pyroflows import realnvp
-        >>> axes = deformed_grid(realnvp(2, num_layers=2), max_panels=3)
-        >>> [each.get_title() for each in axes][0], len(axes)
-        ('latent', 3)
+        >>> [each.get_title() for each in deformed_grid(realnvp(2, num_layers=2), max_panels=3)][0]
+        'latent'
     """
     if not isinstance(flow, Flow):
         raise TypeError(f"expected a Flow; got {type(flow).__name__}")
@@ -204,6 +162,15 @@ def deformed_grid(
             each.set(title=titles[stage], aspect="equal", adjustable="datalim")
             each.locator_params(nbins=4)
     return axes
+
+
+def _as_limits(limits: Sequence[float]) -> tuple[float, float, float, float]:
+    """Return ``(left, right, bottom, top)`` from these four or from ``(low, high)``."""
+    numbers = tuple(map(float, limits))
+    numbers = numbers * 2 if len(numbers) == 2 else numbers
+    if len(numbers) != 4 or not (numbers[0] < numbers[1] and numbers[2] < numbers[3]):
+        raise ValueError(f"expected limits (low, high) or (left, right, bottom, top), increasing; got {tuple(limits)}")
+    return numbers
 
 
 def _grid_lines(extent: float, lines: int) -> Tensor:

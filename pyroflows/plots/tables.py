@@ -29,26 +29,13 @@ def marginals(
     outside the bins are missing from the line, and their share is written if it is above 0.5 %, as "1% out".
 
     Args:
-        data: rows of data.
-        samples: rows of as many columns, such as ``flow.sample((1000,))``.
-        ax: an axes for each column; new ones by default.
-        names: of the columns, with their units.
-        labels: of the two tables, for the legend.
-
-    Shapes:
-        data: ``(n, d)``; samples: ``(m, d)``.
-
-    Returns:
-        The axes, shape ``(d,)``.
-
-    Raises:
-        TypeError: not numbers.
-        ValueError: tables that do not match, are empty or not finite, or another number of names or axes.
+        data, samples: finite rows, ``(n, d)`` and ``(m, d)``; samples are ``flow.sample((1000,))``, for example.
+        ax: ``d`` axes, one for each column; new ones by default.
+        names, labels: of the columns, with their units, and of the two tables, for the legend.
 
     Example:
-        >>> rng = np.random.default_rng(0)
-        >>> axes = marginals(rng.normal(size=(100, 2)), rng.normal(size=(100, 2)), names=["height (m)", "mass (kg)"])
-        >>> axes[1].get_xlabel()
+        >>> data, samples = np.random.default_rng(0).normal(size=(2, 100, 2))
+        >>> marginals(data, samples, names=["height (m)", "mass (kg)"])[1].get_xlabel()
         'mass (kg)'
     """
     data, samples, names = _tables(data, samples, names)
@@ -77,17 +64,11 @@ def pair_plot(
 
     Args:
         data, samples, names, labels: as in :func:`marginals`.
-        ax: ``d * d`` axes, row by row; new ones by default. Those above the diagonal stay empty.
-
-    Returns:
-        The axes, shape ``(d, d)``.
-
-    Raises:
-        TypeError, ValueError: as in :func:`marginals`.
+        ax: ``d * d`` axes, row by row; new ones by default. Above the diagonal they stay empty.
 
     Example:
-        >>> rng = np.random.default_rng(0)
-        >>> pair_plot(rng.normal(size=(100, 3)), rng.normal(size=(100, 3)), names=["a", "b", "c"]).shape
+        >>> data, samples = np.random.default_rng(0).normal(size=(2, 100, 3))
+        >>> pair_plot(data, samples, names=["a", "b", "c"]).shape
         (3, 3)
     """
     data, samples, names = _tables(data, samples, names)
@@ -123,10 +104,8 @@ def pair_plot(
         figure = axes[0, 0].figure
         figure.align_ylabels(list(axes[:, 0]))
         if ax is None:
-            margins = {"left": 0.85, "bottom": 0.7, "right": inches - 0.1, "top": inches - 0.1}
-            figure.subplots_adjust(
-                **{side: margin / inches for side, margin in margins.items()}, wspace=0.12, hspace=0.12
-            )
+            left, bottom, end = 0.85 / inches, 0.7 / inches, 1 - 0.1 / inches
+            figure.subplots_adjust(left, bottom, end, end, wspace=0.12, hspace=0.12)
     return axes
 
 

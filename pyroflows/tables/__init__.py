@@ -1,6 +1,5 @@
 """Flows of tables: built and trained on the rows, with densities in the units of the columns."""
 
-from pyroflows.tables.fitting import fit_table
-from pyroflows.tables.flow import table_flow
+from pyroflows.tables.fitting import fit_table, table_flow
 
 __all__ = ["fit_table", "table_flow"]

@@ -2,24 +2,19 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.base import (
-    BaseEstimator,
-    ClassifierMixin,
-    ClassNamePrefixFeaturesOutMixin,
-    DensityMixin,
-    TransformerMixin,
-    clone,
-)
+from sklearn import clone
+from sklearn.base import BaseEstimator, ClassifierMixin, ClassNamePrefixFeaturesOutMixin, DensityMixin, TransformerMixin
 from sklearn.utils import check_random_state, column_or_1d
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_array, check_consistent_length, check_is_fitted, validate_data
 from torch import Tensor
 
-from pyroflows.arguments import check_finite, check_number, check_option, check_sizes
+from pyroflows.arguments import as_tensor, check_finite, check_number, check_option, check_sizes
 from pyroflows.contexts import seeded
 from pyroflows.distributed import choose_device
 from pyroflows.flow import Flow
@@ -31,6 +26,7 @@ __all__ = ["FlowClassifier", "FlowDensity"]
 _CHUNK_ROWS = 8192
 
 
+@dataclass(eq=False, repr=False)
 class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseEstimator):
     r"""A density of the rows of a table, or of the rows given a class or numbers, by a normalizing flow.
 
@@ -44,18 +40,13 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         flow: "nsf", "maf", "realnvp", "glow", "nice", "iaf", "planar", "radial", or a function that builds a flow, see
             :func:`table_flow`. Splines ("nsf") bend within bounds; the affine flows can give a row between clusters a
             density so low that it ruins a mean, and for a single column learn no more than a normal distribution.
-        num_layers: number of layers; None for the flow's default.
-        hidden_features: widths of the hidden layers of its networks; None for the flow's default.
+        num_layers, hidden_features: number of layers, widths of hidden layers; None for the flow's default.
         flow_options: other options of the flow, such as ``{"num_bins": 16}``.
         conditional: None for the density of the rows, whatever ``y`` is; "class" for their density given a class label
             ``y``; "number" for that given one number or several.
         standardize: whether the flow standardizes the columns.
-        epochs: most passes through the rows; an epoch has at least ten steps.
-        batch_size: rows a step, or all rows if there are fewer.
-        learning_rate: largest learning rate of Adam.
-        validation: share of rows to hold out, to choose the best epoch and when to stop; 0 for none.
-        patience: epochs without a better validation loss before training ends; None for no limit.
-        max_seconds: limit of wall time.
+        batch_size, validation: as for :func:`fit_table`.
+        epochs, learning_rate, patience, max_seconds: as for :func:`fit`; an epoch has at least ten steps.
         fit_options: fields of :class:`FitOptions`, such as ``{"weight_decay": 1e-5}``.
         device: "cpu", "cuda" (also "cuda:1"), or "auto" for a GPU if there is one.
         random_state: an integer, a RandomState or None, for weights, rows held out and shuffles.
@@ -66,8 +57,7 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         result_: the :class:`FitResult`, with losses in nats in these units.
         n_iter_: number of epochs.
         classes_: the class labels, if it is conditional on them.
-        n_features_in_: number of columns.
-        feature_names_in_: names of the columns of a data frame.
+        n_features_in_, feature_names_in_: number of columns, and their names in a data frame.
 
     Shapes:
         X: ``(rows, columns)``; y: ``(rows,)`` or ``(rows, numbers)``; sample_weight: ``(rows,)``.
@@ -87,42 +77,23 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         ((150,), (3, 4))
     """
 
-    def __init__(
-        self,
-        flow: str | Callable[..., Flow] = "nsf",
-        *,
-        num_layers: int | None = None,
-        hidden_features: Sequence[int] | None = None,
-        flow_options: Mapping[str, Any] | None = None,
-        conditional: str | None = None,
-        standardize: bool = True,
-        epochs: int = 100,
-        batch_size: int = 256,
-        learning_rate: float = 1e-3,
-        validation: float = 0.1,
-        patience: int | None = 20,
-        max_seconds: float | None = None,
-        fit_options: Mapping[str, Any] | None = None,
-        device: str = "cpu",
-        random_state: int | np.random.RandomState | None = None,
-        verbose: bool = False,
-    ):
-        self.flow = flow
-        self.num_layers = num_layers
-        self.hidden_features = hidden_features
-        self.flow_options = flow_options
-        self.conditional = conditional
-        self.standardize = standardize
-        self.epochs = epochs
-        self.batch_size = batch_size
-        self.learning_rate = learning_rate
-        self.validation = validation
-        self.patience = patience
-        self.max_seconds = max_seconds
-        self.fit_options = fit_options
-        self.device = device
-        self.random_state = random_state
-        self.verbose = verbose
+    flow: str | Callable[..., Flow] = "nsf"
+    _: KW_ONLY
+    num_layers: int | None = None
+    hidden_features: Sequence[int] | None = None
+    flow_options: Mapping[str, Any] | None = None
+    conditional: str | None = None
+    standardize: bool = True
+    epochs: int = 100
+    batch_size: int = 256
+    learning_rate: float = 1e-3
+    validation: float = 0.1
+    patience: int | None = 20
+    max_seconds: float | None = None
+    fit_options: Mapping[str, Any] | None = None
+    device: str = "cpu"
+    random_state: int | np.random.RandomState | None = None
+    verbose: bool = False
 
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> "FlowDensity":
         """Train the flow on rows, each of weight one by default, and on their ``y`` if it is conditional."""
@@ -137,25 +108,20 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         context = self._learn_targets(x, y, is_used)
         flow_options = {"num_layers": self.num_layers, "hidden_features": self.hidden_features}
         flow_options = {name: value for name, value in flow_options.items() if value is not None}
+        shared = ("batch_size", "epochs", "learning_rate", "max_seconds", "patience", "standardize", "validation")
         self.flow_, self.result_ = fit_table(
             x[is_used],
             self.flow,
             context=context,
             weights=weights[is_used],
-            validation=self.validation,
             columns=getattr(self, "feature_names_in_", None),
-            standardize=self.standardize,
             flow_options=flow_options | dict(self.flow_options or {}),
-            batch_size=self.batch_size,
             min_steps=10,
             seed=_seed(self.random_state),
             device=device,
-            epochs=self.epochs,
-            learning_rate=self.learning_rate,
-            patience=self.patience,
-            max_seconds=self.max_seconds,
             progress=None if self.verbose else False,
             options=FitOptions(**self.fit_options or {}),
+            **{name: getattr(self, name) for name in shared},
         )
         self.n_iter_ = len(self.result_.history["train"])
         self._n_features_out = x.shape[1]
@@ -163,7 +129,7 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
 
     def score_samples(self, X: Any, y: Any = None) -> np.ndarray:
         """Return the log-density of each row, in nats, in the units of the columns."""
-        return self._map("log_prob", *self._read(X, y))
+        return self._map("log_prob", self._rows(X), y)
 
     def score(self, X: Any, y: Any = None) -> float:
         """Return the mean log-density of the rows, in nats, in the units of the columns."""
@@ -175,24 +141,19 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         """Draw rows; from a conditional density given ``y``, one value for all rows or one for each."""
         check_is_fitted(self)
         check_sizes(n_samples=n_samples)
-        context = None
-        if self.conditional is not None:
-            context = self._context(self._broadcast_targets(y, n_samples), n_samples)
         flow = self.flow_.to(_device(self.device))
-        chunks = []
+        context = self._context(y if self.conditional is None else self._broadcast(y, n_samples), n_samples)
         with seeded(_seed(random_state), flow.device):
-            for start in range(0, n_samples, _CHUNK_ROWS):
-                rows = slice(start, min(start + _CHUNK_ROWS, n_samples))
-                if context is None:
-                    chunk = flow.sample((rows.stop - rows.start,))
-                else:
-                    chunk = flow.sample((), context[rows].to(flow.device))
-                chunks.append(chunk.cpu().numpy())
-        return np.concatenate(chunks)
+            if context is None:
+                sizes = [min(_CHUNK_ROWS, n_samples - start) for start in range(0, n_samples, _CHUNK_ROWS)]
+                chunks = [flow.sample((size,)).cpu() for size in sizes]
+            else:
+                chunks = [flow.sample((), part).cpu() for part in context.to(flow.device).split(_CHUNK_ROWS)]
+        return torch.cat(chunks).numpy()
 
     def transform(self, X: Any, y: Any = None) -> np.ndarray:
         """Return the latents of rows."""
-        return self._map("encode", *self._read(X, y))
+        return self._map("encode", self._rows(X), y)
 
     def fit_transform(self, X: Any, y: Any = None, sample_weight: Any = None) -> np.ndarray:
         """Train the flow on rows, and return their latents."""
@@ -201,11 +162,11 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
     def inverse_transform(self, X: Any, y: Any = None) -> np.ndarray:
         """Return the rows of latents."""
         check_is_fitted(self)
-        z = _tensor(check_array(X, dtype=np.float64, ensure_all_finite=False))
+        z = check_array(X, dtype=np.float64, ensure_all_finite=False)
         if z.shape[1] != self.n_features_in_:
             raise ValueError(f"expected latents of {self.n_features_in_} columns; got {z.shape[1]}")
         check_finite("X", z)
-        return self._map("decode", z, self._context(y, len(z)))
+        return self._map("decode", z, y)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -219,49 +180,55 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
             state["flow_"] = copy.deepcopy(state["flow_"]).cpu()
         return state
 
-    def _rows(self, X: Any, *, reset: bool) -> np.ndarray:
+    def _rows(self, X: Any, *, reset: bool = False) -> np.ndarray:
+        if not reset:
+            check_is_fitted(self)
         options = {"dtype": np.float64, "ensure_all_finite": False, "ensure_min_samples": 2 if reset else 1}
         rows = validate_data(self, X, reset=reset, **options)
-        check_finite("X", _tensor(rows), getattr(self, "feature_names_in_", None))
+        check_finite("X", rows, getattr(self, "feature_names_in_", None))
         return rows
 
     def _learn_targets(self, x: np.ndarray, y: Any, is_used: np.ndarray) -> np.ndarray | None:
         """Learn the classes, or how many numbers ``y`` has, from the rows that are used, and return their context."""
         if self.conditional is None:
             return None
-        _refuse_missing(y, self.conditional)
-        check_consistent_length(x, y)
+        targets = self._targets(y)
+        check_consistent_length(x, targets)
+        targets = targets[is_used]
         if self.conditional == "class":
-            self.classes_, labels = np.unique(_labels(y)[is_used], return_inverse=True)
-            return labels
-        numbers = _numbers(y)[is_used]
-        self._numbers_of_y = numbers.shape[1]
-        return numbers
+            self.classes_, targets = np.unique(targets, return_inverse=True)
+        else:
+            self._numbers_of_y = targets.shape[1]
+        return targets
 
-    def _read(self, X: Any, y: Any) -> tuple[Tensor, Tensor | None]:
-        check_is_fitted(self)
-        x = self._rows(X, reset=False)
-        return _tensor(x), self._context(y, len(x))
+    def _targets(self, y: Any) -> np.ndarray:
+        """Return class labels, ``(rows,)``, or numbers, ``(rows, numbers)``."""
+        _refuse_missing(y, self.conditional)
+        if self.conditional == "class":
+            return np.asarray(column_or_1d(y))
+        numbers = check_array(y, dtype=np.float64, ensure_2d=False, ensure_all_finite=False, input_name="y")
+        numbers = numbers[:, None] if numbers.ndim == 1 else numbers
+        check_finite("y", numbers)
+        return numbers
 
     def _context(self, y: Any, rows: int) -> Tensor | None:
         """Return the context of rows, as the flow takes it."""
         if self.conditional is None:
             return None
-        _refuse_missing(y, self.conditional)
-        targets = _numbers(y) if self.conditional == "number" else _labels(y)
+        targets = self._targets(y)
         if len(targets) != rows:
             raise ValueError(f"expected y for each of {rows} rows; got {len(targets)}")
         if self.conditional == "number":
             if targets.shape[1] != self._numbers_of_y:
                 raise ValueError(f"expected {self._numbers_of_y} numbers a row in y; got {targets.shape[1]}")
-            return _tensor(targets)
+            return as_tensor(targets)
         is_unknown = ~np.isin(targets, self.classes_)
         if is_unknown.any():
             labels = ", ".join(map(str, self.classes_))
             raise ValueError(f"expected class labels among {labels}; got {targets[is_unknown][0]}")
-        return _tensor(np.searchsorted(self.classes_, targets))
+        return as_tensor(np.searchsorted(self.classes_, targets))
 
-    def _broadcast_targets(self, y: Any, rows: int) -> np.ndarray:
+    def _broadcast(self, y: Any, rows: int) -> np.ndarray:
         """Return ``y`` for each row, from one for all rows or one for each."""
         _refuse_missing(y, self.conditional)
         targets = np.asarray(y)
@@ -273,16 +240,15 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
             raise ValueError(f"expected y as one value or as {rows}, one for each; got shape {targets.shape}") from None
 
     @torch.no_grad()
-    def _map(self, method: str, x: Tensor, context: Tensor | None) -> np.ndarray:
+    def _map(self, method: str, rows: np.ndarray, y: Any) -> np.ndarray:
         flow = self.flow_.to(_device(self.device))
-        chunks = []
-        for start in range(0, len(x), _CHUNK_ROWS):
-            rows = slice(start, start + _CHUNK_ROWS)
-            its_context = None if context is None else context[rows].to(flow.device)
-            chunks.append(getattr(flow, method)(x[rows].to(flow.device), its_context).cpu().numpy())
-        return np.concatenate(chunks)
+        context, parts = self._context(y, len(rows)), as_tensor(rows).split(_CHUNK_ROWS)
+        contexts = [None] * len(parts) if context is None else context.to(flow.device).split(_CHUNK_ROWS)
+        pairs = zip(parts, contexts, strict=True)
+        return np.concatenate([getattr(flow, method)(x.to(flow.device), given).cpu().numpy() for x, given in pairs])
 
 
+@dataclass(eq=False, repr=False)
 class FlowClassifier(ClassifierMixin, BaseEstimator):
     r"""A generative classifier: the density of the rows given each class, by one flow, and Bayes' rule.
 
@@ -297,8 +263,7 @@ class FlowClassifier(ClassifierMixin, BaseEstimator):
         density_: the fitted density, which also draws rows of a class: ``density_.sample(10, y="a")``.
         classes_: the class labels.
         class_prior_: their probabilities.
-        n_features_in_: number of columns.
-        feature_names_in_: names of the columns of a data frame.
+        n_features_in_, feature_names_in_: number of columns, and their names in a data frame.
 
     Shapes:
         X: ``(rows, columns)``; y, sample_weight: ``(rows,)``.
@@ -317,9 +282,9 @@ class FlowClassifier(ClassifierMixin, BaseEstimator):
         ((150, 3), True)
     """
 
-    def __init__(self, density: FlowDensity | None = None, *, priors: Sequence[float] | None = None):
-        self.density = density
-        self.priors = priors
+    density: FlowDensity | None = None
+    _: KW_ONLY
+    priors: Sequence[float] | None = None
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "FlowClassifier":
         """Train the density of rows given their class, and count the classes."""
@@ -337,9 +302,8 @@ class FlowClassifier(ClassifierMixin, BaseEstimator):
         if self.priors is not None:
             priors = np.asarray(self.priors, dtype=np.float64)
             if priors.shape != self.classes_.shape or not (priors > 0).all() or not np.isclose(priors.sum(), 1):
-                raise ValueError(
-                    f"expected {len(self.classes_)} priors above 0 that sum to 1, one a class; got {self.priors}"
-                )
+                expected = f"expected {len(self.classes_)} priors above 0 that sum to 1, one a class"
+                raise ValueError(f"{expected}; got {self.priors}")
             self.class_prior_ = priors
         return self
 
@@ -357,7 +321,7 @@ class FlowClassifier(ClassifierMixin, BaseEstimator):
 
     def predict(self, X: Any) -> np.ndarray:
         """Return the most probable class of each row."""
-        best = self.predict_log_proba(X).argmax(axis=1)
+        best = self.predict_log_proba(X).argmax(axis=1)  # first, since it checks that there are classes
         return self.classes_[best]
 
 
@@ -390,19 +354,3 @@ def _refuse_missing(y: Any, conditional: str | None) -> None:
     if y is None:
         # The words that scikit-learn looks for.
         raise ValueError(f"requires y to be passed, but the target y is None: conditional={conditional!r}")
-
-
-def _labels(y: Any) -> np.ndarray:
-    return np.asarray(column_or_1d(y))
-
-
-def _numbers(y: Any) -> np.ndarray:
-    numbers = check_array(y, dtype=np.float64, ensure_2d=False, ensure_all_finite=False, input_name="y")
-    numbers = numbers[:, None] if numbers.ndim == 1 else numbers
-    check_finite("y", _tensor(numbers))
-    return numbers
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    # torch takes neither an array that may not be written to nor one that is read backwards.
-    return torch.from_numpy(np.require(array, requirements=("C", "W")))

@@ -1,20 +1,29 @@
-"""Fit a flow to a table: build it from the rows, hold rows out, and train."""
+"""The flow of a table, a named flow in the units of its columns: built from the rows, and trained on a part of them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pyroflows import models
+from pyroflows.arguments import as_tensor, check_finite, check_option, check_varying
+from pyroflows.bijection import Bijection
 from pyroflows.contexts import seeded
+from pyroflows.dequantizers import ColumnDequantizer
 from pyroflows.flow import Flow
+from pyroflows.layers.coupling import Coupling
+from pyroflows.layers.linear import TriangularAffine
 from pyroflows.layers.pointwise import Standardize
-from pyroflows.tables.flow import table_flow
+from pyroflows.networks.one_hot import OneHot
 from pyroflows.training import FitOptions, FitResult, fit, negative_log_likelihood
 
-__all__ = ["fit_table"]
+__all__ = ["fit_table", "table_flow"]
+
+_Rows = np.ndarray | None
 
 
 def fit_table(
@@ -49,9 +58,7 @@ def fit_table(
 
     Args:
         x: the rows, in double precision.
-        flow, columns, integer_columns, standardize: as for :func:`table_flow`.
-        context: of each row, for a conditional flow: numbers, or labels from 0, which are integers.
-        weights: a weight above 0 for each row.
+        flow, context, weights, columns, integer_columns, standardize: as for :func:`table_flow`.
         validation: share of the rows to hold out, to choose the best epoch and when to stop; 0 for none.
         flow_options: options of the flow, such as ``{"num_layers": 4}``.
         dtype: precision of training.
@@ -81,12 +88,13 @@ def fit_table(
     """
     if weights is not None:
         x, context, weights = _merge(x, context, weights)
+    rows, conditions = as_tensor(x), None if context is None else as_tensor(context)
     with seeded(seed):
         built = table_flow(
-            _tensor(x),
+            rows,
             flow,
-            context=_tensor(context),
-            weights=_tensor(weights),
+            context=conditions,
+            weights=None if weights is None else as_tensor(weights),
             integer_columns=integer_columns,
             standardize=standardize,
             columns=columns,
@@ -98,11 +106,11 @@ def fit_table(
     training, held_out, divided = _split(x, context, weights, validation, seed, is_continuous)
     if weights is not None and (weights == weights[0]).all():
         weights = None
-    trained, data, conditions, log_scale = _training_form(built, _tensor(x), _tensor(context), dtype)
+    trained, rows, conditions, log_scale = _training_form(built, rows, conditions, dtype)
 
-    def part(rows: np.ndarray, share: float) -> tuple[Tensor, Tensor | None, np.ndarray | None]:
-        its_weights = None if weights is None else np.where(divided, share * weights, weights)[rows]
-        return data[rows], None if conditions is None else conditions[rows], its_weights
+    def part(places: np.ndarray, share: float) -> tuple[Tensor, Tensor | None, np.ndarray | None]:
+        its_weights = None if weights is None else np.where(divided, share * weights, weights)[places]
+        return rows[places], None if conditions is None else conditions[places], its_weights
 
     def objective(flow: Any, *batch: Tensor) -> Tensor:
         loss = negative_log_likelihood(flow, *batch) + log_scale
@@ -135,11 +143,9 @@ def fit_table(
 def _training_form(
     flow: Flow, x: Tensor, context: Tensor | None, dtype: torch.dtype
 ) -> tuple[Flow, Tensor, Tensor | None, float]:
-    """Standardize in double precision, so that a flow without these layers can be trained in single precision.
+    """Return a flow without the layers that standardize, to be trained in single precision, its data and context.
 
-    Returns:
-        The flow to train, which shares its other layers with ``flow``; its data and context; and the constant to add to
-        its losses, which makes their unit that of the columns.
+    It shares its other layers with ``flow``. The last number is to be added to its losses, in the units of the columns.
     """
     layers, embedding, log_scale = flow.layers, flow.embedding, 0.0
     if flow.dequantizer is None and isinstance(layers[-1], Standardize):
@@ -153,12 +159,7 @@ def _training_form(
 
 
 def _split(
-    x: np.ndarray,
-    context: np.ndarray | None,
-    weights: np.ndarray | None,
-    share: float,
-    seed: int | None,
-    is_continuous: bool,
+    x: np.ndarray, context: _Rows, weights: _Rows, share: float, seed: int | None, is_continuous: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the positions of the rows to train on and to hold out, and which rows are in both."""
     rng, number = np.random.default_rng(seed), len(x)
@@ -168,7 +169,7 @@ def _split(
         chosen = rng.permutation(np.flatnonzero(~divided))[: int(share * number)]
     else:
         if is_continuous:  # whole numbers alone are often equal by chance
-            group = _groups(x, context)
+            group = np.unique(_table(x, context), axis=0, return_inverse=True)[1].ravel()
             is_frequent = np.bincount(group)[group] > share * number
             group = np.unique(np.where(is_frequent, number + np.arange(number), group), return_inverse=True)[1]
         order = rng.permutation(group.max() + 1)
@@ -179,29 +180,169 @@ def _split(
     return np.flatnonzero(~held_out), np.flatnonzero(held_out | divided), divided
 
 
-def _merge(
-    x: np.ndarray, context: np.ndarray | None, weights: np.ndarray
-) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+def _merge(x: np.ndarray, context: _Rows, weights: np.ndarray) -> tuple[np.ndarray, _Rows, np.ndarray]:
     """Make one row of equal rows, with the sum of their weights, in sorted order."""
-    group = _groups(x, context)
-    first = np.unique(group, return_index=True)[1]
-    weights = np.bincount(group, weights)
+    first, group = np.unique(_table(x, context), axis=0, return_index=True, return_inverse=True)[1:]
     if len(first) < 2:
         raise ValueError(f"expected at least 2 different rows of a weight above zero; got {len(first)}")
-    return x[first], None if context is None else context[first], weights
+    return x[first], None if context is None else context[first], np.bincount(group.ravel(), weights)
 
 
-def _groups(x: np.ndarray, context: np.ndarray | None) -> np.ndarray:
-    """Number the different rows in sorted order, and return the number of each row."""
-    table = x if context is None else np.column_stack((x, context))
-    order = np.argsort(table[:, 0], kind="stable")
-    if (np.diff(table[order, 0]) == 0).any():  # the other columns decide, which takes as many sorts
-        order = np.lexsort(table.T[::-1])
-    group = np.empty(len(table), int)
-    group[order] = np.append(0, (table[order[1:]] != table[order[:-1]]).any(1).cumsum())
-    return group
+def _table(x: np.ndarray, context: _Rows) -> np.ndarray:
+    return x if context is None else np.column_stack((x, context))
 
 
-def _tensor(array: np.ndarray | None) -> Any:
-    # torch takes neither an array that is read backwards nor one that may not be written to.
-    return None if array is None else torch.from_numpy(np.require(array, requirements=("C", "W")))
+def table_flow(
+    x: Tensor,
+    flow: str | Callable[..., Flow] = "nsf",
+    *,
+    context: Tensor | None = None,
+    weights: Tensor | None = None,
+    integer_columns: Sequence[int] = (),
+    standardize: bool = True,
+    columns: Sequence[str] | None = None,
+    **options: Any,
+) -> Flow:
+    r"""Build a named flow for the rows of a table, with densities in nats in the units of the columns.
+
+    The layer nearest the data is a :class:`Standardize`; below it is a triangular layer and, given a context, an affine
+    one that is linear in the context. These start as the normal distribution of the rows, around their regression on
+    the context, and are trained with the rest. The flow takes the numbers of a context in their own units, which its
+    embedding standardizes; class labels become one-hot vectors.
+
+    With a single column the layers of "maf", "realnvp", "glow", "nice" and "iaf" have nothing to condition on, so that
+    without a context they remain a normal distribution; "nsf" bends, and "planar" and "radial" do a little.
+
+    Args:
+        x: the rows; the flow is initialized from them, not trained.
+        flow: the name of a flow, or a function such as :func:`nsf`, called as
+            ``flow(features, context_features=..., **options)``.
+        context: of each row, for a conditional flow: numbers, or labels from 0, which are integers.
+        weights: a weight above 0 for each row, for the means and standard deviations; by default all are equal.
+        integer_columns: positions of the columns of whole numbers, for which the flow gets a
+            :class:`ColumnDequantizer`.
+        standardize: whether to standardize the columns.
+        columns: names of the columns, for error messages.
+        options: of the flow, such as ``num_layers`` (also for "glow") and ``hidden_features``.
+
+    Shapes:
+        x: ``(rows, features)``; context: ``(rows, context_features)``, or labels ``(rows,)``; weights: ``(rows,)``.
+
+    Returns:
+        The flow, not trained, with the dtype and device of ``x``.
+
+    Raises:
+        TypeError: an option that the flow does not take, or rows or a context of another type.
+        ValueError: an unknown flow, a wrong shape, numbers that are not finite or not whole where they should be, or a
+            constant column.
+
+    Example:
+        >>> from pyroflows import fit
+        >>> x = torch.randn(500, 2, generator=torch.Generator().manual_seed(0)) * 300 + 1000
+        >>> flow = table_flow(x, "nsf", num_layers=2, hidden_features=(16,))
+        >>> result = fit(flow, x, epochs=2, seed=0)
+        >>> flow.sample((3,)).shape
+        torch.Size([3, 2])
+    """
+    _check_numbers("rows", x, columns)
+    check_varying(x, columns)
+    if isinstance(flow, str):
+        check_option("flow", flow, models.__all__)
+        if flow == "glow" and "num_layers" in options:
+            options["num_steps"] = options.pop("num_layers")
+        flow = getattr(models, flow)
+    if not callable(flow):
+        raise TypeError(f"expected the name of a flow or a function that builds one; got {type(flow).__name__}")
+    features = x.shape[1]
+    dequantizer = _dequantizer(x, integer_columns) if len(integer_columns) else None
+    rows = x if dequantizer is None else dequantizer(x)[0]
+    outer: list[Bijection] = []
+    if standardize:
+        shares = torch.full_like(x[:, 0], 1 / len(x)) if weights is None else weights / weights.sum()
+        mean = shares @ rows
+        outer = [Standardize(mean, (shares @ (rows - mean).square()).sqrt())]
+        rows = outer[0].inverse_and_log_det(rows)[0]
+    embedding = embedded = None
+    if context is not None:
+        embedding = _embedding(context, len(x)).to(x)
+        embedded = embedding(context)
+    outer = [*_normal_layers(rows, embedded), *outer]
+    inner = flow(features, context_features=0 if embedded is None else embedded.shape[1], **options)
+    if not isinstance(inner, Flow) or tuple(inner.event_shape) != (features,):
+        got = f"one of {tuple(inner.event_shape)}" if isinstance(inner, Flow) else type(inner).__name__
+        raise ValueError(f"expected the builder to return a flow of {features} features; got {got}")
+    return Flow(inner.prior, [*inner.layers, *outer], embedding=embedding, dequantizer=dequantizer).to(x)
+
+
+def _check_numbers(name: str, x: Tensor, columns: Sequence[str] | None = None) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"expected {name} as a tensor of floating-point numbers; got {got}")
+    if x.dim() != 2 or len(x) < 2 or not x.shape[1]:
+        expected = f"expected {name} of shape (rows, columns), at least 2 rows and 1 column"
+        raise ValueError(f"{expected}; got {tuple(x.shape)}")
+    check_finite(name, x, columns)
+
+
+def _dequantizer(x: Tensor, columns: Sequence[int]) -> ColumnDequantizer:
+    for column in columns:
+        if not isinstance(column, Integral) or not 0 <= column < x.shape[1]:
+            raise ValueError(f"expected integer_columns from 0 to {x.shape[1] - 1}; got {column!r}")
+    steps = x.new_zeros(x.shape[1])
+    steps[[int(column) for column in columns]] = 1
+    dequantizer = ColumnDequantizer(steps)
+    dequantizer.check(x)
+    return dequantizer
+
+
+def _embedding(context: Tensor, rows: int) -> nn.Module:
+    """Return the module that standardizes a context of numbers, or makes one-hot vectors of class labels."""
+    embedding: nn.Module
+    if isinstance(context, Tensor) and context.is_floating_point():
+        _check_numbers("a context", context)
+        std = context.std(0, correction=0)
+        embedding = Standardize(context.mean(0), torch.where((context == context[0]).all(0), 1, std)).inv
+    elif isinstance(context, Tensor) and context.dim() == 1 and len(context):
+        embedding = OneHot(max(0, int(context.max())) + 1)
+        embedding.check(context)
+    else:
+        got = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
+        raise ValueError(f"expected a context of numbers, (rows, columns), or of class labels, (rows,); got {got}")
+    if len(context) != rows:
+        raise ValueError(f"expected a context for each of {rows} rows; got {len(context)}")
+    return embedding
+
+
+@torch.no_grad()
+def _normal_layers(x: Tensor, context: Tensor | None) -> list[Bijection]:
+    """Return layers that start as a normal distribution, around the ridge regression of the rows on a context."""
+    features, least_std = x.shape[1], 1e-3 * x.std(0)
+    regression: list[Bijection] = []
+    if context is not None:
+        numbers = context.shape[1]
+        layer = Coupling(features, mask=[True] * features, context_features=numbers, hidden_features=()).to(x)
+        context_mean, mean = context.mean(0), x.mean(0)
+        centred = context - context_mean
+        # The penalty weighs as much as one row.
+        gram = centred.T @ centred + torch.eye(numbers).to(x)
+        slope = torch.linalg.solve(gram, centred.T @ (x - mean)).T
+        # The network is a linear map without hidden layers to shifts, then log-scales: of the context, and of a one.
+        layer.conditioner.context.weight[:features] = slope
+        layer.conditioner.linears[0].bias[:features] = mean - slope @ context_mean
+        x = x - mean - centred @ slope.T
+        regression = [layer]
+    std = torch.maximum(x.std(0), least_std)
+    triangular = TriangularAffine(features).to(x)
+    triangular.start_at(x.mean(0), std[:, None] * torch.linalg.cholesky(_correlation((x - x.mean(0)) / std)))
+    return [triangular, *regression]
+
+
+def _correlation(x: Tensor) -> Tensor:
+    """Return the covariance of standardized rows, shrunk to the identity as in Chen et al., 2010, arXiv:0907.4698."""
+    rows, features = x.shape
+    covariance = x.T @ x / rows
+    trace, square = covariance.trace(), covariance.square().sum()
+    excess = (square - trace**2 / features).clamp(min=1e-12)
+    shrinkage = ((1 - 2 / features) * square + trace**2) / ((rows + 1 - 2 / features) * excess)
+    shrinkage = shrinkage.clamp(1e-6, 1)  # columns that depend on others leave something to factorize
+    return (1 - shrinkage) * covariance + shrinkage * trace / features * torch.eye(features).to(x)

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +17,12 @@ from pyroflows.training.options import FitOptions
 
 __all__ = ["Checkpoint", "must_match"]
 
-_FORMAT = "pyroflows fit 4"
-_MAY_CHANGE = {
-    "max_skipped",
-    "activation_checkpointing",
-    "compile",
-    "strategy",
-    "checkpoint_seconds",
-    "checkpoint_steps",
-}
+_FORMAT = "pyroflows fit 5"
+_MAY_CHANGE = {"max_skipped", "activation_checkpointing", "compile", "strategy"}
 
 
 class Checkpoint:
-    """A file with the state of a fit, complete at any time.
-
-    Args:
-        path: path of the file, in a folder that exists.
-        seconds: seconds between two writes.
-        steps: steps between two writes; without either, the file is written after each epoch.
-
-    Raises:
-        TypeError: the path is not a path.
-        ValueError: the folder does not exist, or the path is a folder.
-    """
+    """A file with the state of a fit, complete at any time: written every ``seconds`` or ``steps``, or each epoch."""
 
     def __init__(self, path: str | os.PathLike[str], seconds: float | None = None, steps: int | None = None):
         if not isinstance(path, (str, os.PathLike)):
@@ -49,6 +31,7 @@ class Checkpoint:
         if not self.path.parent.is_dir() or self.path.is_dir():
             raise ValueError(f"expected checkpoint as the path of a file in a folder that exists; got {self.path}")
         self.written = 0.0, 0  # the fit's seconds and steps at the last write
+        self.metadata: dict[str, Any] = {}  # written with every state
 
     def load(self) -> dict[str, Any] | None:
         """Return the saved state, on the CPU; None if there is no file yet."""
@@ -79,12 +62,12 @@ class Checkpoint:
     def save(self, state: dict[str, Any]) -> None:
         """Replace the file atomically: a process that dies while it writes leaves the previous one."""
         with replacing(self.path) as file:
-            torch.save({"format": _FORMAT, **state}, file)
+            torch.save({"format": _FORMAT, **self.metadata, **state}, file)
 
-    def check(self, saved: dict[str, Any], expected: dict[str, Any]) -> None:
-        """Refuse the checkpoint of a fit with other options, of another flow or of other data."""
-        for name, value in expected.items():
-            got = saved.get(name)
+    def check(self, state: dict[str, Any]) -> None:
+        """Refuse the saved state of a fit with other options, of another flow or of other data."""
+        for name, value in self.metadata["must_match"].items():
+            got = state["must_match"].get(name)
             if got != value and name in ("flow", "data"):
                 raise ValueError(f"expected the checkpoint of a fit of this {name}; got that of another in {self.path}")
             if got != value:
@@ -92,18 +75,11 @@ class Checkpoint:
 
 
 def must_match(
-    options: FitOptions,
-    flow: Flow,
-    train: Rows | Batches | Steps,
-    held_out: Rows | None,
-    learning_rate: float,
-    seed: int | None,
-    objective: Callable[..., Any],
+    flow: Flow, train: Rows | Batches | Steps, held_out: Rows | None, options: FitOptions, objective: Any, **fields: Any
 ) -> dict[str, Any]:
     """Return what must be the same in a fit that resumes, and in all processes: whatever a step depends on."""
-    batch_size = train.batch_size if isinstance(train, Rows) else None
-    fields = {"learning_rate": learning_rate, "seed": seed, "batch_size": batch_size, **vars(options)}
-    fields = {name: value for name, value in fields.items() if name not in _MAY_CHANGE}
+    fields |= {"batch_size": getattr(train, "batch_size", None), **vars(options)}
+    fields = {k: v for k, v in fields.items() if k not in _MAY_CHANGE and not k.startswith("checkpoint_")}
     rows = [part for part in (train, held_out) if isinstance(part, Rows)]
     return {
         **{name: value.item() if isinstance(value, np.generic) else value for name, value in fields.items()},
@@ -124,8 +100,7 @@ def _fingerprint(*parts: Any) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         if isinstance(part, nn.Module):
-            # The repr of a function has an address, which differs between processes; a random order is part of the
-            # state.
+            # A function's repr has an address, which differs between processes; a random order is part of the state.
             digest.update(re.sub(r"0x[0-9a-f]+|order=\[[^]]*\]", "", repr(part)).encode())
             for name, tensor in part.state_dict().items():
                 digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

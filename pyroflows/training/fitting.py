@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.random import fork_rng
 
 from pyroflows import distributed
 from pyroflows.arguments import check_number, check_sizes
 from pyroflows.contexts import random_state, seeded, set_random_state
 from pyroflows.flow import Flow
+from pyroflows.networks.data_dependent import DataDependent
+from pyroflows.training.batches import parts_of
 from pyroflows.training.checkpoint import Checkpoint, must_match
-from pyroflows.training.modes import CompiledFlow, training_modes
-from pyroflows.training.options import FitOptions
+from pyroflows.training.modes import CompiledFlow, enter_modes, shard
+from pyroflows.training.options import FitOptions, FitResult
 from pyroflows.training.prepare import prepare
-from pyroflows.training.result import FitResult
-from pyroflows.training.sharding import shard
-from pyroflows.training.statistics import restart_norms, start_norms
 from pyroflows.training.trainer import Trainer
 
 __all__ = ["Objective", "fit", "negative_log_likelihood"]
@@ -66,10 +66,9 @@ def fit(
 ) -> FitResult:
     r"""Train a flow, by default by maximum likelihood, and leave it with its best weights, in evaluation mode.
 
-    The data are moved to the device at once and shuffled there by index; with a dequantizer, integers stay integers on
-    the device. The learning rate warms up, then falls along a half cosine (for a stream of unknown length, from the
-    second epoch on). A step whose loss or gradient is not finite is skipped and counted. With a seed, torch's random
-    state is restored afterwards.
+    The data are moved to the device at once and shuffled there by index. The learning rate warms up, then falls along a
+    half cosine (for a stream of unknown length, from the second epoch on). A step whose loss or gradient is not finite
+    is skipped and counted. With a seed, torch's random state is restored afterwards.
 
     A fit that finds its checkpoint resumes from it: bit for bit on a CPU, if all random numbers come from torch's
     default generator and the user's own batches repeat. All that a step depends on must be the same; ``epochs``,
@@ -83,33 +82,29 @@ def fit(
 
     Args:
         flow: the flow; trained in place.
-        x: a tensor or array, cast to the flow's dtype; a memory-mapped one stays in its file. Or an iterable of batches
-            (a DataLoader), each ``x`` or ``(x, context)``; or None for an objective without data (an ELBO). Several
-            processes read the same batches and share the rows of each, unless the iterable has a true attribute
-            ``sharded`` or a ``DistributedSampler``: then each process reads batches of its own.
+        x: a tensor or array, cast to the flow's dtype (with a dequantizer, integers stay integers); a memory-mapped one
+            stays in its file. Or an iterable of batches (a DataLoader), each ``x`` or ``(x, context)``, of which each
+            process takes its rows, or which are its own if the iterable has a true attribute ``sharded`` or a
+            ``DistributedSampler``. Or None for an objective without data (an ELBO).
         context: a context for each row, if the flow takes one and ``x`` is an array.
-        weights: a weight of at least 0 for each row, if ``x`` is an array. They are scaled to mean 1 over the training
-            rows; the loss of a batch is the mean over its rows of weight times negative log-density, and the
-            validation loss the weighted mean over the held-out rows.
-        validation: the share of rows to hold out, with their contexts and weights; or data, ``(data, context)`` or
-            ``(data, context, weights)``, where context may be None; or 0 or None for none. No share is held out of
-            batches of the user's own. Without held-out data there is no patience, and the last epoch's weights are
-            kept.
+        weights: a weight of at least 0 for each row, if ``x`` is an array, scaled to mean 1 over the training rows. A
+            loss is the mean over rows of weight times negative log-density, for the held-out rows too.
+        validation: the share of rows to hold out (none of batches of the user's own); or data, ``(data, context)`` or
+            ``(data, context, weights)``, where context may be None; or 0 or None for none: then there is no patience,
+            and the last epoch's weights are kept.
         epochs: passes through the data.
         batch_size: rows of a step, over all processes; by default 256, or all rows if they are fewer. The rows left
             over by the last batch of an epoch wait for another epoch's shuffle.
         learning_rate: the highest learning rate.
         patience: epochs without a better validation loss before the fit ends; None for no such end.
         max_seconds: limit of wall time; the schedule then ends with it.
-        objective: returns the loss from the flow, a batch and its context, and the weights of its rows as a fourth
-            argument if there are weights; by default :func:`negative_log_likelihood`.
-        checkpoint: a file to which the state of the fit is written after each epoch (or as the options say), and from
-            which it resumes.
+        objective: returns the loss from the flow, a batch, its context and, with ``weights``, the weights of its rows.
+        checkpoint: a file to which the state of the fit is written after each epoch, or as the options say.
         seed: seed of split, shuffles and dropout (not of the flow's initial weights); None uses the global generator.
         device: "auto" for the accelerator if torch sees one, or a device such as "cpu" or "cuda"; the flow is moved
             there and back. Of several processes on a machine each uses the GPU of its local rank.
         progress: whether to show a bar, or its label; by default, and with a label, on a terminal only.
-        options: options that most users leave alone, :class:`FitOptions`.
+        options: options that most users leave alone.
 
     Shapes:
         x: ``(rows, *event_shape)``; context: ``(rows, context_features)``, or for an embedding ``(rows, ...)``, also of
@@ -131,18 +126,16 @@ def fit(
     Example:
         >>> from pyroflows import fit, realnvp
         >>> x = torch.randn(500, 2, generator=torch.Generator().manual_seed(0)) * 3 + 1
-        >>> result = fit(realnvp(2, num_layers=2), x, epochs=5, seed=0)
-        >>> result.stopped
+        >>> fit(realnvp(2, num_layers=2), x, epochs=5, seed=0).stopped
         'all 5 epochs done'
     """
     options = FitOptions() if options is None else options
     _check(flow, options, x, objective, checkpoint)
     check_sizes(epochs=epochs)
+    check_sizes(optional=True, patience=patience)
     check_number("learning_rate", learning_rate, "(0, inf)")
-    if patience is not None:
-        check_sizes(patience=patience)
-    if max_seconds is not None:
-        check_number("max_seconds", max_seconds, "(0, inf)")
+    check_number("max_seconds", max_seconds, "(0, inf)", optional=True)
+    max_seconds = None if max_seconds is None else float(max_seconds)
     device = distributed.choose_device(device, near=flow.device)
     distributed.initialize(device)
     with seeded(seed, device), distributed.together(device), ExitStack() as stack:
@@ -152,33 +145,26 @@ def fit(
             state = distributed.on_first_rank(file.load)
         if state is not None:
             set_random_state(state["initial_random_state"], device)  # so that the same rows are held out
-        metadata: dict[str, Any] = {"initial_random_state": random_state(device), "must_match": {}}
-        train, held_out = prepare(flow, (x, context, weights), validation, batch_size, options, device)
-        if file is not None or distributed.world_size() > 1:
-            metadata["must_match"] = must_match(options, flow, train, held_out, learning_rate, seed, objective)
-            _check_ranks(distributed.all_gather(metadata["must_match"]))
-        if file is not None and state is not None:
-            file.check(state["must_match"], metadata["must_match"])
-        restart_norms(flow)
+        initial_random_state = random_state(device)
         stack.callback(flow.to, flow.device)
         flow.to(device)
+        train, held_out = prepare(flow, (x, context, weights), validation, batch_size, options)
+        if file is not None or distributed.world_size() > 1:
+            expected = must_match(flow, train, held_out, options, objective, learning_rate=learning_rate, seed=seed)
+            _check_ranks(distributed.all_gather(expected))
+            if file is not None:
+                file.metadata = {"initial_random_state": initial_random_state, "must_match": expected}
+                if state is not None:
+                    file.check(state)
+        for part in flow.modules():
+            if isinstance(part, DataDependent):
+                part.reset_if_untrained()
         distributed.synchronize(flow)
         if state is not None:
             flow.load_state_dict(state["weights"])
-        trainer = Trainer(
-            flow,
-            _trained(flow, objective, train, options, stack),
-            train,
-            held_out,
-            objective,
-            learning_rate=float(learning_rate),
-            epochs=epochs,
-            patience=patience,
-            max_seconds=None if max_seconds is None else float(max_seconds),
-            options=options,
-            checkpoint=file,
-            metadata=metadata,
-        )
+        trained = _trained(flow, objective, train, options, stack)
+        limits: dict[str, Any] = {"epochs": epochs, "patience": patience, "max_seconds": max_seconds}
+        trainer = Trainer(flow, trained, train, held_out, objective, float(learning_rate), options, file, **limits)
         if state is not None:
             trainer.resume(state)
         return trainer.run(progress)
@@ -187,12 +173,18 @@ def fit(
 def _trained(flow: Flow, objective: Objective, train: Any, options: FitOptions, stack: ExitStack) -> Any:
     """Return what the objective gets in training: the flow, a stand-in with compiled methods, or a sharded copy."""
     if options.strategy != "fsdp" or distributed.world_size() == 1:
-        stack.enter_context(training_modes(flow, options))
+        enter_modes(stack, flow, options)
         return CompiledFlow(flow, options) if options.compile else flow
-    # Norms that start from data write to parameters, which is lost if these are sharded.
-    start_norms(flow, objective, train, options)
+    if any(isinstance(part, DataDependent) and part.awaits_data for part in flow.modules()):
+        # Norms start from the first batch, as in the first step; once sharded they would lose what they write to
+        # parameters. The fit moves on neither in the data nor in its random numbers.
+        gpus = [flow.device] if flow.device.type == "cuda" else []
+        with fork_rng(gpus):
+            batch = next(copy.copy(train).epoch())
+            with distributed.rank_rng(), fork_rng(gpus):
+                objective(flow.train(), *next(parts_of(batch, options)).inputs)
     copied = copy.deepcopy(flow)
-    stack.enter_context(training_modes(copied, options))
+    enter_modes(stack, copied, options)
     return shard(copied)
 
 

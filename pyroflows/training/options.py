@@ -1,13 +1,14 @@
-"""Options of a fit that most users leave alone."""
+"""Options of a fit that most users leave alone, and what a fit did."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from pyroflows.arguments import check_number, check_option, check_sizes
 
-__all__ = ["FitOptions"]
+__all__ = ["FitOptions", "FitResult"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +38,7 @@ class FitOptions:
         strategy: how several processes share the flow: "ddp", which "auto" stands for, has a copy in each; "fsdp"
             shards parameters, gradients and optimizer state, for a flow too large for one device. With "fsdp" an
             objective may call only the methods that compute a log-density; to evaluate, each process has a copy.
-        precision: "bf16-mixed" to train conditioners and embedding in bfloat16, with the maps and densities in the
-            flow's precision; None for the flow's precision everywhere.
+        precision: "bf16-mixed" to train conditioners and embedding, not maps and densities, in bfloat16; or None.
         checkpoint_seconds: seconds between two writes of the checkpoint, at a step; the end is always written.
         checkpoint_steps: steps between two writes of the checkpoint. Without either it is written after each epoch.
 
@@ -78,16 +78,44 @@ class FitOptions:
         check_number("weight_decay", self.weight_decay, "[0, inf)")
         check_number("warmup", self.warmup, "[0, 1)")
         check_number("ema_decay", self.ema_decay, "[0, 1)")
+        check_number("max_grad_norm", self.max_grad_norm, "(0, inf)", optional=True)
+        check_number("checkpoint_seconds", self.checkpoint_seconds, "(0, inf)", optional=True)
         check_sizes(accumulate=self.accumulate, max_skipped=self.max_skipped)
-        for name in ("steps_per_epoch", "checkpoint_steps"):
-            if getattr(self, name) is not None:
-                check_sizes(**{name: getattr(self, name)})
-        for name in ("max_grad_norm", "checkpoint_seconds"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), "(0, inf)")
+        check_sizes(optional=True, steps_per_epoch=self.steps_per_epoch, checkpoint_steps=self.checkpoint_steps)
         if self.augment is not None and not callable(self.augment):
             raise TypeError(f"expected augment to be a function; got {type(self.augment).__name__}")
         if self.compile and self.activation_checkpointing:
             raise ValueError("compile=True cannot be combined with activation_checkpointing=True")
         if self.strategy == "fsdp" and (self.compile or self.channels_last):
             raise ValueError("strategy='fsdp' cannot be combined with compile=True or channels_last=True")
+
+
+@dataclass
+class FitResult:
+    """What a fit did.
+
+    Args:
+        history: per epoch, lists under "train" and "validation" (mean loss in nats), "gradient_norm" (mean, before
+            clipping), "learning_rate" (at the end) and "seconds" (since the start).
+        best_epoch: the epoch whose weights the flow has, counted from 0; None if no epoch gave a finite loss.
+        best_loss: its loss on the validation rows, or on the training rows without any.
+        stopped: why the fit ended.
+        steps: the optimizer steps taken.
+        skipped_steps: the steps skipped because loss or gradient was not finite.
+        seconds: wall time, over all runs of a fit with a checkpoint.
+    """
+
+    history: dict[str, list[float]] = field(default_factory=dict)
+    best_epoch: int | None = None
+    best_loss: float = math.inf
+    stopped: str = ""
+    steps: int = 0
+    skipped_steps: int = 0
+    seconds: float = 0.0
+
+    def __repr__(self) -> str:
+        return (
+            f"FitResult(best_loss={self.best_loss:.4f} at epoch {self.best_epoch}, "
+            f"{len(self.history.get('train', ()))} epochs, {self.steps} steps, {self.skipped_steps} skipped, "
+            f"{self.seconds:.1f} s, stopped: {self.stopped})"
+        )

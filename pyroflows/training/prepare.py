@@ -1,7 +1,7 @@
 """Data for a fit: checked, on the device, and divided into training and held-out rows."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from pyroflows import distributed
-from pyroflows.arguments import check_finite, check_number, check_sizes, check_varying
+from pyroflows.arguments import as_tensor, check_finite, check_number, check_sizes, check_varying
 from pyroflows.flow import Flow
 from pyroflows.networks.one_hot import OneHot
-from pyroflows.training.batches import Batches, MappedArray, Rows, Steps, as_numbers
+from pyroflows.training.batches import Batches, MappedArray, Rows, Steps
 from pyroflows.training.options import FitOptions
 
 __all__ = ["prepare"]
@@ -23,24 +23,17 @@ _CHECKED_NUMBERS = 2**22  # of a memory-mapped array at a time
 
 
 def prepare(
-    flow: Flow,
-    data: tuple[Any, Any, Any],
-    validation: Any,
-    batch_size: int | None,
-    options: FitOptions,
-    device: torch.device,
+    flow: Flow, data: tuple[Any, Any, Any], validation: Any, batch_size: int | None, options: FitOptions
 ) -> tuple[Rows | Batches | Steps, Rows | None]:
     """Return what to train on, of data, context and weights, and the held-out rows, if any."""
     x, context, weights = data
-    share = 0.0
-    if isinstance(validation, (Real, bool)):
+    is_share = isinstance(validation, Real)
+    if is_share:
         check_number("the share of validation rows", validation, "[0, 1)")
-        share, validation = float(validation), None
-    held_out = None if validation is None else _held_out(flow, validation, device)
-    if not isinstance(x, Tensor) and not hasattr(x, "__array__"):
-        of_arrays = {"context": context, "weights": weights, "batch_size": batch_size}
-        if x is not None:
-            of_arrays["steps_per_epoch"] = options.steps_per_epoch
+    held_out = None if validation is None or is_share else _held_out(flow, validation)
+    if not hasattr(x, "__array__"):
+        steps = None if x is None else options.steps_per_epoch
+        of_arrays = {"context": context, "weights": weights, "batch_size": batch_size, "steps_per_epoch": steps}
         for name, option in of_arrays.items():
             if option is not None:
                 raise ValueError(f"expected {name} only with a tensor or an array; got it with {type(x).__name__}")
@@ -48,19 +41,20 @@ def prepare(
             return Steps(options.steps_per_epoch or 100), held_out
         if not isinstance(x, Iterable) or isinstance(x, str):
             raise TypeError(f"expected data as a tensor, an array or batches; got {type(x).__name__}")
-        return Batches(x, partial(_as_rows, flow, device), device), held_out
-    x, context = _as_rows(flow, device, x, context, "data")
-    weights = _as_weights(weights, len(x), device, "data")
-    if len(x) < 2:
-        raise ValueError(f"expected at least 2 rows of data; got {len(x)}")
-    _check_varying(flow, x)
-    columns = (x, context, weights)
-    if share and held_out is None:
+        return Batches(x, partial(_as_rows, flow), flow.device), held_out
+    columns = _as_columns(flow, x, context, weights, "data")
+    rows = columns[0]
+    if len(rows) < 2:
+        raise ValueError(f"expected at least 2 rows of data; got {len(rows)}")
+    discrete = getattr(flow.dequantizer, "discrete", None)
+    if flow.dequantizer is None or discrete is not None:  # else all columns are discrete
+        check_varying(rows, among=None if discrete is None else ~discrete, chunk_rows=_rows_at_once(rows.shape))
+    if is_share and validation:
         # Drawn on the CPU, so that a fit that resumes on another device holds out the same rows.
-        order = torch.randperm(len(x)).to(device)
-        number = max(1, int(share * len(x)))
+        order = torch.randperm(len(rows)).to(flow.device)
+        number = max(1, int(float(validation) * len(order)))
         held_out = _rows(flow, [_subset(column, order[:number]) for column in columns], "the held-out rows")
-        columns = tuple(_subset(column, order[number:]) for column in columns)
+        columns = [_subset(column, order[number:]) for column in columns]
     train = _rows(flow, columns, "the training rows", batch_size, options.steps_per_epoch)
     if len(train) < train.batch_size:
         raise ValueError(f"expected at least batch_size={train.batch_size} training rows; got {len(train)}")
@@ -71,45 +65,54 @@ def prepare(
     return train, held_out
 
 
-def _rows(
-    flow: Flow, columns: Sequence[Any], name: str, batch_size: int | None = None, steps: int | None = None
-) -> Rows:
+def _held_out(flow: Flow, validation: Any) -> Rows:
+    parts = validation if isinstance(validation, tuple) else (validation, None)
+    if len(parts) not in (2, 3):
+        raise ValueError(f"expected validation as (data, context) or (data, context, weights); got {len(parts)} items")
+    x, context, weights = (*parts, None)[:3]
+    columns = _as_columns(flow, x, context, weights, "validation data")
+    if len(columns[0]) == 0:
+        raise ValueError("expected at least one row of validation data; got none")
+    return _rows(flow, columns, "validation data")
+
+
+def _rows(flow: Flow, columns: list[Any], name: str, batch_size: int | None = None, steps: int | None = None) -> Rows:
     """Make rows of data, context and weights, which are scaled to mean 1."""
     x, context, weights = columns
     if weights is not None:
         if not weights.any():
             raise ValueError(f"expected a weight above 0 among those of {name}; got zeros only")
         weights = (weights / weights.mean()).to(flow.dtype)
-    batch_size = max(1, min(256, len(x))) if batch_size is None else batch_size
-    check_sizes(batch_size=batch_size)
-    return Rows(x, context, weights, batch_size=int(batch_size), steps=steps)
-
-
-def _held_out(flow: Flow, validation: Any, device: torch.device) -> Rows:
-    parts = validation if isinstance(validation, tuple) else (validation, None)
-    if len(parts) not in (2, 3):
-        raise ValueError(f"expected validation as (data, context) or (data, context, weights); got {len(parts)} items")
-    x, context, weights = (*parts, None)[:3]
-    x, context = _as_rows(flow, device, x, context, "validation data")
-    if len(x) == 0:
-        raise ValueError("expected at least one row of validation data; got none")
-    weights = _as_weights(weights, len(x), device, "validation data")
-    return _rows(flow, (x, context, weights), "validation data")
+    check_sizes(optional=True, batch_size=batch_size)
+    return Rows(x, context, weights, batch_size=int(batch_size or max(1, min(256, len(x)))), steps=steps)
 
 
 def _subset(column: Any, rows: Tensor) -> Any:
     return None if column is None else column.subset(rows) if isinstance(column, MappedArray) else column[rows]
 
 
-def _as_rows(flow: Flow, device: torch.device, x: Any, context: Any, name: str, first_row: int = 0) -> tuple[Any, Any]:
-    """Return checked data and context on the device, floating-point numbers in the flow's dtype.
+def _as_columns(flow: Flow, x: Any, context: Any, weights: Any, name: str) -> list[Any]:
+    """Return checked data and context, and weights in float64."""
+    x, context = _as_rows(flow, x, context, name)
+    if weights is None:
+        return [x, context, None]
+    weights, of_rows = _as_tensor(weights, f"weights of {name}"), (len(x),)
+    if weights.shape != of_rows:
+        raise ValueError(f"expected weights of shape {of_rows}, one for each row of {name}; got {tuple(weights.shape)}")
+    weights = weights.to(flow.device, torch.float64)
+    check_finite(f"weights of {name}", weights)
+    if (weights < 0).any():
+        row = int((weights < 0).nonzero()[0])
+        raise ValueError(f"expected weights of {name} that are at least 0; got {float(weights[row])} in row {row}")
+    return [x, context, weights]
 
-    Memory-mapped arrays stay in their files, and are checked in chunks.
-    """
+
+def _as_rows(flow: Flow, x: Any, context: Any, name: str, first_row: int = 0) -> tuple[Any, Any]:
+    """Return checked data and context on the flow's device and in its dtype; memory-mapped ones stay in their files."""
     if isinstance(x, np.memmap) and x.ndim > 1:
-        return _as_mapped_rows(flow, device, x, context, name)
+        return _as_mapped_rows(flow, x, context, name)
     discrete, embedded = flow.dequantizer is not None, flow.embedding is not None
-    data = _as_tensor(flow, device, x, name, integers=discrete, first_row=first_row)
+    data = _as_numbers(flow, x, name, first_row, integers=discrete)
     if data.shape[1:] != flow.event_shape:
         expected = "(rows, " + ", ".join(map(str, flow.event_shape)) + ")"
         raise ValueError(f"expected {name} of shape {expected}; got {tuple(data.shape)}")
@@ -123,7 +126,7 @@ def _as_rows(flow: Flow, device: torch.device, x: Any, context: Any, name: str, 
     if context is not None and not flow.context_features:
         raise ValueError(f"expected no context or labels with {name}, since context_features=0; got one")
     if context is not None:
-        context = _as_tensor(flow, device, context, f"context of {name}", integers=embedded, first_row=first_row)
+        context = _as_numbers(flow, context, f"context of {name}", first_row, integers=embedded)
     if not embedded:
         flow.bijection.broadcast_batch(data.shape[:1], context)
     elif context is None:
@@ -135,55 +138,38 @@ def _as_rows(flow: Flow, device: torch.device, x: Any, context: Any, name: str, 
     return data, context
 
 
-def _as_mapped_rows(flow: Flow, device: torch.device, x: Any, context: Any, name: str) -> tuple[Any, Any]:
+def _as_mapped_rows(flow: Flow, x: Any, context: Any, name: str) -> tuple[Any, Any]:
     if context is not None and not isinstance(context, np.memmap):
-        context = _as_tensor(flow, device, context, f"context of {name}", integers=flow.embedding is not None)
+        context = _as_numbers(flow, context, f"context of {name}", integers=flow.embedding is not None)
     if context is not None and len(context) != len(x):
         raise ValueError(f"expected a context for each of {len(x)} rows; got {tuple(context.shape)}")
     size = _rows_at_once(x.shape)
     for start in range(0, len(x), size):
         rows = slice(start, start + size)
-        _as_rows(flow, device, np.array(x[rows]), None if context is None else context[rows], name, start)
-    context = MappedArray(context, flow.dtype, device) if isinstance(context, np.memmap) else context
-    return MappedArray(x, flow.dtype, device), context
+        _as_rows(flow, np.array(x[rows]), None if context is None else context[rows], name, start)
+    context = MappedArray(context, flow.dtype, flow.device) if isinstance(context, np.memmap) else context
+    return MappedArray(x, flow.dtype, flow.device), context
 
 
-def _as_tensor(
-    flow: Flow, device: torch.device, values: Any, name: str, *, integers: bool, first_row: int = 0
-) -> Tensor:
-    source = _source(values, name)
-    if integers and not source.is_floating_point():
-        return source.to(device)
-    if not source.is_floating_point():
-        part = "an embedding" if name.startswith("context") else "a dequantizer"
-        raise TypeError(
-            f"expected {name} of floating-point numbers; got {source.dtype}: convert them, or give the flow {part}"
-        )
-    numbers = source.to(device, flow.dtype)
-    check_finite(name, numbers, first_row=first_row, source=source)
-    return numbers
+def _as_numbers(flow: Flow, values: Any, name: str, first_row: int = 0, *, integers: bool) -> Tensor:
+    source = _as_tensor(values, name)
+    if source.is_floating_point():
+        numbers = source.to(flow.device, flow.dtype)
+        check_finite(name, numbers, first_row=first_row, source=source)
+        return numbers
+    if integers:
+        return source.to(flow.device)
+    part = "an embedding" if name.startswith("context") else "a dequantizer"
+    raise TypeError(
+        f"expected {name} of floating-point numbers; got {source.dtype}: convert them, or give the flow {part}"
+    )
 
 
-def _source(values: Any, name: str) -> Tensor:
+def _as_tensor(values: Any, name: str) -> Tensor:
     try:
-        return values.detach() if isinstance(values, Tensor) else as_numbers(np.asarray(values))
+        return values.detach() if isinstance(values, Tensor) else as_tensor(np.asarray(values))
     except TypeError:
         raise TypeError(f"expected {name} as a tensor or an array of numbers; got {type(values).__name__}") from None
-
-
-def _as_weights(weights: Any, rows: int, device: torch.device, name: str) -> Tensor | None:
-    """Return checked weights of rows on the device, in float64."""
-    if weights is None:
-        return None
-    tensor = _source(weights, f"weights of {name}")
-    if tensor.shape != (rows,):
-        raise ValueError(f"expected weights of shape ({rows},), one for each row of {name}; got {tuple(tensor.shape)}")
-    tensor = tensor.to(device, torch.float64)
-    check_finite(f"weights of {name}", tensor)
-    if (tensor < 0).any():
-        row = int((tensor < 0).nonzero()[0])
-        raise ValueError(f"expected weights of {name} that are at least 0; got {float(tensor[row])} in row {row}")
-    return tensor
 
 
 def _check_support(flow: Flow, data: Tensor, name: str, first_row: int) -> None:
@@ -197,17 +183,6 @@ def _check_support(flow: Flow, data: Tensor, name: str, first_row: int) -> None:
             f"expected {name} in the flow's support, {support}; got {float(data[(row, *place)]):.6g} "
             f"in row {first_row + row} ({len(places)} such numbers in all)"
         )
-
-
-def _check_varying(flow: Flow, data: Tensor | MappedArray) -> None:
-    """Refuse constant columns among those that the dequantizer, if any, leaves continuous."""
-    among = None
-    if flow.dequantizer is not None:
-        discrete = getattr(flow.dequantizer, "discrete", None)
-        if discrete is None:  # all columns are
-            return
-        among = ~discrete
-    check_varying(data, among=among, chunk_rows=None if isinstance(data, Tensor) else _rows_at_once(data.shape))
 
 
 def _rows_at_once(shape: tuple[int, ...]) -> int:

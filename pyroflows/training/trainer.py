@@ -1,5 +1,6 @@
-"""The training loop."""
+"""The training loop, its optimizers and the statistics of its batch norms."""
 
+import inspect
 import math
 import time
 from collections.abc import Callable
@@ -7,21 +8,33 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pyroflows import distributed
 from pyroflows.contexts import random_state, set_random_state
 from pyroflows.flow import Flow
+from pyroflows.layers.norms import BatchNorm
 from pyroflows.training.batches import Batch, Batches, Rows, Steps, as_channels_last, parts_of
 from pyroflows.training.checkpoint import Checkpoint
-from pyroflows.training.optimizers import build_optimizer, schedule_factor
-from pyroflows.training.options import FitOptions
-from pyroflows.training.result import FitResult
-from pyroflows.training.sharding import gather, shard_like, sum_gradients
-from pyroflows.training.statistics import set_batch_statistics
+from pyroflows.training.options import FitOptions, FitResult
 
-__all__ = ["Trainer"]
+__all__ = ["Adam", "Adamax", "Trainer"]
+
+_SAVED = ("epoch_step", "sums", "skipped", "best_weights")  # attributes of a trainer
+_STATISTICS_ROWS = 2**17  # of data in a file
+
+
+def _without_compiler(optimizer: type[torch.optim.Optimizer]) -> Any:
+    """Derive an optimizer without the wrappers of its methods that import torch's compiler, which takes seconds."""
+    names = ("add_param_group", "load_state_dict", "state_dict", "zero_grad")
+    methods: dict[str, Any] = {name: inspect.unwrap(getattr(optimizer, name)) for name in names}
+    methods["step"] = torch.no_grad()(inspect.unwrap(optimizer.step))
+    return type(optimizer.__name__, (optimizer,), methods)
+
+
+Adam = _without_compiler(torch.optim.Adam)
+Adamax = _without_compiler(torch.optim.Adamax)
 
 
 @dataclass
@@ -34,19 +47,21 @@ class Trainer:
     held_out: Rows | None
     objective: Callable[..., Tensor]
     learning_rate: float
+    options: FitOptions
+    checkpoint: Checkpoint | None
     epochs: int
     patience: int | None
     max_seconds: float | None
-    options: FitOptions
-    checkpoint: Checkpoint | None
-    metadata: dict[str, Any]  # of the checkpoint
 
     def __post_init__(self) -> None:
         self.device = self.flow.device
         self.sharded = isinstance(self.trained, Flow) and self.trained is not self.flow
         self.parameters = list(self.trained.parameters())
         self.trainable = [p for p in self.parameters if p.requires_grad]
-        self.optimizer = build_optimizer(self.trainable, self.learning_rate, self.options)
+        # Adam is fused, so that it can skip a step without waiting for the device.
+        kind, implementation = (Adam, "fused") if self.options.optimizer == "adam" else (Adamax, "foreach")
+        decay = float(self.options.weight_decay)
+        self.optimizer = kind(self.trainable, self.learning_rate, weight_decay=decay, **{implementation: True})
         self.ema = [p.detach().clone() for p in self.parameters] if self.options.ema_decay else []
         self.result = FitResult({k: [] for k in ("train", "validation", "gradient_norm", "learning_rate", "seconds")})
         self.total_steps = self.epochs * self.train.steps if self.train.steps else None
@@ -54,29 +69,26 @@ class Trainer:
         self.skipped = torch.zeros(2, device=self.device)  # steps, in all and in a row
         self.sums = torch.zeros(3, device=self.device)  # of this epoch: losses, gradient norms, steps not skipped
         self.epoch_step = 0
-        self.initial_weights: dict[str, Tensor] | None = self._weights()  # until there are best ones
-        self.best_weights: dict[str, Tensor] | None = None
+        self.best_weights = self._weights()  # the initial ones, until an epoch is the best
         self.began = time.perf_counter()
 
     def run(self, progress: bool | str | None) -> FitResult:
         """Train until there is a reason to stop, and leave the flow with its best weights."""
         result = self.result
         try:
-            with progress_bar(progress, self.total_steps, result.steps) as bar:
+            with _progress_bar(progress, self.total_steps, result.steps) as bar:
                 while not result.stopped:
                     train_loss, gradient_norm = self._epoch(bar)
-                    if self.total_steps is None:
-                        self.total_steps = self.epochs * result.steps
-                    self._swap_ema()
+                    self.total_steps = self.total_steps or self.epochs * result.steps
+                    _swap(self.parameters, self.ema)
                     self._record(train_loss, self._evaluate(train_loss), gradient_norm)
-                    self._swap_ema()
+                    _swap(self.parameters, self.ema)
                     result.stopped = self._stop_reason()
                     self._save(epoch_ended=True)
         finally:
             # Also after an interrupt or an error of the objective the flow has its best weights, after an epoch.
-            weights = self.initial_weights if self.best_weights is None and self._diverged() else self.best_weights
-            if weights is not None:
-                self.flow.load_state_dict(weights)
+            if result.best_epoch is not None or self._diverged():
+                self.flow.load_state_dict(self.best_weights)
             self.flow.eval()
         distributed.synchronize(self.flow)
         return result
@@ -115,8 +127,15 @@ class Trainer:
         return (loss / steps, norm / steps) if steps else (math.nan, math.nan)
 
     def _set_learning_rate(self, elapsed: float) -> None:
-        done = 0.0 if self.max_seconds is None else min(elapsed / self.max_seconds, 1.0)
-        factor = schedule_factor(self.result.steps, self.total_steps, done, self.options)
+        """Set the rate by the share of the steps taken, if their number is known, or of the time that has elapsed."""
+        steps, total, warmup = self.result.steps, self.total_steps, self.options.warmup
+        time_share = 0.0 if self.max_seconds is None else elapsed / self.max_seconds
+        done = min(max(steps / total if total else 0.0, time_share), 1.0)
+        # Until the number of steps is known, a hundred warm up.
+        step = 1 / total if total else warmup * (steps + 1) / 100
+        factor = min(1.0, (done + step) / warmup) if warmup else 1.0
+        if self.options.schedule == "cosine":
+            factor = factor * (1 + math.cos(math.pi * done)) / 2
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * factor
 
@@ -125,7 +144,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
         for part in parts_of(batch, self.options):
-            loss = check_loss(self.objective(self.trained, *part.inputs))
+            loss = self.objective(self.trained, *part.inputs)
+            if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
+                got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                raise TypeError(f"expected an objective that returns a scalar tensor with a gradient; got {got}")
             share = part.share * batch.share
             loss = loss if share == 1 else loss * share
             # FSDP averages gradients over the ranks.
@@ -133,13 +155,13 @@ class Trainer:
             losses.append(loss.detach())
         loss = torch.stack(losses).sum()
         if distributed.world_size() > 1:
-            loss = distributed.all_reduce(loss) if self.sharded else sum_gradients(self.trainable, loss)
+            loss = distributed.all_reduce(loss) if self.sharded else _sum_gradients(self.trainable, loss)
         max_norm = math.inf if self.options.max_grad_norm is None else float(self.options.max_grad_norm)
-        norm = gather(torch.nn.utils.clip_grad_norm_(self.parameters, max_norm, foreach=True))
+        norm = _gather(nn.utils.clip_grad_norm_(self.parameters, max_norm, foreach=True))
         bad = (~(loss.isfinite() & norm.isfinite())).float()
         if self.options.optimizer == "adam":
             # The fused optimizer reads this flag on the device, and skips the step.
-            self.optimizer.found_inf = bad  # type: ignore[attr-defined]
+            self.optimizer.found_inf = bad
             self.optimizer.step()
         elif not bad:  # waits for a GPU, which is little next to a step of a flow of images
             self.optimizer.step()
@@ -152,30 +174,24 @@ class Trainer:
         return loss, norm, bad
 
     @torch.no_grad()
-    def _swap_ema(self) -> None:
-        """Swap the averaged weights with those that are trained."""
-        for parameter, average in zip(self.parameters, self.ema, strict=False):
-            trained = parameter.clone()
-            parameter.copy_(average)
-            average.copy_(trained)
-
-    @torch.no_grad()
     def _evaluate(self, train_loss: float) -> float:
         """Return the loss on the held-out rows, in the flow's precision; without such rows that of training."""
         if self.sharded:
-            self.flow.load_state_dict(gather(self.trained.state_dict()))
+            self.flow.load_state_dict(_gather(self.trained.state_dict()))
         flow = self.flow if self.sharded else self.trained
         flow.eval()
-        loss = train_loss
+        rows, total = self.held_out, 0.0
         with distributed.rank_rng():
             if isinstance(self.train, Rows):
-                set_batch_statistics(self.flow, self.train)
-            if self.held_out is not None:
-                loss = mean_loss(flow, self.objective, self.held_out, self.options)
+                _set_batch_statistics(self.flow, self.train)
+            if rows is not None:
+                for part in rows.slices():
+                    inputs = as_channels_last(rows[part], self.options).inputs
+                    total += float(self.objective(flow, *inputs)) * (part.stop - part.start)
         if self.sharded:
             for buffer, value in zip(self.trained.buffers(), self.flow.buffers(), strict=True):
                 buffer.copy_(value)  # the statistics of batch norms
-        return loss
+        return train_loss if rows is None else sum(distributed.all_gather(total)) / len(rows)
 
     def _record(self, train_loss: float, loss: float, gradient_norm: float) -> None:
         """Add an epoch to the history, and keep its weights, which the flow has, if they are the best."""
@@ -192,7 +208,7 @@ class Trainer:
         better = loss < result.best_loss or self.held_out is None
         if math.isfinite(loss) and better and not self._diverged():
             result.best_loss, result.best_epoch = loss, len(history["train"]) - 1
-            self.best_weights, self.initial_weights = self._weights(), None
+            self.best_weights = self._weights()
 
     def _stop_reason(self) -> str:
         if self._diverged():
@@ -231,72 +247,105 @@ class Trainer:
         """Return all that the next step depends on."""
         result = self.result
         result.seconds = result.history["seconds"][-1] if result.stopped else self._seconds()
+        with distributed.rank_rng():
+            rank_random_states = distributed.all_gather(random_state(self.device))
         return {
-            **self.metadata,
+            **{name: getattr(self, name) for name in _SAVED},
             "result": asdict(result),
-            "epoch_step": self.epoch_step,
             "steps_per_epoch": self.total_steps // self.epochs if self.total_steps else None,
-            "sums": self.sums,
-            "skipped": self.skipped,
-            "weights": gather(self.trained.state_dict()),
-            "ema": gather(self.ema),
-            "optimizer": gather(self.optimizer.state_dict()),
-            "initial_weights": self.initial_weights,
-            "best_weights": self.best_weights,
+            "weights": _gather(self.trained.state_dict()),
+            "ema": _gather(self.ema),
+            "optimizer": _gather(self.optimizer.state_dict()),
             "position": self.train.position,
             "random_state": random_state(self.device),
-            "rank_random_states": distributed.all_gather(distributed.rank_random_state()),
+            "rank_random_states": rank_random_states,
         }
 
     def resume(self, state: dict[str, Any]) -> None:
         """Continue from the state of a checkpoint, whose weights the flow has."""
+        vars(self).update({name: state[name] for name in _SAVED})
+        self.sums, self.skipped = self.sums.to(self.device), self.skipped.to(self.device)
         self.result = FitResult(**state["result"])
         if state["steps_per_epoch"]:
             self.total_steps = self.epochs * state["steps_per_epoch"]
         for average, value in zip(self.ema, state["ema"], strict=True):
-            average.copy_(shard_like(value, average))
+            average.copy_(_shard_like(value, average))
         moments = state["optimizer"]["state"]
         for number, values in moments.items():
             like = self.trainable[number]
-            moments[number] = {k: v if v.dim() == 0 else shard_like(v, like) for k, v in values.items()}
+            moments[number] = {k: v if v.dim() == 0 else _shard_like(v, like) for k, v in values.items()}
         self.optimizer.load_state_dict(state["optimizer"])
-        self.skipped.copy_(state["skipped"])
-        self.sums.copy_(state["sums"])
-        self.epoch_step = state["epoch_step"]
-        self.initial_weights, self.best_weights = state["initial_weights"], state["best_weights"]
-        self.train.seek(state["position"])
+        self.train.position = state["position"]
         self.began = time.perf_counter() - self.result.seconds
         set_random_state(state["random_state"], self.device)
         if len(state["rank_random_states"]) == distributed.world_size():  # else the others start new ones
-            distributed.set_rank_random_state(state["rank_random_states"][distributed.rank()])
+            with distributed.rank_rng():
+                set_random_state(state["rank_random_states"][distributed.rank()], self.device)
         if self.checkpoint is not None:
             self.checkpoint.written = self.result.seconds, self.result.steps
         if not self.epoch_step:
             self.result.stopped = self._stop_reason()
 
 
-def check_loss(loss: Any) -> Tensor:
-    """Return the loss of an objective, if it is a scalar with a gradient."""
-    if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
-        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise TypeError(f"expected an objective that returns a scalar tensor with a gradient; got {got}")
-    return loss
+@torch.no_grad()
+def _swap(parameters: list[nn.Parameter], averages: list[Tensor]) -> None:
+    """Swap the weights that are trained with their averages, if there are any."""
+    for parameter, average in zip(parameters, averages, strict=False):
+        trained = parameter.clone()
+        parameter.copy_(average)
+        average.copy_(trained)
 
 
-def mean_loss(flow: Any, objective: Callable[..., Tensor], rows: Rows, options: FitOptions) -> float:
-    """Return the mean loss over rows, of which each rank evaluates its slice."""
-    total = 0.0
-    for part in rows.slices(distributed.rank_slice(len(rows))):
-        inputs = as_channels_last(rows[part], options).inputs
-        total += float(objective(flow, *inputs)) * (part.stop - part.start)
-    return sum(distributed.all_gather(total)) / len(rows)
+@torch.no_grad()
+def _set_batch_statistics(flow: Flow, train: Rows) -> None:
+    """Set the statistics of every BatchNorm of the stack from the training rows, in one pass from data to latent."""
+    if not any(isinstance(layer, BatchNorm) for layer in flow.layers):
+        return
+    train = train.sample(_STATISTICS_ROWS)
+    chunks = [train[rows] for rows in train.slices()]
+    xs = [chunk.x if flow.dequantizer is None else flow.dequantizer(chunk.x)[0] for chunk in chunks]
+    contexts = [None if chunk.context is None else flow.embed(chunk.context) for chunk in chunks]
+    for layer in reversed(flow.layers):
+        if isinstance(layer, BatchNorm):
+            layer.set_statistics(torch.cat(xs))
+        xs = [layer.inverse_and_log_det(x, layer.context_for(c))[0] for x, c in zip(xs, contexts, strict=True)]
 
 
-def progress_bar(progress: bool | str | None, total: int | None, done: int) -> Any:
+def _gather(tree: Any) -> Any:
+    """Return a tree of lists and dicts with sharded tensors gathered; called on all ranks at once."""
+    if isinstance(tree, dict):
+        return {name: _gather(value) for name, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_gather(value) for value in tree]
+    return tree.full_tensor() if hasattr(tree, "full_tensor") else tree
+
+
+@torch.no_grad()
+def _shard_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """Return a tensor sharded as another is, if it is; called on all ranks at once."""
+    from torch.distributed.tensor import distribute_tensor
+
+    if not hasattr(other, "placements"):
+        return tensor
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)  # type: ignore[attr-defined]
+
+
+def _sum_gradients(parameters: list[nn.Parameter], loss: Tensor) -> Tensor:
+    """Sum gradients, in place, and the loss over the ranks."""
+    # Not by DistributedDataParallel, which sees only calls of a module's `forward`, and expects a gradient of every
+    # parameter: an objective may call any of a flow's methods, several times, and leave parameters out.
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    parts = [*(gradient.flatten() for gradient in gradients), loss.to(gradients[0])[None]]
+    sums = distributed.all_reduce(torch.cat(parts)).split([len(part) for part in parts])
+    for parameter, gradient, total in zip(parameters, gradients, sums, strict=False):
+        parameter.grad = gradient.copy_(total.view_as(gradient))  # in its layout, the one that a fused optimizer knows
+    return sums[-1][0]
+
+
+def _progress_bar(progress: bool | str | None, total: int | None, done: int) -> Any:
     """Return a bar of steps on the first rank: shown or not; by default, and with a label, shown on a terminal only."""
     from tqdm.auto import tqdm
 
     label = progress if isinstance(progress, str) else None
-    disable = None if progress is None or label is not None else not progress
-    disable = True if distributed.rank() else disable
+    disable = True if distributed.rank() else not progress if isinstance(progress, bool) else None
     return tqdm(total=total, initial=done, desc=label, disable=disable, unit="step", leave=False)

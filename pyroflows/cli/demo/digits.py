@@ -3,7 +3,6 @@
 import math
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +11,7 @@ from sklearn import mixture
 from torch import Tensor
 
 from pyroflows import plots
-from pyroflows.cli.demo.densities import fit_flows, mean_and_error
-from pyroflows.cli.demo.part import Part, echo, one_thread, save
+from pyroflows.cli.demo.comparison import Density, Part, compare, echo, fit_flows, sizes
 from pyroflows.data import load_images
 from pyroflows.dequantizers import UniformDequantizer
 from pyroflows.flow import Flow
@@ -22,72 +20,34 @@ from pyroflows.models import glow
 from pyroflows.priors import GaussianMixture
 from pyroflows.training import FitOptions
 
-__all__ = ["digits"]
+__all__ = ["run"]
 
 _SHAPE, _PIXELS, _LEVELS, _ALPHA = (1, 8, 8), 64, 17, 0.01
 _DRAWS = 8
 
 
-def digits(output: Path, seed: int, quick: bool, until: float) -> Part:
+def run(seed: int, quick: bool, until: float) -> Part:
     """Digits of 8 x 8 pixels with 17 levels each."""
     components, copies, epochs = (2, 1, 2) if quick else (8, 4, 50)
-    data = load_images("digits", seed=seed)
-    dequantizer = UniformDequantizer(_SHAPE, _LEVELS)
-    with one_thread(seed):
-        mixture_flow, mixture_seconds = _mixture(data.train, components, copies)
-        flow = glow(
-            _SHAPE,
-            num_levels=2,
-            num_steps=4,
-            hidden_channels=48,
-            alpha=_ALPHA,
-            dequantizer=dequantizer,
-        )
-        options = {
-            "epochs": epochs,
-            "batch_size": 128,
-            "learning_rate": 4e-3,
-            "patience": 20,
-            "options": FitOptions(ema_decay=0.99),
-        }
-        fitted = fit_flows({"Glow": flow}, "", data.train, data.validation, seed, until, options)[0]
-        flows = {"Gaussian mixture": mixture_flow, "Glow": flow}
-        bits = {name: _bits(each, data.test, seed) for name, each in flows.items()}
-        samples = {name: dequantizer.quantize(each.sample(64).reshape(64, *_SHAPE)) for name, each in flows.items()}
-
-    notes = {
-        "Gaussian mixture": f"{components} components, full covariance, of logits of the pixels",
-        "Glow": fitted.note,
-    }
-    seconds = {"Gaussian mixture": mixture_seconds, "Glow": fitted.seconds}
-    numbers: dict[str, Any] = {
-        "images": {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)},
-        "models": {},
-    }
-    rows = []
-    for name, values in bits.items():
-        (mean, error), (below, below_error) = map(mean_and_error, (values, bits["Gaussian mixture"] - values))
-        difference = "-" if name == "Gaussian mixture" else f"{below:+.3f} ± {below_error:.3f}"
-        rows.append((name, f"{mean:.3f} ± {error:.3f}", difference, f"{seconds[name]:.0f}", notes[name]))
-        numbers["models"][name] = {
-            "bits_per_dim": mean,
-            "standard_error": error,
-            "below_mixture": below,
-            "below_mixture_standard_error": below_error,
-            "seconds": round(seconds[name], 2),
-            "note": notes[name],
-        }
-    numbers["models"]["Glow"] |= {"steps": fitted.result.steps, "stopped": fitted.result.stopped}  # type: ignore[union-attr]
-
+    data, dequantizer = load_images("digits", seed=seed), UniformDequantizer(_SHAPE, _LEVELS)
+    fitted, seconds = _mixture(data.train, components, copies)
+    note = f"{components} components, full covariance, of logits of the pixels"
+    models = [Density("Gaussian mixture", fitted.log_prob, lambda n: fitted.sample((n,)), note, seconds)]
+    flow = glow(_SHAPE, num_levels=2, num_steps=4, hidden_channels=48, alpha=_ALPHA, dequantizer=dequantizer)
+    options: dict[str, Any] = {"epochs": epochs, "batch_size": 128, "learning_rate": 4e-3, "seed": seed}
+    options |= {"patience": 20, "options": FitOptions(ema_decay=0.99)}
+    models += fit_flows({"Glow": flow}, "", data.train, data.validation, until, **options)
+    bits = {"Gaussian mixture": _bits(fitted, data.test, seed), "Glow": _bits(flow, data.test, seed)}
+    names = ("bits_per_dim", "below_mixture")
+    rows, numbers = compare(models, bits, lambda values: bits["Gaussian mixture"] - values, names, 3, "+")
+    samples = [dequantizer.quantize(model.sample(64).reshape(64, *_SHAPE)) for model in models]
+    titles = [f"{name}: {of['bits_per_dim']:.3f} bits per dimension" for name, of in numbers.items()]
     figure = Figure(figsize=(12.6, 4.8), layout="constrained")
-    pictures = {"64 test images": data.test[:64]}
-    for name in ("Glow", "Gaussian mixture"):
-        mean = numbers["models"][name]["bits_per_dim"]
-        pictures[f"{name}: {mean:.3f} bits per dimension"] = samples[name]
-    for ax, (title, images) in zip(figure.subplots(1, 3), pictures.items(), strict=True):
-        plots.image_grid(images, ax, num_levels=_LEVELS, title=title)
+    left, middle, right = figure.subplots(1, 3)
+    plots.image_grid(data.test[:64], left, num_levels=_LEVELS, title="64 test images")
+    plots.image_grid(samples[1], middle, num_levels=_LEVELS, title=titles[1])
+    plots.image_grid(samples[0], right, num_levels=_LEVELS, title=titles[0])
     figure.suptitle("Digits: real ones and samples at temperature 1")
-    save(figure, output / "digits.png")
     return Part(
         "Images: digits",
         f"scikit-learn's digits, 8 x 8 pixels of {_LEVELS} levels: {len(data.train):,} images train, "
@@ -98,8 +58,9 @@ def digits(output: Path, seed: int, quick: bool, until: float) -> Part:
         f"log2 {_LEVELS} = {math.log2(_LEVELS):.2f}. The next column is the difference image by image.",
         ("model", "bits per dimension", "below the mixture", "seconds", "what it is"),
         rows,
-        numbers,
-        {"digits.png": "test images, and samples of the Glow and of the Gaussian mixture"},
+        {"images": sizes(data), "models": numbers},
+        figure,
+        "test images, and samples of the Glow and of the Gaussian mixture",
     )
 
 
@@ -112,14 +73,15 @@ def _mixture(images: Tensor, components: int, copies: int) -> tuple[Flow, float]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it need not converge
         fitted = mixture.GaussianMixture(components, reg_covar=1e-2, random_state=0).fit(logits)
+    loc, covariance, weights = map(torch.from_numpy, (fitted.means_, fitted.covariances_, fitted.weights_))
     prior = GaussianMixture(
         _PIXELS,
         components,
         learnable=False,
         covariance="full",
-        loc=torch.from_numpy(fitted.means_).float(),
-        scale_tril=torch.linalg.cholesky(torch.from_numpy(fitted.covariances_)).float(),
-        weights=torch.from_numpy(fitted.weights_).float(),
+        loc=loc.float(),
+        scale_tril=torch.linalg.cholesky(covariance).float(),
+        weights=weights.float(),
     )
     seconds = time.perf_counter() - began
     echo(f"  Gaussian mixture: {components} components, {seconds:.1f} s")

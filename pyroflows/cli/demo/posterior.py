@@ -1,8 +1,8 @@
 """A posterior: one call of ``fit_posterior`` next to a mean-field guide and the exact numbers."""
 
+import textwrap
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,51 +16,41 @@ from pyro.optim import ClippedAdam
 from torch import Tensor
 
 from pyroflows import plots
-from pyroflows.cli.demo.part import Part, echo, one_thread, save
+from pyroflows.cli.demo.comparison import Part, echo
 from pyroflows.inference import fit_posterior
 
-__all__ = ["posterior"]
+__all__ = ["run"]
 
 # Effects of coaching on the test scores of eight schools, and their standard errors: Rubin, 1981.
 _EFFECTS = (28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0)
 _ERRORS = (15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0)
 
 
-def posterior(output: Path, seed: int, quick: bool, until: float) -> Part:
+def run(seed: int, quick: bool, until: float) -> Part:
     """The posterior of the eight schools by one call, its verdict, and a mean-field guide."""
-    data = torch.tensor(_EFFECTS), torch.tensor(_ERRORS)
-    with one_thread(seed):
-        # Ten seconds are reserved for the draws, the other guide and the figure.
-        seconds = min(5.0 if quick else 60.0, max(2.0, round(until - 10.0 - time.perf_counter())))
-        echo(f"  flow: fit_posterior, training for at most {seconds:.0f} s ...")
-        steps = 20 if quick else 1500
-        fitted = fit_posterior(_eight_schools, *data, max_steps=steps, max_seconds=seconds, seed=seed, progress=False)
-        summary = fitted.summary().to_string()
-        echo(_indented(f"{fitted!r}\n\n{summary}"))
-        n = 4000
-        draws = {"flow": fitted.resampled(n) if fitted.verdict == "resample" else fitted.draws(n)}
-        draws["mean field"], svi_numbers = _mean_field(data, n, steps=100 if quick else 800)
-        exact, density = _exact_schools(*data)
+    data, n = (torch.tensor(_EFFECTS), torch.tensor(_ERRORS)), 4000
+    # Ten seconds are reserved for the draws, the other guide and the figure.
+    seconds = min(5.0 if quick else 60.0, max(2.0, round(until - 10.0 - time.perf_counter())))
+    echo(f"  flow: fit_posterior, training for at most {seconds:.0f} s ...")
+    steps = 20 if quick else 1500
+    fitted = fit_posterior(_eight_schools, *data, max_steps=steps, max_seconds=seconds, seed=seed, progress=False)
+    summary = fitted.summary().to_string()
+    echo(textwrap.indent(f"{fitted!r}\n\n{summary}", "  "))
+    draws = {"flow": fitted.resampled(n) if fitted.verdict == "resample" else fitted.draws(n)}
+    draws["mean field"], svi_numbers = _mean_field(data, n, steps=100 if quick else 800)
+    exact, density = _exact_schools(*data)
 
     judged = {"elbo": fitted.elbo, "seconds": round(fitted.seconds, 2), "note": f"{fitted.verdict}: {fitted.reason}"}
     results = {"exact": exact, "flow": judged, "mean field": svi_numbers}
     rows = []
     for name, numbers in results.items():
-        for site in ("mu", "tau") if name in draws else ():
-            values = draws[name][site].double()
-            numbers |= {f"{site}_mean": float(values.mean()), f"{site}_sd": float(values.std())}
-        moments = [f"{numbers[f'{site}_{moment}']:.2f}" for site in ("mu", "tau") for moment in ("mean", "sd")]
+        for site, values in draws.get(name, {}).items():
+            if site in ("mu", "tau"):
+                numbers |= {f"{site}_mean": float(values.double().mean()), f"{site}_sd": float(values.double().std())}
+        moments = [f"{numbers[moment]:.2f}" for moment in ("mu_mean", "mu_sd", "tau_mean", "tau_sd")]
         rows.append((name, f"{numbers['elbo']:.3f}", *moments, f"{numbers['seconds']:.0f}", numbers["note"]))
-    all_numbers = {
-        "models": results,
-        "verdict": fitted.verdict,
-        "reason": fitted.reason,
-        "log_evidence": fitted.log_evidence,
-        "log_evidence_standard_error": fitted.log_evidence_error,
-        "khat": list(fitted.khat),
-        "ess": fitted.ess,
-    }
-    save(_schools_figure(draws, density, results), output / "posterior.png")
+    report = {name: getattr(fitted, name) for name in ("verdict", "reason", "log_evidence", "ess")}
+    report |= {"log_evidence_standard_error": fitted.log_evidence_error, "khat": list(fitted.khat)}
     return Part(
         "A posterior: eight schools",
         "Rubin's eight schools (1981): mu is the mean effect of coaching on a test and tau the spread of the effects "
@@ -72,8 +62,9 @@ def posterior(output: Path, seed: int, quick: bool, until: float) -> Part:
         f"flow's draws:\n\n```text\n{summary}\n```",
         ("posterior", "ELBO (nats)", "mean of mu", "sd of mu", "mean of tau", "sd of tau", "seconds", "what it is"),
         rows,
-        all_numbers,
-        {"posterior.png": "draws of mu and tau by the flow and by the mean-field guide, over the exact posterior"},
+        {"models": results, **report},
+        _figure(draws, density, results),
+        "draws of mu and tau by the flow and by the mean-field guide, over the exact posterior",
     )
 
 
@@ -85,20 +76,14 @@ def _eight_schools(effects: Tensor, errors: Tensor) -> None:
         pyro.sample("effects", dist.Normal(mu + tau * z, errors), obs=effects)
 
 
-def _indented(text: str) -> str:
-    return "\n".join("  " + line if line else "" for line in text.split("\n"))
-
-
-def _mean_field(
-    data: tuple[Tensor, Tensor], n: int, *, steps: int, seconds: float = 15.0
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Train Pyro's mean-field guide, and return draws of it, and its ELBO."""
+def _mean_field(data: tuple[Tensor, Tensor], n: int, *, steps: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Train Pyro's mean-field guide for at most 15 seconds, and return draws of it, and its ELBO."""
     began, step = time.perf_counter(), 0
     vectorized = {"vectorize_particles": True, "max_plate_nesting": 1}
     with pyro.get_param_store().scope():
         guide = AutoDiagonalNormal(_eight_schools)
         svi = SVI(_eight_schools, guide, ClippedAdam({"lr": 0.1, "lrd": 0.994}), Trace_ELBO(16, **vectorized))
-        while step < steps and time.perf_counter() - began < seconds:
+        while step < steps and time.perf_counter() - began < 15.0:
             svi.step(*data)
             step += 1
         numbers = {
@@ -127,7 +112,7 @@ def _exact_schools(effects: Tensor, errors: Tensor) -> tuple[dict[str, Any], tup
     return numbers, (mu, log_tau, density)
 
 
-def _schools_figure(
+def _figure(
     draws: Mapping[str, Mapping[str, Tensor]], exact: tuple[Tensor, Tensor, Tensor], results: Mapping[str, Any]
 ) -> Figure:
     """Plot draws of each guide over contours of the exact posterior, and the marginals of log tau."""
