@@ -134,7 +134,7 @@ def brief_shape(shape: Size) -> str:
 
 def batched_shape(shape: Sequence[int]) -> str:
     """Return the text of a shape with any batch dimensions, for messages."""
-    return f"(*batch, {', '.join(map(str, shape))})"
+    return f"({', '.join(['*batch', *map(str, shape)])})"
 
 
 def check_type(expected: str, value: object, kind: type) -> None:

@@ -1,31 +1,33 @@
 """Amortised posteriors: the posterior of a simulator's latents for any data, by a conditional flow."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Size, Tensor, nn
 
-from pyroflows.arguments import check_sizes
+from pyroflows.arguments import batched_shape, check_sizes
+from pyroflows.bijection import Bijection
 from pyroflows.contexts import evaluating, seeded
 from pyroflows.diagnostics.arrays import labels
 from pyroflows.diagnostics.calibration import Calibration, calibration
 from pyroflows.flow import Flow, FlowDistribution
-from pyroflows.inference.conditional_flow import ScaledEmbedding, default_flow, regression_layers
-from pyroflows.inference.guide_flow import Builder, build_flow, check_flow
+from pyroflows.inference.guide import Builder, build_flow
 from pyroflows.inference.simulator import Simulator
-from pyroflows.inference.sites import constrain, unconstrain
-from pyroflows.layers.pointwise import Standardize
+from pyroflows.inference.sites import Model, check_model, constrain, unconstrain
+from pyroflows.layers import Affine, MaskedAutoregressive, Permutation, Spline, Standardize, TriangularAffine
+from pyroflows.priors import StandardNormal
 from pyroflows.training import FitOptions, FitResult, fit
 
 __all__ = ["AmortizedPosterior", "fit_amortized"]
 
 _ROWS_AT_ONCE = 200_000
 _RANGE = 0.1  # how far outside the range of the simulations data may be, as a share of it
+_LINEAR = 5.0  # scales; data further out enter a network by their logarithm
 
 
 def fit_amortized(
-    model: Callable[..., Any],
+    model: Model,
     observed: str | Sequence[str],
     *,
     latents: str | Sequence[str] | None = None,
@@ -54,21 +56,14 @@ def fit_amortized(
         num_simulations: number of draws from the model; a tenth validates the fit.
         flow: over the unconstrained latents given the context, or its builder, called as
             ``flow(features, context_features=...)``; by default an autoregressive spline flow.
-        embedding: a network that computes the context, from one observed site as it is, or from several flattened to
-            one vector; by default the context is the data.
-        args: arguments of the model.
-        kwargs: keyword arguments of the model.
+        embedding: a network that computes the context ``(rows, context_features)`` from one observed site ``(rows,
+            *shape)``, or from several flattened to ``(rows, numbers)``; by default the context is the data.
+        args, kwargs: arguments of the model.
         drop_nonfinite: leave out simulations that are not finite (correct if data that are not finite are never
             observed); they are counted in the result's ``num_dropped``.
         seed: of simulations, weights and fit.
         progress: whether to show bars; by default only on a terminal.
         fit_options: of :func:`fit`, such as ``epochs`` and ``batch_size``.
-
-    Shapes:
-        embedding: ``(rows, *shape)`` of one observed site, or ``(rows, numbers)``, to ``(rows, context_features)``.
-
-    Returns:
-        The posterior, as a function of the data.
 
     Raises:
         TypeError: a site is not a tensor, ``flow`` is not a builder, or ``fit`` does not take an option.
@@ -82,8 +77,7 @@ def fit_amortized(
         al., 2019 (arXiv:1905.07488); Neural Spline Flows, Durkan et al., 2019 (arXiv:1906.04032).
 
     Example:
-        >>> import pyro
-        >>> import pyro.distributions as dist
+        >>> import pyro, pyro.distributions as dist
         >>> def model():
         ...     scale = pyro.sample("scale", dist.Gamma(2.0, 1.0))
         ...     pyro.sample("y", dist.Normal(torch.zeros(20), scale).to_event(1))
@@ -91,8 +85,7 @@ def fit_amortized(
         >>> posterior.draws(100, torch.randn(20))["scale"].shape
         torch.Size([100])
     """
-    if not callable(model):
-        raise TypeError(f"expected a Pyro model, a callable; got {type(model).__name__}")
+    check_model(model)
     if embedding is not None and not isinstance(embedding, nn.Module):
         raise TypeError(f"expected an embedding that is a torch module; got {type(embedding).__name__}")
     if isinstance(flow, Flow) and flow.embedding is not None and embedding is not None:
@@ -100,57 +93,106 @@ def fit_amortized(
     check_sizes(num_simulations=num_simulations)
     with seeded(seed, torch.device("cpu")):
         simulator = Simulator(model, args, kwargs or {}, observed, latents)
-        values, num_dropped = _finite_simulations(simulator, num_simulations, drop_nonfinite, progress)
-        vectors = simulator.vectors(values)
+        values = simulator.finite(num_simulations, drop_nonfinite, progress)
+        vectors = unconstrain(simulator.latents, values, min_batch_ndim=1)[0]
         data = _flatten(simulator.observed, values).to(vectors)
         if isinstance(flow, Flow) and flow.embedding is not None:
             embedding, flow = flow.embedding, Flow(flow.prior, flow.bijection)
-        embed = ScaledEmbedding(data, embedding).to(vectors)
+        embed = _ScaledEmbedding(data, embedding).to(vectors)
         with torch.no_grad(), evaluating(embed):
             context = embed(data[:2])
         if not isinstance(context, Tensor) or context.dim() != 2:
             got = f"shape {tuple(context.shape)}" if isinstance(context, Tensor) else type(context).__name__
             raise ValueError(f"expected an embedding that returns (rows, context_features); got {got}")
-        features, context_features = vectors.shape[1], context.shape[1]
-        is_built = not isinstance(flow, Flow)
-        if not isinstance(flow, Flow):
-            flow = build_flow(default_flow if flow is None else flow, features, context_features=context_features)
-        check_flow(flow, features, context_features)
+        inner = build_flow(_default_flow if flow is None else flow, vectors.shape[1], context.shape[1])
         standardize = Standardize.from_data(vectors)
-        layers = list(flow.layers)
-        if embedding is None and is_built:
-            layers += regression_layers(standardize.inv(vectors), embed(data))
-        flow = Flow(flow.prior, [*layers, standardize], embedding=embed).to(vectors)
-        options = {**_fit_options(len(data)), **fit_options}
-        result = fit(flow, vectors, context=data, progress=progress, **options)
-    return AmortizedPosterior(flow, simulator, result, data, num_dropped)
+        layers = list(inner.layers)
+        if embedding is None and not isinstance(flow, Flow):
+            layers += _regression_layers(standardize.inv(vectors), embed(data))
+        flow = Flow(inner.prior, [*layers, standardize], embedding=embed).to(vectors)
+        options = {
+            "epochs": min(100, max(10, 500_000 // len(data))),  # about the same number of steps for any simulations
+            "batch_size": min(128, len(data) // 2),
+            "learning_rate": 2e-3,
+            "options": FitOptions(ema_decay=0.998),
+        }
+        result = fit(flow, vectors, context=data, progress=progress, **{**options, **fit_options})
+    return AmortizedPosterior(flow, simulator, result, data, num_simulations - len(data))
 
 
-def _finite_simulations(
-    simulator: Simulator, number: int, drop_nonfinite: bool, progress: bool | None
-) -> tuple[dict[str, Tensor], int]:
-    """Return the finite ones of a number of simulations, and how many are not; refuse those on request."""
-    values = simulator(number, progress)
-    finite, bad = simulator.are_finite(values)
-    num_dropped = number - int(finite.sum())
-    if num_dropped and not drop_nonfinite:
-        sites = ", ".join(f"{count} at site {name!r}" for name, count in bad.items())
-        raise ValueError(
-            f"expected finite simulations; got {num_dropped} of {number} that are not ({sites}): "
-            "bound the prior, or leave them out by drop_nonfinite=True"
+class _ScaledEmbedding(nn.Module):
+    """An embedding of data that are brought to one scale first, those far out by their logarithm."""
+
+    centre: Tensor
+    scale: Tensor
+
+    def __init__(self, data: Tensor, embedding: nn.Module | None):
+        super().__init__()
+        low, centre, high = (data.quantile(q, 0) for q in (0.1587, 0.5, 0.8413))
+        scale = (high - low) / 2
+        scale = torch.where(scale > 0, scale, data.std(0))
+        self.register_buffer("centre", centre)
+        self.register_buffer("scale", torch.where(scale > 0, scale, 1))
+        self.network = embedding
+
+    def forward(self, data: Tensor) -> Tensor:
+        z = (data - self.centre) / self.scale
+        z = z.clamp(-_LINEAR, _LINEAR) * (1 + (z.abs() / _LINEAR).clamp(min=1).log())
+        return z if self.network is None else self.network(z)
+
+
+class _LinearShift(Bijection):
+    r"""A shift that is linear in the context, :math:`y = x + W c + b`."""
+
+    def __init__(self, weight: Tensor, bias: Tensor):
+        super().__init__(weight.shape[0], context_features=weight.shape[1])
+        self.weight, self.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return x + self._shift(context), x.new_zeros(x.shape[:-1])
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return y - self._shift(context), y.new_zeros(y.shape[:-1])
+
+    def _shift(self, context: Any) -> Tensor:
+        return nn.functional.linear(context, self.weight, self.bias)
+
+
+@torch.no_grad()
+def _regression_layers(latents: Tensor, context: Tensor) -> list[Bijection]:
+    """Return layers initialised to the ridge regression of latents on context: the residuals' scale, and the mean."""
+    x, y = context.double(), latents.double()
+    num_validation = max(1, len(x) // 10)
+    centre, mean = x.mean(0), y.mean(0)
+    centred_x, centred_y = (x - centre)[num_validation:], (y - mean)[num_validation:]
+    values, directions = torch.linalg.eigh(centred_x.T @ centred_x)
+    projected = directions.T @ (centred_x.T @ centred_y)
+    values = values.clamp(min=0)
+    # The penalty with the smallest validation error, from almost none to one that shrinks almost everything to zero.
+    penalties = values.max().clamp(min=1e-12) * torch.logspace(-10, 1, 12).to(values)
+    weights = [(directions @ (projected / (values + penalty)[:, None])).T for penalty in penalties]
+    errors = [(((y - mean) - (x - centre) @ weight.T)[:num_validation] ** 2).mean() for weight in weights]
+    weight = weights[int(torch.stack(errors).argmin())]
+    residuals = y - mean - (x - centre) @ weight.T
+    scale = torch.linalg.cholesky(residuals.T.cov().reshape(y.shape[1], -1) + 1e-6 * torch.eye(y.shape[1]).to(y))
+    triangular = TriangularAffine(y.shape[1])
+    triangular.start_at(torch.zeros_like(mean), scale)
+    return [triangular, _LinearShift(weight, mean - weight @ centre)]
+
+
+def _default_flow(features: int, context_features: int) -> Flow:
+    """Build a flow of affine layers, which set location and scale, and of splines, which set the shape."""
+    # Splines alone would reach only to their bound: for a posterior far narrower than the prior, the outermost draws
+    # of the prior would stay outliers.
+    layers: list[Bijection] = []
+    network: Any = {"hidden_features": (64, 64), "residual": True, "activation": "gelu"}
+    for transformer in (Spline(bound=5.0), Spline(bound=5.0), Affine(), Affine()):
+        if layers:
+            layers.append(Permutation(features, "reverse"))
+        layers.append(
+            MaskedAutoregressive(features, transformer=transformer, context_features=context_features, **network)
         )
-    return {name: value[finite] for name, value in values.items()}, num_dropped
-
-
-def _fit_options(num_simulations: int) -> dict[str, Any]:
-    """Return options of ``fit`` that need no tuning: about the same number of steps for any number of simulations."""
-    epochs = min(100, max(10, 500_000 // num_simulations))
-    return {
-        "epochs": epochs,
-        "batch_size": min(128, num_simulations // 2),
-        "learning_rate": 2e-3,
-        "options": FitOptions(ema_decay=0.998),
-    }
+    return Flow(StandardNormal(features), layers)
 
 
 class AmortizedPosterior:
@@ -161,9 +203,12 @@ class AmortizedPosterior:
     Args:
         flow: over the unconstrained latents given the data.
         simulator: of the model.
-        fit: what the fit did.
+        fit: the result of the fit.
         data: the simulated data that it was fitted to.
         num_dropped: the number of simulations that were left out because they were not finite.
+
+    Attributes:
+        observed, latents: the shapes of the sites by name.
 
     Shapes:
         data: ``(*batch, *shape)`` of each observed site; draws: ``(n, *batch, *shape)`` of each latent.
@@ -172,16 +217,11 @@ class AmortizedPosterior:
         ValueError: the data are of another shape, of sites that are missing or not observed, or not finite.
 
     Example:
-        >>> import pyro
-        >>> import pyro.distributions as dist
+        >>> import pyro, pyro.distributions as dist
         >>> def model():
-        ...     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
-        ...     pyro.sample("y", dist.Normal(mean, 1.0))
+        ...     pyro.sample("y", dist.Normal(pyro.sample("mean", dist.Normal(0.0, 1.0)), 1.0))
         >>> posterior = fit_amortized(model, ["y"], num_simulations=500, epochs=2, seed=0)
-        >>> y = torch.tensor([0.0, 1.0, 30.0])
-        >>> posterior.log_prob({"mean": torch.zeros(3)}, {"y": y}).shape
-        torch.Size([3])
-        >>> posterior.covers(y)
+        >>> posterior.covers(torch.tensor([0.0, 1.0, 30.0]))
         tensor([ True,  True, False])
     """
 
@@ -189,19 +229,10 @@ class AmortizedPosterior:
         self.flow, self.fit, self.num_dropped = flow, fit, num_dropped
         self.num_simulations = len(data)
         self.simulator: Simulator | None = simulator
-        self._latents = simulator.latents
-        self._observed = {name: simulator.shapes[name] for name in simulator.observed}
+        self.observed = {name: simulator.shapes[name] for name in simulator.observed}
+        self.latents = {site.name: site.shape for site in simulator.latents}
+        self._sites = simulator.latents
         self._low, self._high = data.amin(0), data.amax(0)
-
-    @property
-    def observed(self) -> dict[str, Size]:
-        """The observed sites, and their shapes."""
-        return dict(self._observed)
-
-    @property
-    def latents(self) -> dict[str, Size]:
-        """The latent sites, and their shapes."""
-        return {site.name: site.shape for site in self._latents}
 
     @torch.no_grad()
     def draws(self, n: int, data: Tensor | Mapping[str, Tensor], *, seed: int | None = None) -> dict[str, Tensor]:
@@ -211,15 +242,14 @@ class AmortizedPosterior:
         at_once = max(1, _ROWS_AT_ONCE // max(1, batch.numel()))
         distribution = FlowDistribution(self.flow, context)
         with seeded(seed, self.flow.device):
-            sizes = [min(at_once, n - i) for i in range(0, n, at_once)]
-            vector = torch.cat([distribution.sample((size,)) for size in sizes])
-        return constrain(self._latents, vector)
+            vector = torch.cat([distribution.sample((min(at_once, n - i),)) for i in range(0, n, at_once)])
+        return constrain(self._sites, vector)
 
     def log_prob(self, values: Mapping[str, Tensor], data: Tensor | Mapping[str, Tensor]) -> Tensor:
         """Return the log-density of latents given data; the batch shapes of the two are broadcast."""
         context, _ = self._context(data)
         values = {name: torch.as_tensor(value).to(context) for name, value in values.items()}
-        vector, log_det = unconstrain(self._latents, values)
+        vector, log_det = unconstrain(self._sites, values)
         return self.flow.log_prob_embedded(vector, context) - log_det
 
     def covers(self, data: Tensor | Mapping[str, Tensor]) -> Tensor:
@@ -245,14 +275,11 @@ class AmortizedPosterior:
         if self.simulator is None:
             raise ValueError("expected a posterior with its model, which a pickle does not keep; got one without")
         with seeded(seed, self.flow.device):
-            drop = bool(self.num_dropped)
-            values, _ = _finite_simulations(self.simulator, num_simulations, drop, progress)
-            draws = self.draws(num_draws, {name: values[name] for name in self._observed})
-        names = [label for site in self._latents for label in labels(site.name, site.shape)]
-        columns = torch.cat(
-            [draws[site.name].reshape(num_draws, len(values[site.name]), -1) for site in self._latents], -1
-        )
-        truth = torch.cat([values[site.name].reshape(len(values[site.name]), -1) for site in self._latents], -1)
+            values = self.simulator.finite(num_simulations, bool(self.num_dropped), progress)
+            draws = self.draws(num_draws, {name: values[name] for name in self.observed})
+        names = [label for name, shape in self.latents.items() for label in labels(name, shape)]
+        columns = torch.cat([draws[name][..., None].flatten(2) for name in self.latents], -1)
+        truth = torch.cat([values[name][..., None].flatten(1) for name in self.latents], -1)
         return calibration(columns.movedim(0, 1), truth, names, levels=levels)
 
     def _context(self, data: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Size]:
@@ -261,23 +288,20 @@ class AmortizedPosterior:
 
     def _read(self, data: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Size]:
         """Return data as rows that the embedding takes, and their batch shape."""
-        names = ", ".join(map(repr, self._observed))
+        names = ", ".join(map(repr, self.observed))
         if not isinstance(data, Mapping):
-            if len(self._observed) > 1:
+            if len(self.observed) > 1:
                 raise ValueError(f"expected data by name of the sites {names}; got {type(data).__name__}")
-            data = {next(iter(self._observed)): data}
-        if set(data) != set(self._observed):
+            data = {next(iter(self.observed)): data}
+        if set(data) != set(self.observed):
             got = ", ".join(map(repr, data)) or "none"
             raise ValueError(f"expected data of the sites {names}; got {got}")
         values, batches = {}, set()
-        for name, shape in self._observed.items():
+        for name, shape in self.observed.items():
             value = torch.as_tensor(data[name]).to(self._low)
             batch = value.shape[: value.dim() - len(shape)]
             if value.shape != batch + shape:
-                raise ValueError(
-                    f"expected data of {name!r} of shape (*batch{''.join(f', {n}' for n in shape)}); "
-                    f"got {tuple(value.shape)}"
-                )
+                raise ValueError(f"expected data of {name!r} of shape {batched_shape(shape)}; got {tuple(value.shape)}")
             if not value.isfinite().all():
                 raise ValueError(f"expected finite data; got {int((~value.isfinite()).sum())} numbers not, at {name!r}")
             batches.add(batch)
@@ -293,7 +317,7 @@ class AmortizedPosterior:
     def __repr__(self) -> str:
         dropped = f", {self.num_dropped} dropped" if self.num_dropped else ""
         return (
-            f"AmortizedPosterior({', '.join(self.latents)} given {', '.join(self._observed)}; "
+            f"AmortizedPosterior({', '.join(self.latents)} given {', '.join(self.observed)}; "
             f"{self.num_simulations} simulations{dropped}, {self.fit.seconds:.1f} s)"
         )
 
@@ -302,4 +326,4 @@ def _flatten(names: Sequence[str], values: Mapping[str, Tensor]) -> Tensor:
     """Return rows of data: of one site as they are, a scalar as a vector of one; of several sites as one vector."""
     if len(names) == 1 and values[names[0]].dim() > 1:
         return values[names[0]]
-    return torch.cat([values[name].reshape(len(values[name]), -1) for name in names], -1)
+    return torch.cat([values[name][..., None].flatten(1) for name in names], -1)

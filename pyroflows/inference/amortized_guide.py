@@ -19,9 +19,10 @@ from torch.distributions import biject_to, constraints
 from pyroflows.arguments import check_sizes
 from pyroflows.contexts import evaluating
 from pyroflows.flow import Flow
-from pyroflows.inference.guide_flow import Builder, build_flow, check_flow, claim_parameters
+from pyroflows.inference.guide import Builder, build_flow, claim_parameters
 from pyroflows.inference.sites import (
     LatentSite,
+    Model,
     constrain,
     have_one_image,
     initial_value,
@@ -35,16 +36,14 @@ __all__ = ["AmortizedFlow"]
 _MEDIAN_DRAWS = 1000
 
 
-class _Perturb:
-    """Initial values for a second run of a model: those of the first, perturbed in unconstrained space."""
-
-    def __call__(self, site: Any) -> Tensor:
-        value = initial_value(site)
-        if site["fn"].support.is_discrete:
-            return value
-        transform = biject_to(site["fn"].support)
-        part = transform.inv(value)
-        return transform(part + 0.5 * torch.randn_like(part))
+def _perturbed_value(site: Any) -> Tensor:
+    """Return an initial value for a second run of a model: that of the first, perturbed in unconstrained space."""
+    value = initial_value(site)
+    if site["fn"].support.is_discrete:
+        return value
+    transform = biject_to(site["fn"].support)
+    part = transform.inv(value)
+    return transform(part + 0.5 * torch.randn_like(part))
 
 
 class _ChosenRows(Messenger):
@@ -74,33 +73,29 @@ class AmortizedFlow(AutoGuide):
             give them a guide of their own in an ``AutoGuideList``.
         flow: a flow over the latents of one row, or a builder such as :func:`iaf`, called as
             ``flow(features, context_features=...)``.
-        encoder: a network from the data of rows to the context.
+        encoder: a network from the data of rows, ``(rows, *any)``, to the context, ``(rows, context_features)``.
         inputs: function from the model's arguments to the encoder's data, for all rows of the plate or for those of
             the minibatch; by default the first tensor among the arguments.
         create_plates: function from the model's arguments to the plate, as for any autoguide.
 
-    Shapes:
-        inputs: ``(rows, *any)``; output of the encoder: ``(rows, context_features)``.
-
     Raises:
-        TypeError: the model or the encoder is not callable, or ``flow`` is neither a Flow nor a builder.
+        TypeError: the model, the encoder or ``flow`` is not callable.
         ValueError: a latent is outside the plate or in several, is discrete, or has a support that depends on other
             sites, on the row or on a parameter; the inputs do not have the plate's rows; or the flow does not fit.
 
     References:
-        Auto-Encoding Variational Bayes, Kingma and Welling, 2014 (arXiv:1312.6114);
-        Variational Inference with Normalizing Flows, Rezende and Mohamed, 2015 (arXiv:1505.05770).
+        Auto-Encoding Variational Bayes, Kingma and Welling, 2014 (arXiv:1312.6114); Variational Inference with
+        Normalizing Flows, Rezende and Mohamed, 2015 (arXiv:1505.05770).
 
     Example:
-        >>> from pyro.infer import SVI, Trace_ELBO
         >>> from pyroflows import iaf
         >>> def model(x):
         ...     with pyro.plate("rows", len(x)):
         ...         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         ...         pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=x)
-        >>> x = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
+        >>> x = torch.zeros(100, 2)
         >>> guide = AmortizedFlow(model, iaf, nn.Linear(2, 8)).setup(x)
-        >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
+        >>> svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), pyro.infer.Trace_ELBO())
         >>> losses = [svi.step(minibatch) for minibatch in x.split(30)]
         >>> guide.draws(5, x)["z"].shape
         torch.Size([5, 100, 2])
@@ -108,7 +103,7 @@ class AmortizedFlow(AutoGuide):
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Model,
         flow: Flow | Builder,
         encoder: Callable[[Tensor], Tensor],
         *,
@@ -121,9 +116,9 @@ class AmortizedFlow(AutoGuide):
         super().__init__(model, create_plates=create_plates)
         self._builder = None if isinstance(flow, Flow) else flow
         self.flow: Any = flow if isinstance(flow, Flow) else None
-        self.encoder = encoder
-        self.inputs = inputs
+        self.encoder, self.inputs = encoder, inputs
         self.latents: list[LatentSite] = []
+        self.plates: dict[str, Any] = {}
 
     def setup(self, *args: Any, **kwargs: Any) -> "AmortizedFlow":
         """Build the guide from the model's arguments; return the guide."""
@@ -137,8 +132,9 @@ class AmortizedFlow(AutoGuide):
         for name, module in self._modules.items():
             claim_parameters(self, name, module)
         inputs = self._inputs(args, kwargs)
-        with self._plate(inputs, args, kwargs) as index:
-            context = self._context(self._rows_of(inputs, self.plates[self._frame.name], index))
+        with (plate := self._plate(inputs, args, kwargs)) as index:
+            self._check_rows(inputs, plate.size, plate.subsample_size)
+            context = self._context(inputs if len(inputs) == plate.subsample_size else inputs[index])
             name = f"_{self._pyro_name}_latent"
             vector = pyro.sample(name, self.flow(context), infer={"is_auxiliary": True})
             values = {}
@@ -151,20 +147,18 @@ class AmortizedFlow(AutoGuide):
 
     def posterior(self, inputs: Tensor) -> TransformedDistribution:
         """Return the posterior of rows, over the unconstrained vector of each, with the rows as its batch."""
-        self._check_setup()
         return self.flow(self._context(inputs))
 
     @torch.no_grad()
     def draws(self, n: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw the latents of all rows, given the model's arguments, each ``(n, rows, *shape)``; in evaluation mode."""
-        self._check_setup()
         check_sizes(n=n)
         with evaluating(self):
-            return constrain(self.latents, self.flow.sample((n,), self._context(self._inputs(args, kwargs))))
+            context = self._context(self._inputs(args, kwargs))
+            return constrain(self.latents, self.flow.sample((n,), context))
 
     def log_prob(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Return the log-density, ``(*batch, rows)``, of latents ``(*batch, rows, *shape)``; in evaluation mode."""
-        self._check_setup()
         with evaluating(self):
             context = self._context(self._inputs(args, kwargs))
             vector, log_det = unconstrain(self.latents, values, min_batch_ndim=context.dim() - 1)
@@ -185,7 +179,7 @@ class AmortizedFlow(AutoGuide):
         chosen = _ChosenRows()
         model = poutine.block(chosen(self.model), prototype_hide_fn)
         runs = []
-        for initial in (initial_value, _Perturb()):
+        for initial in (initial_value, _perturbed_value):
             with poutine.block(), InitMessenger(initial):
                 runs.append(poutine.trace(model).get_trace(*args, **kwargs))
         if self.master is not None:
@@ -200,35 +194,21 @@ class AmortizedFlow(AutoGuide):
             self.latents.append(_latent_of_a_row(node, other["fn"].support, self._frame.dim, start))
         value = next(iter(nodes.values()))["value"]
         self._dtype, self._device = value.dtype, value.device
-        self._chooses_rows = self._frame.name in chosen.plates
         self.prototype_trace = runs[0]
-        self._build(args, kwargs)
-
-    def _build(self, args: Any, kwargs: Any) -> None:
-        """Build the flow if none was passed, and move flow and encoder to the dtype and device of the latents."""
         if isinstance(self.encoder, nn.Module):
             self.encoder.to(self._device, self._dtype)
         inputs = self._inputs(args, kwargs)
         full, size = self._frame.full_size or self._frame.size, self._frame.size
-        if isinstance(inputs, Tensor) and len(inputs) == full != size and self._chooses_rows:
-            raise ValueError(
-                f"expected inputs of the {size} rows that the model chose by subsample=...; got all {full}: "
-                "pass inputs=..."
-            )
+        if len(inputs) == full != size and self._frame.name in chosen.plates:
+            got = f"all {full}: pass inputs=..."
+            raise ValueError(f"expected inputs of the {size} rows that the model chose by subsample=...; got {got}")
         self._check_rows(inputs, full, size)
         self._takes_all_rows = len(inputs) == full
         with torch.no_grad(), evaluating(self.encoder):
             context_features = self._context(inputs[:2]).shape[-1]
-        features = self.latents[-1].stop
-        if self._builder is not None:
-            self.flow = build_flow(self._builder, features, context_features=context_features)
-        flow = self.flow
-        check_flow(flow, features, context_features)
-        flow.to(self._device, self._dtype)
-
-    def _check_setup(self) -> None:
-        if not self.latents:
-            raise ValueError("expected a guide that is set up; got one before setup(*args) or a first call")
+        flow = self.flow if self._builder is None else self._builder
+        flow = build_flow(flow, self.latents[-1].stop, context_features)
+        self.flow = flow.to(self._device, self._dtype)
 
     # Rows
 
@@ -236,21 +216,18 @@ class AmortizedFlow(AutoGuide):
         if self.inputs is not None:
             inputs = self.inputs(*args, **kwargs)
         else:
-            tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim()]
-            inputs = tensors[0] if tensors else None  # type: ignore[assignment]
+            tensors = (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim())
+            inputs = next(tensors, None)  # type: ignore[assignment]
         if not isinstance(inputs, Tensor) or not inputs.dim():
-            raise ValueError(
-                "expected a tensor of rows as an argument of the model, or from inputs=...; "
-                f"got {'none' if inputs is None else type(inputs).__name__}"
-            )
+            got = "none" if inputs is None else type(inputs).__name__
+            raise ValueError(f"expected a tensor of rows as an argument of the model, or from inputs=...; got {got}")
         return inputs
 
     def _check_rows(self, inputs: Tensor, full: int, size: int) -> None:
         if len(inputs) not in (full, size):
             drawn = "" if full == size else f", or {size} of them"
-            raise ValueError(
-                f"expected inputs with the {full} rows of plate {self._frame.name!r}{drawn}; got {tuple(inputs.shape)}"
-            )
+            plate = f"plate {self._frame.name!r}{drawn}"
+            raise ValueError(f"expected inputs with the {full} rows of {plate}; got {tuple(inputs.shape)}")
 
     def _plate(self, inputs: Tensor, args: Any, kwargs: Any) -> Any:
         """Return the plate of this call, whose size may differ from that of the first."""
@@ -258,23 +235,22 @@ class AmortizedFlow(AutoGuide):
         full = frame.full_size or frame.size
         if self.master is not None or self.create_plates is not None:
             self._create_plates(*args, **kwargs)
-        elif full == frame.size:
-            self.plates = {name: pyro.plate(name, len(inputs), dim=frame.dim)}
+            return self.plates[name]
+        if full == frame.size:
+            plate = pyro.plate(name, len(inputs), dim=frame.dim)
         elif self._takes_all_rows:
-            self.plates = {name: pyro.plate(name, len(inputs), subsample_size=frame.size, dim=frame.dim)}
-        else:
-            # The inputs are a minibatch whose indices only the model knows: it keeps its own.
+            plate = pyro.plate(name, len(inputs), subsample_size=frame.size, dim=frame.dim)
+        else:  # the inputs are a minibatch whose indices only the model knows: it keeps its own
             with poutine.block():
                 rows = torch.arange(len(inputs), device=inputs.device)
-                self.plates = {name: pyro.plate(name, full, subsample=rows, dim=frame.dim)}
-        return self.plates[name]
-
-    def _rows_of(self, inputs: Tensor, plate: Any, index: Any) -> Tensor:
-        self._check_rows(inputs, plate.size, plate.subsample_size)
-        return inputs if len(inputs) == plate.subsample_size else inputs[index]
+                plate = pyro.plate(name, full, subsample=rows, dim=frame.dim)
+        self.plates = {name: plate}
+        return plate
 
     def _context(self, rows: Tensor) -> Tensor:
         """Return the context of rows, with a dimension of 1 for each dimension right of the plate's."""
+        if not self.latents:
+            raise ValueError("expected a guide that is set up; got one before setup(*args) or a first call")
         if rows.is_floating_point():
             rows = rows.to(self._dtype)
         context = self.encoder(rows.to(self._device))
@@ -293,8 +269,7 @@ class AmortizedFlow(AutoGuide):
         return {**self.__dict__, "_model": None, "master": None, "prototype_trace": None, "plates": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "AmortizedFlow":
-        other = self.__class__.__new__(self.__class__)
-        memo[id(self)] = other
+        other = memo[id(self)] = self.__class__.__new__(self.__class__)
         shared = {"_model": self._model, "master": None, "prototype_trace": self.prototype_trace}
         other.__dict__.update({**copy.deepcopy(self.__getstate__(), memo), **shared})
         return other
@@ -308,9 +283,8 @@ def _latents_of_one_plate(trace: poutine.Trace) -> tuple[dict[str, Any], Any]:
         if site["infer"].get("enumerate") == "parallel" and site["fn"].has_enumerate_support:
             continue  # summed out by the ELBO
         if site["fn"].support.is_discrete:
-            raise ValueError(
-                f"expected continuous latents; got the discrete site {name!r}: enumerate it, or hide it from the guide"
-            )
+            got = f"the discrete site {name!r}: enumerate it, or hide it from the guide"
+            raise ValueError(f"expected continuous latents; got {got}")
         sites[name], frames = site, site["cond_indep_stack"]
         if len(frames) > 1 or any(not frame.vectorized for frame in frames):
             nested = " in ".join(repr(frame.name) for frame in frames)
@@ -318,25 +292,21 @@ def _latents_of_one_plate(trace: poutine.Trace) -> tuple[dict[str, Any], Any]:
         plates[name] = frames[0] if frames else None
     if not sites:
         raise ValueError("expected a model with continuous latent sites; got none")
-    outside = [name for name, frame in plates.items() if frame is None]
-    if outside:
+    if outside := [name for name, frame in plates.items() if frame is None]:
         advice = "use AutoFlow" if len(outside) == len(sites) else "give it another guide in an AutoGuideList"
         raise ValueError(f"expected latents in a plate; got site {outside[0]!r} outside any plate: {advice}")
     names = {frame.name: name for name, frame in plates.items()}
     if len(names) > 1:
         (first, a), (second, b), *_ = names.items()
-        raise ValueError(
-            f"expected all latents in one plate; got site {a!r} in plate {first!r} and site {b!r} in plate {second!r}: "
-            "give each plate a guide in an AutoGuideList"
-        )
+        got = f"site {a!r} in plate {first!r} and site {b!r} in plate {second!r}"
+        raise ValueError(f"expected all latents in one plate; got {got}: give each plate a guide in an AutoGuideList")
     frame = next(iter(plates.values()))
+    batch_shape = Size([frame.size, *(1,) * (-frame.dim - 1)])
     for name, site in sites.items():
-        batch_shape = Size([frame.size, *(1,) * (-frame.dim - 1)])
         if site["fn"].batch_shape != batch_shape:
-            raise ValueError(
-                f"expected latents of batch shape {tuple(batch_shape)}, that of plate {frame.name!r}; "
-                f"got {tuple(site['fn'].batch_shape)} at site {name!r}: use to_event"
-            )
+            expected = f"{tuple(batch_shape)}, that of plate {frame.name!r}"
+            got = f"{tuple(site['fn'].batch_shape)} at site {name!r}: use to_event"
+            raise ValueError(f"expected latents of batch shape {expected}; got {got}")
     return sites, frame
 
 
@@ -350,10 +320,8 @@ def _latent_of_a_row(node: Any, other_support: Any, plate_dim: int, start: int) 
     # One point, mapped by the supports of all rows of two runs: if they differ, no single support is right.
     point = torch.randn((1,) * batch + shape).to(unconstrained)
     if not have_one_image((fn.support, support, other_support), point.expand(unconstrained.shape)):
-        raise ValueError(
-            "expected latents whose support depends neither on other sites nor on the row; "
-            f"got site {name!r} with support {fn.support}"
-        )
+        got = f"site {name!r} with support {fn.support}"
+        raise ValueError(f"expected latents whose support depends neither on other sites nor on the row; got {got}")
     return LatentSite(name, fn.event_shape, shape, start, support)
 
 
@@ -367,9 +335,8 @@ def _support_of_a_row(support: Any, dim: int, name: str) -> Any:
             value = type(value)(_support_of_a_row(v, dim, name) for v in value)
         elif isinstance(value, Tensor):
             if value.requires_grad:
-                raise ValueError(
-                    f"expected latents whose support does not move in training; got site {name!r} with {support}"
-                )
+                got = f"site {name!r} with {support}"
+                raise ValueError(f"expected latents whose support does not move in training; got {got}")
             value = value.narrow(dim, 0, 1) if value.dim() >= -dim else value
         setattr(support, key, value)
     return support

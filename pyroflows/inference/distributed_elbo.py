@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pyroflows import distributed
 from pyroflows.contexts import random_state, set_random_state
-from pyroflows.inference.structure import device_of
+from pyroflows.inference.sites import device_of
 
 __all__ = ["DistributedELBO"]
 
@@ -39,14 +39,13 @@ class DistributedELBO(ELBO):
 
     Example:
         >>> import pyro, pyro.distributions as dist
-        >>> from pyro.infer import SVI, Trace_ELBO
-        >>> from pyro.infer.autoguide import AutoNormal
+        >>> from pyro.infer import SVI, Trace_ELBO, autoguide
         >>> def model(y):
         ...     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
         ...     with pyro.plate("rows", len(y), subsample_size=10) as rows:
         ...         pyro.sample("y", dist.Normal(mean, 1.0), obs=y[rows])
-        >>> svi = SVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.01}), DistributedELBO(Trace_ELBO()))
-        >>> loss = svi.step(torch.ones(100))
+        >>> elbo, adam = DistributedELBO(Trace_ELBO()), pyro.optim.Adam({"lr": 0.01})
+        >>> loss = SVI(model, autoguide.AutoNormal(model), adam, elbo).step(torch.ones(100))
     """
 
     def __init__(self, elbo: ELBO):
@@ -68,13 +67,10 @@ class DistributedELBO(ELBO):
         with self._all_processes(model, guide, args, kwargs):
             with distributed.rank_rng(), poutine.trace(param_only=True) as capture:
                 loss = self.elbo.loss_and_grads(model, guide, *args, **kwargs)
-            parameters = _parameters(capture)
-            if distributed.world_size() > 1:
-                for parameter in parameters:
-                    if parameter.grad is None:
-                        parameter.grad = torch.zeros_like(parameter)
-                for parameter in parameters:
-                    _mean(parameter.grad)
+            for parameter in _parameters(capture) if distributed.world_size() > 1 else ():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                _mean(parameter.grad)
             return _mean_number(loss, device_of(args, kwargs))
 
     def _get_trace(self, *args: Any) -> Any:

@@ -15,10 +15,10 @@ from pyroflows import distributed
 from pyroflows.arguments import check_number, check_sizes
 from pyroflows.contexts import seeded
 from pyroflows.flow import Flow
-from pyroflows.inference.guide import AutoFlow
+from pyroflows.inference.guide import AutoFlow, Builder
 from pyroflows.inference.log_joint import LogJoint
 from pyroflows.inference.posterior import Posterior, require_log_joint
-from pyroflows.inference.structure import device_of
+from pyroflows.inference.sites import Model, check_model, device_of
 from pyroflows.models import realnvp
 from pyroflows.priors import Prior
 from pyroflows.training import FitOptions, FitResult, fit
@@ -31,9 +31,9 @@ _GRADIENTS = 8  # of each kind, to compare their variances
 
 
 def fit_posterior(
-    model: Callable[..., Any],
+    model: Model,
     *args: Any,
-    flow: Callable[..., Flow] | Flow = realnvp,
+    flow: Builder | Flow = realnvp,
     init: str = "auto",
     num_draws: int = 128,
     max_steps: int = 3500,
@@ -42,7 +42,7 @@ def fit_posterior(
     progress: bool | None = None,
     **kwargs: Any,
 ) -> Posterior:
-    r"""Fit a flow to the posterior of a Pyro model by the ELBO, and diagnose the fit.
+    r"""Fit a flow to the posterior of a Pyro model by the ELBO; return the posterior, with a verdict on the fit.
 
     The guide starts at the best Gaussian found (see :func:`find_init`). Short runs at several learning rates choose
     one; stages of 500 steps, 1,000 and so on follow, with a cosine schedule and averaged weights, each by the total or
@@ -55,7 +55,7 @@ def fit_posterior(
 
     Args:
         model: a Pyro model; discrete latents are summed out.
-        args: its arguments.
+        args, kwargs: its arguments.
         flow: builder of the flow, or a ready one, as in :class:`AutoFlow`.
         init: the Gaussian to start at, as in :class:`AutoFlow`.
         num_draws: draws in a step, over all processes.
@@ -63,10 +63,6 @@ def fit_posterior(
         max_seconds: a limit of wall time for the training.
         seed: seeds all draws and weights, and restores torch's generator afterwards; None uses the global generator.
         progress: whether to show bars; by default only on a terminal.
-        kwargs: keyword arguments of the model.
-
-    Returns:
-        The posterior, with its verdict.
 
     Raises:
         ValueError: the model has no continuous latents, subsampled plates, learnable parameters of its own
@@ -78,20 +74,15 @@ def fit_posterior(
         Optimization for Variational Inference, Dhaka et al., 2020 (arXiv:2009.00666).
 
     Example:
-        >>> import pyro
-        >>> import pyro.distributions as dist
+        >>> import pyro, pyro.distributions as dist
         >>> def model(y):
         ...     mean = pyro.sample("mean", dist.Normal(0.0, 10.0))
-        ...     with pyro.plate("rows", len(y)):
-        ...         pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+        ...     pyro.sample("y", dist.Normal(mean, 1.0).expand(y.shape).to_event(1), obs=y)
         >>> posterior = fit_posterior(model, torch.tensor([1.0, 2.0, 3.0]), max_steps=100, seed=0)
-        >>> posterior.verdict.split(":")[0]
-        'trust'
-        >>> round(float(posterior.draws(1000)["mean"].mean()), 1)
-        2.0
+        >>> posterior.verdict, round(float(posterior.draws(1000)["mean"].mean()), 1)
+        ('trust', 2.0)
     """
-    if not callable(model):
-        raise TypeError(f"expected a Pyro model, a callable; got {type(model).__name__}")
+    check_model(model)
     _check_argument_names(model)
     check_sizes(num_draws=num_draws, max_steps=max_steps)
     if max_seconds is not None:
@@ -114,20 +105,17 @@ def fit_posterior(
         return posterior
 
 
-def _check_argument_names(model: Callable[..., Any]) -> None:
+def _check_argument_names(model: Model) -> None:
     """Refuse a model with arguments that are named like options of fit_posterior."""
-    parameters = inspect.signature(fit_posterior).parameters.values()
-    options = {parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
+    options = set(inspect.getfullargspec(fit_posterior).kwonlyargs)
     try:
         bound = model.keywords if isinstance(model, functools.partial) else ()
         taken = sorted(options & set(inspect.signature(model).parameters).difference(bound))
     except (TypeError, ValueError):
         return
     if taken:
-        raise ValueError(
-            f"expected a model whose arguments have other names than fit_posterior's options; got "
-            f"{', '.join(map(repr, taken))}: bind them by functools.partial"
-        )
+        got = f"{', '.join(map(repr, taken))}: bind them by functools.partial"
+        raise ValueError(f"expected a model whose arguments have other names than fit_posterior's options; got {got}")
 
 
 class _RankSlice(Prior):
@@ -149,12 +137,7 @@ class GuideFit:
     """The fit of a guide: a search for a learning rate, then stages until the guide has converged."""
 
     def __init__(
-        self,
-        guide: AutoFlow,
-        log_joint: LogJoint,
-        num_draws: int,
-        max_seconds: float | None = None,
-        progress: bool | None = None,
+        self, guide: AutoFlow, log_joint: LogJoint, num_draws: int, max_seconds: float | None, progress: bool | None
     ):
         self.log_joint, self.num_draws, self.max_seconds, self.progress = log_joint, num_draws, max_seconds, progress
         self.flow = guide.require_flow()

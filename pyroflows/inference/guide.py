@@ -4,7 +4,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import pyro.distributions as dist
@@ -12,25 +12,27 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import AutoContinuous, AutoGuide
-from torch import Size, Tensor
+from pyro.nn import PyroModule
+from pyro.params.param_store import param_with_module_name
+from torch import Size, Tensor, nn
 from torch.distributions import biject_to, register_kl
 
 from pyroflows.arguments import check_number, check_option, check_sizes
 from pyroflows.bijection import Bijection
 from pyroflows.flow import Flow
-from pyroflows.inference.guide_flow import build_flow, check_flow, claim_parameters
 from pyroflows.inference.init import INIT_METHODS, GaussianInit, find_init
-from pyroflows.inference.log_joint import LogJoint
-from pyroflows.inference.runs import supports_at
-from pyroflows.inference.sites import LatentSite, check_values, constrain, unconstrain
+from pyroflows.inference.log_joint import Evaluation, LogJoint
+from pyroflows.inference.sites import LatentSite, Model, check_model, check_values, constrain, unconstrain
 from pyroflows.layers import TriangularAffine
 from pyroflows.models import iaf, maf, nsf, realnvp
-from pyroflows.private import inside_pyro_call
+from pyroflows.private import inside_pyro_call, name_in_store
 
-__all__ = ["AutoFlow"]
+__all__ = ["AutoFlow", "Builder", "build_flow", "claim_parameters"]
+
+Builder = Callable[..., Flow]
 
 _SMALL: dict[str, Any] = {"hidden_features": (64, 64)}
-_OPTIONS: dict[Callable[..., Flow], dict[str, Any]] = {
+_OPTIONS: dict[Builder, dict[str, Any]] = {
     # Whitened latents need neither mixing nor norms; layers initialised to the identity start at the Gaussian.
     realnvp: {**_SMALL, "num_layers": 8, "permutation": "none", "norm": "none"},
     iaf: {**_SMALL, "num_layers": 4, "permutation": "reverse", "norm": "none"},
@@ -58,17 +60,13 @@ class AutoFlow(AutoContinuous):
         init: the Gaussian to start at: "auto", "laplace", "pathfinder", "fullrank", "meanfield", or "none" for the
             model's initial values; see :func:`find_init`.
         max_triangular: the number of latents above which the layer is diagonal.
-        args: arguments of the model to build the guide from at once.
-        kwargs: keyword arguments of the model, likewise.
+        args, kwargs: arguments of the model to build the guide from at once.
         options: of the builder, such as ``num_layers=6``.
 
     Attributes:
         log_joint: the density of the model; None after unpickling.
         latents: the latent sites.
         inits: the Gaussians found, the best first, at which the guide starts.
-
-    Shapes:
-        draws: a dict from each site to a tensor ``(draws, *shape)``, shape being the site's, plates included.
 
     Raises:
         ValueError: the model has no continuous latents, latents in a subsampled plate or discrete latents that are not
@@ -79,15 +77,13 @@ class AutoFlow(AutoContinuous):
         Advances in Black-Box VI, Agrawal et al., 2020 (arXiv:2006.10343).
 
     Example:
-        >>> import pyro.distributions as dist
-        >>> from pyro.infer import SVI, Trace_ELBO
+        >>> import pyro, pyro.distributions as dist
         >>> def model(y):
         ...     scale = pyro.sample("scale", dist.HalfNormal(2.0))
-        ...     with pyro.plate("rows", len(y)):
-        ...         pyro.sample("y", dist.Normal(0.0, scale), obs=y)
+        ...     pyro.sample("y", dist.Normal(0.0, scale.expand(len(y))).to_event(1), obs=y)
         >>> y = torch.tensor([1.0, -2.0, 0.5])
         >>> guide = AutoFlow(model).setup(y)
-        >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+        >>> svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), pyro.infer.Trace_ELBO())
         >>> loss = svi.step(y)
         >>> guide.draws(5)["scale"].shape
         torch.Size([5])
@@ -95,8 +91,8 @@ class AutoFlow(AutoContinuous):
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        flow: Callable[..., Flow] | Flow = realnvp,
+        model: Model,
+        flow: Builder | Flow = realnvp,
         init: str = "auto",
         *,
         max_triangular: int = 512,
@@ -104,8 +100,7 @@ class AutoFlow(AutoContinuous):
         kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ):
-        if not callable(model):
-            raise TypeError(f"expected a Pyro model, a callable; got {type(model).__name__}")
+        check_model(model)
         check_option("init", init, INIT_METHODS)
         check_sizes(max_triangular=max_triangular)
         if isinstance(flow, Flow) and options:
@@ -130,11 +125,9 @@ class AutoFlow(AutoContinuous):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         log_joint = LogJoint(self.model, args, kwargs)
-        if unmarked := [name for name, marked in log_joint.structure.discrete.items() if not marked]:
-            raise ValueError(
-                f"expected discrete latents marked for enumeration, for example by pyro.infer.config_enumerate, and an "
-                f"ELBO that sums them out; got {', '.join(map(repr, unmarked))}"
-            )
+        if unmarked := ", ".join(repr(name) for name, marked in log_joint.structure.discrete.items() if not marked):
+            example = "for example by pyro.infer.config_enumerate, and an ELBO that sums them out"
+            raise ValueError(f"expected discrete latents marked for enumeration, {example}; got {unmarked}")
         inits = find_init(log_joint, self.init, diagonal=log_joint.dim > self.max_triangular)
         self.log_joint, self.latents, self.inits = log_joint, log_joint.latents, inits
         nodes = log_joint.structure.latent_nodes
@@ -155,8 +148,7 @@ class AutoFlow(AutoContinuous):
         if self.prototype_trace is None:
             raise ValueError("expected a guide that is built: call guide.setup(...) with the model's arguments first")
         # Not self.flow, which registers every parameter with Pyro again in a call.
-        flow: Any = self._modules["flow"]
-        return flow
+        return cast(Flow, self._modules["flow"])
 
     # Pyro's protocol
 
@@ -180,7 +172,9 @@ class AutoFlow(AutoContinuous):
         supports = {site.name: site.support for site in self.latents}
         if None in supports.values():
             self._refuse_dependent_supports()
-            supports = supports_at(self.model, parts, args, kwargs)
+            with poutine.block(), Evaluation(parts, {}, None, densities=False) as run:
+                self.model(*args, **kwargs)
+            supports = run.supports
         values = {}
         for name, part in parts.items():
             transform, event_dim = biject_to(supports[name]), self.prototype_trace.nodes[name]["fn"].event_dim
@@ -210,9 +204,7 @@ class AutoFlow(AutoContinuous):
         with torch.no_grad():
             return self.constrain(self.require_flow().sample(n))
 
-    def sample_posterior(self, n: int) -> dict[str, Tensor]:
-        """Draw values of the sites: another name of :meth:`draws`."""
-        return self.draws(n)
+    sample_posterior = draws
 
     def log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
         """Return the guide's log-density, ``(points,)``, of the sites' values, each ``(points, *shape)``."""
@@ -247,10 +239,8 @@ class AutoFlow(AutoContinuous):
 
     def _refuse_dependent_supports(self) -> None:
         if self.model is None and any(site.support is None for site in self.latents):
-            raise ValueError(
-                "expected a guide with its model, since a support depends on other sites; got one without, as after "
-                "unpickling: build it from the model and load its state_dict"
-            )
+            got = "one without, as after unpickling: build it from the model and load its state_dict"
+            raise ValueError(f"expected a guide with its model, since a support depends on other sites; got {got}")
 
     # What a guide that is not built would do silently
 
@@ -275,8 +265,7 @@ class AutoFlow(AutoContinuous):
     def __deepcopy__(self, memo: dict[int, Any]) -> "AutoFlow":
         new = memo[id(self)] = self.__class__.__new__(self.__class__)
         shared = ("_model", "log_joint", "master")
-        state = {k: v if k in shared else copy.deepcopy(v, memo) for k, v in self.__dict__.items()}
-        new.__dict__.update(state)
+        new.__dict__.update({k: v if k in shared else copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
         return new
 
     def __getstate__(self) -> dict[str, Any]:
@@ -289,17 +278,43 @@ class AutoFlow(AutoContinuous):
         return state
 
 
-def _inner_flow(builder: Callable[..., Flow] | Flow, options: Mapping[str, Any], features: int) -> Flow:
+def build_flow(flow: Flow | Builder, features: int, context_features: int | None = None, **options: Any) -> Flow:
+    """Return a ready flow or that of a builder; refuse one that does not fit the latents or the context."""
+    if not isinstance(flow, Flow):
+        options |= {} if context_features is None else {"context_features": context_features}
+        flow = flow(features, **options)
+        if not isinstance(flow, Flow):
+            raise TypeError(f"expected a builder that returns a Flow; got one that returns {type(flow).__name__}")
+    expected = context_features or 0
+    takes = flow.context_features if flow.embedding is None else expected  # an embedding takes whatever it is made for
+    if flow.event_shape != (features,) or takes != expected:
+        sizes, got = f"{features} features with context_features={expected}", f"{tuple(flow.event_shape)} and {takes}"
+        raise ValueError(f"expected a flow over {sizes}, for the latents and their context; got {got}")
+    return flow
+
+
+def claim_parameters(guide: PyroModule, name: str, module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of a guide's module by their names in Pyro's store, and make the names free for them.
+
+    Those that another guide of the same name left in the store would be trained in their place.
+    """
+    store, prefix = pyro.get_param_store(), name_in_store(guide, name)
+    stored = dict(store.named_parameters())
+    parameters = {param_with_module_name(prefix, inner): parameter for inner, parameter in module.named_parameters()}
+    for full_name, parameter in parameters.items():
+        if stored.get(full_name, parameter) is not parameter:
+            del store[full_name]
+    return parameters
+
+
+def _inner_flow(builder: Builder | Flow, options: Mapping[str, Any], features: int) -> Flow:
     """Return the flow of a guide without the layer that starts at a Gaussian."""
     if isinstance(builder, Flow):
-        flow = copy.deepcopy(builder)
-    else:
-        # A coupling of a single feature has no identity feature to condition on: only splines bend it.
-        if builder is realnvp and features == 1 and not {"scale", "mask"} & set(options):
-            builder = nsf
-        flow = build_flow(builder, features, **{**_OPTIONS.get(builder, {}), **options})
-    check_flow(flow, features)
-    return flow
+        return build_flow(copy.deepcopy(builder), features)
+    # A coupling of a single feature has no identity feature to condition on: only splines bend it.
+    if builder is realnvp and features == 1 and not {"scale", "mask"} & set(options):
+        builder = nsf
+    return build_flow(builder, features, **{**_OPTIONS.get(builder, {}), **options})
 
 
 def _trace_of(nodes: Mapping[str, Mapping[str, Any]]) -> poutine.Trace:
@@ -325,12 +340,11 @@ class _Value(dist.Delta):
 
 
 @register_kl(_Value, dist.Distribution)
-def _kl_value(p: _Value, q: Any) -> Tensor:
-    divergence: Tensor = p.log_density - q.log_prob(p.v)
-    return divergence
+def _kl_value(p: _Value, q: Any) -> Any:
+    return p.log_density - q.log_prob(p.v)
 
 
-def _needs_no_arguments(model: Callable[..., Any]) -> bool:
+def _needs_no_arguments(model: Model) -> bool:
     try:
         inspect.signature(model).bind()
     except (TypeError, ValueError):

@@ -25,19 +25,12 @@ _PATHS = 4  # climbs whose Gaussians are compared
 
 @dataclass(frozen=True)
 class GaussianInit:
-    """A Gaussian over the unconstrained vector.
+    """A Gaussian over the unconstrained vector."""
 
-    Args:
-        method: how it was found.
-        loc: its mean, ``(dim,)``.
-        scale_tril: the Cholesky factor of its covariance, ``(dim, dim)``.
-        elbo: its ELBO in nats, estimated from a few draws, less two standard errors, so that luck does not win.
-    """
-
-    method: str
-    loc: Tensor
-    scale_tril: Tensor
-    elbo: float = -math.inf
+    method: str  # how it was found
+    loc: Tensor  # the mean, ``(dim,)``
+    scale_tril: Tensor  # the Cholesky factor of the covariance, ``(dim, dim)``
+    elbo: float = -math.inf  # in nats, estimated from a few draws, less two standard errors, so that luck does not win
 
 
 def find_init(
@@ -48,32 +41,12 @@ def find_init(
     "laplace" climbs to a mode by BFGS from several points and takes the inverse Hessian there; "pathfinder" takes the
     Gaussian of the best ELBO among those along the climbs, which for a posterior with a neck is better than that at
     the mode; "fullrank" and "meanfield" fit a full or a diagonal Gaussian by batch and match, from the prior's scale;
-    "auto" does all of it, improves the best by batch and match, and takes the best ELBO.
-
-    Args:
-        log_joint: the density.
-        method: one of those, or "none" for a standard normal around the model's initial values.
-        diagonal: whether the Gaussian is to be diagonal, for many latents; "auto" is then "meanfield".
-        seed: of the points climbed from, and of the draws that estimate ELBOs.
-
-    Returns:
-        The Gaussians found, sorted by ELBO; those after the first are at other modes or were found by other methods.
-
-    Raises:
-        ValueError: no Gaussian has a finite ELBO.
+    "auto" does all of it, improves the best by batch and match, and takes the best ELBO; "none" takes a standard normal
+    around the model's initial values. With ``diagonal``, for many latents, "auto" is "meanfield".
 
     References:
-        Pathfinder: Parallel quasi-Newton variational inference, Zhang et al., 2022 (arXiv:2108.03782);
-        Batch and match: black-box variational inference with a score-based divergence, Cai et al., 2024
-        (arXiv:2402.14758).
-
-    Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> def model():
-        ...     pyro.sample("x", dist.MultivariateNormal(torch.ones(2), torch.tensor([[4.0, 1.0], [1.0, 1.0]])))
-        >>> best = find_init(LogJoint(model))[0]
-        >>> best.loc.round(decimals=2).tolist(), (best.scale_tril @ best.scale_tril.T).round(decimals=1).tolist()
-        ([1.0, 1.0], [[4.0, 1.0], [1.0, 1.0]])
+        Pathfinder: Parallel quasi-Newton variational inference, Zhang et al., 2022 (arXiv:2108.03782); Batch and match:
+        black-box variational inference with a score-based divergence, Cai et al., 2024 (arXiv:2402.14758).
     """
     check_option("init", method, INIT_METHODS)
     initial = log_joint.initial.double()
@@ -88,15 +61,13 @@ def find_init(
         if method != "laplace":
             inits += [_best_of_path(log_joint, path, generator) for path in paths]
         if method != "pathfinder":
-            inits += [init for path in paths if (init := _laplace(log_joint, path[-1], generator)) is not None]
+            inits += [init for path in paths if (init := _laplace(log_joint, path, generator)) is not None]
     if method in ("auto", "fullrank", "meanfield"):
         for first in [*_sorted(inits)[:2], prior]:
             inits += _batch_and_match(log_joint, first, generator, diagonal=method == "meanfield")
     if not (inits := _sorted(inits)):
-        raise ValueError(
-            f"expected a Gaussian with a finite ELBO by init={method!r}; got none: pass init='none', or change the "
-            f"model's initial values"
-        )
+        advice = "pass init='none', or change the model's initial values"
+        raise ValueError(f"expected a Gaussian with a finite ELBO by init={method!r}; got none: {advice}")
     return inits
 
 
@@ -105,10 +76,7 @@ def _sorted(inits: list[GaussianInit]) -> list[GaussianInit]:
 
 
 def _starting_points(log_joint: LogJoint, generator: torch.Generator) -> Tensor:
-    """Return points to climb from: the initial values, the best of many points around them, and draws of the prior.
-
-    Most of the prior's draws are not the best ones, which may all be on the slopes of one mode.
-    """
+    """Return points to climb from: the initial values, the best of many points around them, and draws of the prior."""
     few = log_joint.dim > 100
     width = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=torch.float64)
     shape = (len(width), _CANDIDATES, log_joint.dim)
@@ -122,7 +90,7 @@ def _starting_points(log_joint: LogJoint, generator: torch.Generator) -> Tensor:
     value, _ = _value_and_score(log_joint, prior)
     prior, value = prior[value.isfinite()], value[value.isfinite()]
     number = _PRIOR_CLIMBERS // 4 if few else _PRIOR_CLIMBERS
-    order = value.argsort(descending=True)
+    order = value.argsort(descending=True)  # the best and others, since the best may all be on the slopes of one mode
     rows = torch.cat([order[: number // 4], order[number // 4 :].sort().values[: number - number // 4]])
     return torch.cat([log_joint.initial.double()[None], near, prior[rows]])
 
@@ -133,8 +101,7 @@ def _value_and_score(log_joint: LogJoint, u: Tensor) -> tuple[Tensor, Tensor]:
     return value.to(u.dtype), score.to(u.dtype)
 
 
-_Climb = list[tuple[Tensor, Tensor, Tensor]]
-"""The points of a climb, their values, and the estimates of the inverse Hessian there."""
+_Climb = list[tuple[Tensor, Tensor, Tensor]]  # points, their values, and estimates of the inverse Hessian there
 
 
 def _climb(log_joint: LogJoint, x: Tensor) -> list[_Climb]:
@@ -199,7 +166,7 @@ def _line_search(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backtrack until every active climb has risen enough."""
     slope = (score * direction).sum(-1)
-    best = x, value, score
+    best = x.clone(), value.clone(), score.clone()
     waiting = active.clone()
     for _ in range(20):
         rows = waiting.nonzero()[:, 0]
@@ -209,12 +176,8 @@ def _line_search(
         trial_value, trial_score = _value_and_score(log_joint, trial)
         enough = trial_value >= value[rows] + 1e-4 * length[rows] * slope[rows]
         done = rows[enough]
-        best_x, best_value, best_score = best
-        best = (
-            best_x.index_put((done,), trial[enough]),
-            best_value.index_put((done,), trial_value[enough]),
-            best_score.index_put((done,), trial_score[enough]),
-        )
+        for old, new in zip(best, (trial, trial_value, trial_score), strict=True):
+            old[done] = new[enough]
         waiting[done] = False
         length = torch.where(waiting, length * 0.4, length)
     return best
@@ -230,9 +193,7 @@ def _update(inverse: Tensor, step: Tensor, change: Tensor, curvature: Tensor, fi
     return inverse - rho * (hy @ s.mT + s @ hy.mT) + (rho**2 * (y.mT @ hy) + rho) * (s @ s.mT)
 
 
-def _estimate_elbo(
-    log_joint: LogJoint, loc: Tensor, scale_tril: Tensor, noise: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _estimate_elbo(log_joint: LogJoint, loc: Tensor, scale_tril: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
     """Draw from Gaussians ``(k, dim)``; return draws, scores ``(k, draws, dim)``, ELBOs and shares of finite draws."""
     draws = loc.unsqueeze(1) + noise @ scale_tril.mT
     value, score = _value_and_score(log_joint, draws.flatten(0, 1))
@@ -245,12 +206,13 @@ def _estimate_elbo(
 
 def _noise(log_joint: LogJoint, generator: torch.Generator, draws: int = 0) -> Tensor:
     """Return standard normal draws and their mirror images; by default enough to estimate a full covariance."""
-    draws = draws or max(_DRAWS, 2 * min(log_joint.dim, 512))
-    half = torch.randn(draws // 2, log_joint.dim, dtype=torch.float64, generator=generator)
+    number = draws or max(_DRAWS, 2 * min(log_joint.dim, 512))
+    half = torch.randn(number // 2, log_joint.dim, dtype=torch.float64, generator=generator)
     return torch.cat([half, -half]).to(log_joint.device)
 
 
 def _cholesky(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the Cholesky factors, or identities, and whether each exists."""
     factor, info = torch.linalg.cholesky_ex((covariance + covariance.mT) / 2)
     fine = (info == 0) & factor.isfinite().all(-1).all(-1)
     return torch.where(fine[..., None, None], factor, torch.eye(factor.shape[-1]).to(factor)), fine
@@ -261,9 +223,8 @@ def _best_of_path(log_joint: LogJoint, path: _Climb, generator: torch.Generator)
     loc = torch.stack([x for x, _, _ in path])
     factor, fine = _cholesky(torch.stack([inverse for _, _, inverse in path]))
     noise = _noise(log_joint, generator, 32)
-    elbo = torch.cat(
-        [_estimate_elbo(log_joint, m, f, noise)[2] for m, f in zip(loc.split(8), factor.split(8), strict=True)]
-    )
+    pairs = zip(loc.split(8), factor.split(8), strict=True)
+    elbo = torch.cat([_estimate_elbo(log_joint, mean, scale, noise)[2] for mean, scale in pairs])
     elbo = torch.where(fine & elbo.isfinite(), elbo, -torch.inf)
     best = int(elbo.argmax())
     if elbo[best].isfinite():  # the best of many is lucky too: estimate it from new draws
@@ -271,14 +232,10 @@ def _best_of_path(log_joint: LogJoint, path: _Climb, generator: torch.Generator)
     return GaussianInit("pathfinder", loc[best], factor[best], float(elbo[best]))
 
 
-def _laplace(
-    log_joint: LogJoint, end: tuple[Tensor, Tensor, Tensor], generator: torch.Generator
-) -> GaussianInit | None:
+def _laplace(log_joint: LogJoint, path: _Climb, generator: torch.Generator) -> GaussianInit | None:
     """Return the Gaussian of the Hessian at the end of a path, by central differences scaled by BFGS's estimate."""
-    mode, _, inverse = end
-    factor, fine = _cholesky(inverse)
-    if not fine:
-        factor = torch.eye(len(mode)).to(mode)
+    mode, _, inverse = path[-1]
+    factor, _ = _cholesky(inverse)
     size = 1e-4 if log_joint.dtype == torch.float64 else 0.2  # by the score's rounding errors
     steps = size * factor.mT
     _, score = _value_and_score(log_joint, torch.cat([mode + steps, mode - steps]))

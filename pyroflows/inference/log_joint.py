@@ -1,23 +1,123 @@
 """The log joint density of a Pyro model over one unconstrained vector, for many points at once."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import torch
-from torch import Tensor
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.infer.enum import config_enumerate
+from pyro.ops import packed
+from pyro.ops.contract import contract_tensor_tree
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Size, Tensor
+from torch.distributions import biject_to
 
 from pyroflows.arguments import check_option
-from pyroflows.inference.runs import Evaluation, ModelRuns, PriorDraws, by_point, equals_single_runs
-from pyroflows.inference.sites import check_values, constrain, unconstrain
-from pyroflows.inference.structure import ModelStructure
+from pyroflows.inference.sites import (
+    LatentSite,
+    Model,
+    ModelStructure,
+    check_model,
+    check_values,
+    constrain,
+    have_one_image,
+    is_deterministic,
+    unconstrain,
+)
 
-__all__ = ["LogJoint"]
+__all__ = ["Evaluation", "LogJoint", "equals_single_runs"]
 
 _CHUNK = 2048  # points evaluated at once
 _MODES = ("plate", "vmap", "loop")  # from the fastest to the slowest
 _LOG_JOINT = ""  # among the names of sites
+_POINTS = "_points"  # the plate of the points
+
+
+class Evaluation(Messenger):
+    """Sets every latent to a value, and sums up the log-densities, on request, and the log-Jacobians."""
+
+    def __init__(
+        self,
+        values: Mapping[str, Tensor],
+        fixed: Mapping[str, Tensor],
+        num_points: int | None,
+        *,
+        constrained: bool = False,
+        densities: bool = True,
+        resample_observed: bool = False,
+    ):
+        super().__init__()
+        self.values = values  # parts of the unconstrained vector by site, or values of the sites if ``constrained``
+        self.fixed = fixed  # values of subsample sites, the same in every run
+        self.num_points = num_points  # in the leftmost plate, if the model runs under one of points
+        self.constrained, self.densities, self.resample_observed = constrained, densities, resample_observed
+        self.log_prob: Any = 0.0
+        self.parts: dict[str, Tensor] = {}  # latents in unconstrained space
+        self.sites: dict[str, Tensor] = {}  # latents and deterministic sites, in constrained space
+        self.supports: dict[str, Any] = {}
+        self.shapes: dict[str, Size] = {}  # of the latents, by their distributions
+        self.drawn: dict[str, Tensor] = {}  # every site's value
+        self.observed: dict[str, Tensor] = {}  # log-densities of the observations
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if name in self.fixed:
+            msg["value"], msg["done"] = self.fixed[name], True
+        if self.resample_observed and msg["is_observed"] and not is_deterministic(msg):
+            msg["value"], msg["is_observed"] = None, False
+        if name not in self.values or msg["is_observed"]:
+            return
+        self.supports[name], self.shapes[name] = msg["fn"].support, msg["fn"].shape()
+        transform, value = biject_to(msg["fn"].support), self.values[name]
+        part, value = (transform.inv(value), value) if self.constrained else (value, transform(value))
+        self._add(transform.log_abs_det_jacobian(part, value))
+        self.parts[name] = part
+        msg["value"], msg["done"] = value, True
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            return
+        name, fn = msg["name"], msg["fn"]
+        deterministic = is_deterministic(msg)
+        if not self.densities and not isinstance(fn, dist.Unit):
+            self.drawn[name] = msg["value"]
+        if name in self.values or deterministic:
+            self.sites[name] = msg["value"]
+        # An improper prior is flat, and its zero is on the CPU whatever the model's device.
+        flat = isinstance(fn, dist.ImproperUniform)
+        if "_deterministic" in msg["infer"] or flat or not self.densities or msg["mask"] is False:
+            return
+        log_prob = fn.log_prob(msg["value"], *msg["args"], **msg["kwargs"])
+        self._add(scale_and_mask(log_prob, msg["scale"], msg["mask"]))
+        if msg["is_observed"] and not deterministic and not isinstance(fn, dist.Unit):
+            self.observed[name] = scale_and_mask(log_prob, mask=msg["mask"])
+
+    def _add(self, terms: Tensor) -> None:
+        if self.num_points is None:
+            self.log_prob = self.log_prob + terms.sum()
+        elif terms.dim() and terms.shape[0] == self.num_points:
+            self.log_prob = self.log_prob + terms.reshape(self.num_points, -1).sum(-1)
+        else:
+            raise ValueError(f"expected a log-density for each of {self.num_points} points; got {tuple(terms.shape)}")
+
+
+class _PriorDraws(Evaluation):
+    """Draws every latent from its prior; one that cannot be drawn, as of an improper prior, keeps its value."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        super()._pyro_sample(msg)
+        if msg["name"] in self.parts:
+            with suppress(NotImplementedError):
+                value = msg["fn"].sample()
+                msg["value"], self.parts[msg["name"]] = value, biject_to(msg["fn"].support).inv(value)
 
 
 class LogJoint:
@@ -26,55 +126,27 @@ class LogJoint:
     .. math:: \log p(y, x(u)) + \log|\det dx/du|
 
     Many points are evaluated at once: in a plate of their own if the model allows it, else through ``torch.vmap``, else
-    one by one. The fastest way that agrees with single runs is chosen at construction. Discrete latents are summed out;
-    a subsampled plate keeps the rows that it drew in the first run.
-
-    Args:
-        model: a Pyro model.
-        args: its arguments.
-        kwargs: its keyword arguments.
-        vectorize: "auto", or one of "plate", "vmap" and "loop".
-
-    Shapes:
-        u: ``(points, dim)``; log joint: ``(points,)``.
-
-    Raises:
-        ValueError: the model has no continuous latent, a discrete one that cannot be enumerated, or latents in a
-            subsampled plate; its structure varies from run to run; no point near the initial values has a finite
-            density; or the density is flat in a latent, for example a masked one.
-
-    References:
-        Automatic Differentiation Variational Inference, Kucukelbir et al., 2017 (arXiv:1603.00788).
-
-    Example:
-        >>> import pyro
-        >>> import pyro.distributions as dist
-        >>> def model():
-        ...     scale = pyro.sample("scale", dist.HalfNormal(1.0))
-        ...     pyro.sample("y", dist.Normal(0.0, scale), obs=torch.tensor(1.0))
-        >>> log_joint = LogJoint(model)
-        >>> log_joint(torch.zeros(3, 1))  # the scale is 1 at each of three points
-        tensor([-2.1447, -2.1447, -2.1447])
+    one by one; ``vectorize="auto"`` takes the fastest way that agrees with single runs. Discrete latents are summed
+    out; a subsampled plate keeps the rows that it drew in the first run. Points have the shape ``(points, dim)``.
     """
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Model,
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
         *,
         vectorize: str = "auto",
     ):
-        if not callable(model):
-            raise TypeError(f"expected a Pyro model, a callable; got {type(model).__name__}")
+        check_model(model)
         check_option("vectorize", vectorize, ("auto", *_MODES))
         self.model, self.args, self.kwargs = model, tuple(args), dict(kwargs or {})
         self.evaluations = 0  # points evaluated by value and value_and_score
         self.structure = ModelStructure.of(model, self.args, self.kwargs)
         self.initial, self.latents = self.structure.initial, self.structure.latents
         self.dim, self.dtype, self.device = len(self.initial), self.initial.dtype, self.initial.device
-        self._runs = ModelRuns(model, self.args, self.kwargs, self.structure)
-        self._runs.find_dependent_supports()
+        self._of_discrete: set[str] = set()  # deterministic sites with a value for each of a discrete latent's
+        self._find_dependent_supports()
         self.vectorize = self._fastest_mode() if vectorize == "auto" else vectorize
         self._refuse_flat_latents()
 
@@ -88,14 +160,25 @@ class LogJoint:
         """Whether no support depends on other sites."""
         return all(site.support is not None for site in self.latents)
 
+    def _find_dependent_supports(self) -> None:
+        """Set the support of each latent that depends on other sites to None, by runs at two different points."""
+        *points, other = self._points_nearby(3, seed=0)
+        runs = [self._evaluate(self._parts(point), None, densities=False) for point in points]
+        _check_latents(self.latents, runs)
+        if self.structure.discrete:
+            sites = runs[0].sites.items()
+            self._of_discrete = {name for name, value in sites if value.shape != self.structure.shapes[name]}
+        for index, site in enumerate(self.latents):
+            if not have_one_image([run.supports[site.name] for run in runs], site.slice_of(other)):
+                self.latents[index] = replace(site, support=None)
+
     def _fastest_mode(self) -> str:
         points = self._points_nearby(8)
         single = self._read_all("loop", points, len(points))
         finite = single[_LOG_JOINT].isfinite()
         if not finite.any():
-            raise ValueError(
-                f"expected a finite log joint density near the prior median; got {float(single[_LOG_JOINT][0])} there"
-            )
+            got = float(single[_LOG_JOINT][0])
+            raise ValueError(f"expected a finite log joint density near the prior median; got {got} there")
         points, single = points[finite][:3], {name: value[finite][:3] for name, value in single.items()}
         for mode in _MODES[:-1] if len(points) > 1 else ():
             if equals_single_runs(partial(self._read_all, mode, points), single, (len(points), 2)):
@@ -105,44 +188,42 @@ class LogJoint:
     @torch.no_grad()
     def _read_all(self, mode: str, points: Tensor, n: int) -> dict[str, Tensor]:
         """Return all that is ever read off runs, at the first ``n`` points."""
-        values = self._map(points[:n], lambda run: {_LOG_JOINT: run.log_prob, **run.sites, **run.observed}, mode)
-        return {_LOG_JOINT: values.pop(_LOG_JOINT), **by_point(n, values, self.structure.shapes)}
+        values = self._read(points[:n], lambda run: {_LOG_JOINT: run.log_prob, **run.sites, **run.observed}, mode)
+        return {_LOG_JOINT: values.pop(_LOG_JOINT), **_by_point(n, values, self.structure.shapes)}
 
-    def _points_nearby(self, number: int) -> Tensor:
-        generator = torch.Generator().manual_seed(1)
+    def _points_nearby(self, number: int, seed: int = 1) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
         steps = torch.randn(number, self.dim, generator=generator, dtype=torch.float64).to(self.initial)
         return self.initial + 0.1 * steps
 
     def _refuse_flat_latents(self) -> None:
         """Refuse a latent that the density does not depend on: a guide would widen without end."""
-        value, score = self._guarded(self._points_nearby(3), self._value_and_score)
+        value, score = _guarded(self._value_and_score, self._points_nearby(3))
         flat = (score[value.isfinite()] == 0).all(0)
         if self.structure.subsampled or not value.isfinite().any():
             return  # the density may depend on it in other rows
         for site in self.latents:
             if number := int(flat[site.start : site.stop].sum()):
-                raise ValueError(
-                    f"expected a density that depends on every latent; got one that is flat in {number} of "
-                    f"{site.stop - site.start} of site {site.name!r}, for example a latent that is masked out "
-                    f"(by obs_mask) or has neither a prior nor data"
-                )
+                got = f"one that is flat in {number} of {site.stop - site.start} of site {site.name!r}"
+                example = "for example a latent that is masked out (by obs_mask) or has neither a prior nor data"
+                raise ValueError(f"expected a density that depends on every latent; got {got}, {example}")
 
     # Evaluation
 
     def __call__(self, u: Tensor) -> Tensor:
         """Return the log joint density of each point, in nats."""
-        return self._map(u, lambda run: run.log_prob)
+        return self._read(u, lambda run: run.log_prob)
 
     @torch.no_grad()
     def value(self, u: Tensor) -> Tensor:
         """Return the log joint density without a graph, of any number of points; -inf if it is not finite."""
         self.evaluations += len(u)
-        return torch.cat([self._guarded(part, self._value)[0] for part in u.split(_CHUNK)])
+        return torch.cat([_guarded(self._value, part)[0] for part in u.split(_CHUNK)])
 
     def value_and_score(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log joint density and its gradient, without a graph; -inf and zeros if either is not finite."""
         self.evaluations += len(u)
-        parts = [self._guarded(part, self._value_and_score) for part in u.detach().split(_CHUNK)]
+        parts = [_guarded(self._value_and_score, part) for part in u.detach().split(_CHUNK)]
         return torch.cat([value for value, _ in parts]), torch.cat([score for _, score in parts])
 
     def _value(self, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,31 +239,69 @@ class LogJoint:
         finite = value.isfinite() & score.isfinite().all(-1)
         return torch.where(finite, value.detach(), -torch.inf), torch.where(finite[:, None], score, 0)
 
-    def _guarded(self, u: Tensor, evaluate: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Evaluate; search by bisection for the points at which a matrix has no Cholesky factor."""
-        try:
-            return evaluate(u)
-        except torch.linalg.LinAlgError:
-            if len(u) == 1:
-                return u.new_full((1,), -torch.inf), torch.zeros_like(u)
-            halves = [self._guarded(half, evaluate) for half in u.detach().chunk(2)]
-            return torch.cat([a for a, _ in halves]), torch.cat([b for _, b in halves])
+    def _read(self, u: Tensor, read: Callable[[Evaluation], Any], mode: str | None = None) -> Any:
+        """Evaluate the log joint density at points; return what is read off each evaluation, stacked."""
+        return self._map(u, lambda *parts: read(self._evaluate(*parts)), mode or self.vectorize)
 
-    def _map(self, u: Tensor, read: Callable[[Evaluation], Any], mode: str | None = None) -> Any:
+    # Runs of the model
+
+    def _map(self, u: Tensor, run: Callable[[dict[str, Tensor], int | None], Any], mode: str) -> Any:
+        """Return what ``run(parts, num_points)`` returns at points: in a plate of them, by vmap, or in a loop."""
         if u.dim() != 2 or u.shape[-1] != self.dim:
             raise ValueError(f"expected points of shape (points, {self.dim}); got {tuple(u.shape)}")
-        return self._runs.map(u, lambda *parts: read(self._runs.evaluate(*parts)), mode or self.vectorize)
+        if mode == "plate":
+            return run(self._parts(u, len(u)), len(u))
+
+        def single(point: Tensor) -> Any:
+            return run(self._parts(point), None)
+
+        if mode == "vmap":
+            return torch.func.vmap(single, randomness="same")(u)
+        results = [single(point) for point in u]
+        if isinstance(results[0], dict):
+            return {name: torch.stack([result[name] for result in results]) for name in results[0]}
+        return torch.stack(results)
+
+    def _parts(self, u: Tensor, num_points: int | None = None) -> dict[str, Tensor]:
+        """Return the latents' parts of one point, or of points in a plate left of the model's plates."""
+        parts = {}
+        for site in self.latents:
+            plates = (1,) * (self.structure.max_plate_nesting - site.plate_ndim)
+            batch = () if num_points is None else (num_points, *plates)
+            parts[site.name] = u[..., site.start : site.stop].reshape((*batch, *site.unconstrained_shape))
+        return parts
+
+    def _evaluate(self, values: Mapping[str, Tensor], num_points: int | None, **options: bool) -> Evaluation:
+        """Evaluate the log joint density at one point, or at points in a plate; sum the discrete latents out."""
+        evaluation = Evaluation(values, self.structure.fixed, num_points, **options)
+        if not self.structure.discrete:
+            self._run(evaluation, self.model, self.args, self.kwargs)
+            return evaluation
+        first_dim = -1 - self.structure.max_plate_nesting - (num_points is not None)
+        model = poutine.enum(config_enumerate(self.model, default="parallel"), first_dim)
+        densities, evaluation.densities = evaluation.densities, False
+        trace = self._run(evaluation, poutine.trace(model).get_trace, self.args, self.kwargs)
+        evaluation.sites = {name: site for name, site in evaluation.sites.items() if name not in self._of_discrete}
+        if densities:
+            evaluation.log_prob = evaluation.log_prob + _summed_out(trace, num_points)
+        return evaluation
+
+    def _run(self, evaluation: Evaluation, model: Model, args: Any, kwargs: Any) -> Any:
+        """Run a model under an evaluation, and return its result; discrete latents are drawn."""
+        number, dim = evaluation.num_points, -1 - self.structure.max_plate_nesting
+        plate = nullcontext if number is None else partial(pyro.plate, _POINTS, number, dim=dim)
+        # Validation reads values, which neither vmap nor a GPU likes; the first run had what the user asks for.
+        with pyro.validation_enabled(False), poutine.block(), evaluation, plate():
+            return model(*args, **kwargs)
 
     # Sites
 
     def log_likelihood(self, u: Tensor) -> dict[str, Tensor]:
         """Return the log-density of every observation, by site, of shape ``(points, *shape)``."""
-        if self.structure.discrete:
-            raise ValueError(
-                f"expected a model without discrete latents, whose observations have no log-density of their own; got "
-                f"{', '.join(map(repr, self.structure.discrete))}"
-            )
-        return by_point(len(u), self._map(u, lambda run: run.observed), self.structure.shapes)
+        if discrete := ", ".join(map(repr, self.structure.discrete)):
+            reason = "whose observations have no log-density of their own"
+            raise ValueError(f"expected a model without discrete latents, {reason}; got {discrete}")
+        return _by_point(len(u), self._read(u, lambda run: run.observed), self.structure.shapes)
 
     def constrain(self, u: Tensor, *, deterministic: bool = False) -> dict[str, Tensor]:
         """Return the sites' values of shape ``(points, *shape)``, on request with those of deterministic sites.
@@ -191,9 +310,9 @@ class LogJoint:
         """
         if not deterministic and self.is_static:
             return constrain(self.latents, u)
-        values = self._map(u, lambda run: run.sites)
+        values = self._read(u, lambda run: run.sites)
         chosen = {name: values[name] for name in (values if deterministic else self.names)}
-        return by_point(len(u), chosen, self.structure.shapes)
+        return _by_point(len(u), chosen, self.structure.shapes)
 
     def unconstrain(self, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the points of the sites' values ``(points, *shape)``, and the log-Jacobian of :meth:`constrain`."""
@@ -201,13 +320,11 @@ class LogJoint:
         if self.is_static:
             return unconstrain(self.latents, values)
 
-        def single(point: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-            run = self._runs.evaluate(point, None, constrained=True, densities=False)
-            return torch.cat([run.parts[name].reshape(-1) for name in self.names]), run.log_prob
-
         number = len(values[self.names[0]])
-        rows = [single({name: value[i].to(self.dtype) for name, value in values.items()}) for i in range(number)]
-        return torch.stack([u for u, _ in rows]), torch.stack([log_det for _, log_det in rows])
+        points = [{name: value[i].to(self.dtype) for name, value in values.items()} for i in range(number)]
+        runs = [self._evaluate(point, None, constrained=True, densities=False) for point in points]
+        u = [torch.cat([run.parts[name].reshape(-1) for name in self.names]) for run in runs]
+        return torch.stack(u), torch.stack([run.log_prob for run in runs])
 
     # Draws
 
@@ -217,13 +334,13 @@ class LogJoint:
 
         def run(parts: Mapping[str, Tensor], num_points: int | None) -> dict[str, Tensor]:
             evaluation = Evaluation(parts, {}, num_points, densities=False, resample_observed=True)
-            self._runs.run(evaluation, args, kwargs)
+            self._run(evaluation, self.model, args, kwargs)
             return {name: value for name, value in evaluation.drawn.items() if name not in parts}
 
         if self.vectorize != "plate":
-            return self._runs.map(u, run, "loop")
-        shapes = {name: value.shape for name, value in run(self._runs.parts(u[0], None), None).items()}
-        return by_point(len(u), self._runs.map(u, run, "plate"), shapes)
+            return self._map(u, run, "loop")
+        shapes = {name: value.shape for name, value in run(self._parts(u[0]), None).items()}
+        return _by_point(len(u), self._map(u, run, "plate"), shapes)
 
     @torch.no_grad()
     def prior_draws(self, n: int, *, seed: int = 0) -> Tensor:
@@ -233,8 +350,8 @@ class LogJoint:
         """
 
         def run(u: Tensor, num_points: int | None) -> Tensor:
-            draws = PriorDraws(self._runs.parts(u, num_points), self.structure.fixed, num_points, densities=False)
-            self._runs.run(draws)
+            draws = _PriorDraws(self._parts(u, num_points), self.structure.fixed, num_points, densities=False)
+            self._run(draws, self.model, self.args, self.kwargs)
             return torch.cat([draws.parts[name].reshape(num_points or 1, -1) for name in self.names], -1)
 
         with torch.random.fork_rng():
@@ -249,3 +366,81 @@ class LogJoint:
                     draws.append(run(point, None))
         points = torch.cat(draws) if draws else u[:0]
         return points[points.isfinite().all(-1)].to(self.initial)
+
+
+def _guarded(evaluate: Callable[[Tensor], tuple[Tensor, Tensor]], u: Tensor) -> tuple[Tensor, Tensor]:
+    """Evaluate; search by bisection for the points at which a matrix has no Cholesky factor."""
+    try:
+        return evaluate(u)
+    except torch.linalg.LinAlgError:
+        if len(u) == 1:
+            return u.new_full((1,), -torch.inf), torch.zeros_like(u)
+        first, second = (_guarded(evaluate, half) for half in u.detach().chunk(2))
+        return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]])
+
+
+def _check_latents(latents: Sequence[LatentSite], runs: Sequence[Evaluation]) -> None:
+    """Refuse latents that are in some runs only, or have another shape in some."""
+    for run in runs:
+        if changes := ", ".join(map(repr, sorted(set(run.supports) ^ {site.name for site in latents}))):
+            raise ValueError(f"expected the same latent sites in every run of the model; got changes in {changes}")
+        for site in latents:
+            # Enumeration of discrete latents adds dimensions on the left.
+            shape = run.shapes[site.name][-len(site.shape) :] if site.shape else site.shape
+            if shape != site.shape:
+                got = f"{tuple(site.shape)} and {tuple(shape)} at site {site.name!r}"
+                raise ValueError(f"expected latents of one shape in every run; got {got}")
+
+
+def _summed_out(trace: poutine.Trace, num_points: int | None) -> Tensor:
+    """Sum the enumerated sites out of a trace's log-density, separately for each point of their plate."""
+    trace.compute_log_prob()
+    trace.pack_tensors()
+    factors: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
+    enumerated = set()
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or site_is_subsample(site):
+            continue
+        if isinstance(scale := site["scale"], Tensor) or scale != 1:
+            got = f"{scale} at {name!r}"
+            raise ValueError(f"expected sites without a scale in a model with discrete latents; got {got}")
+        plates = frozenset(trace.plate_to_symbol[frame.name] for frame in site["cond_indep_stack"] if frame.vectorized)
+        factors.setdefault(plates, []).append(site["packed"]["log_prob"])
+        if "_enumerate_symbol" in site["infer"]:
+            enumerated.add(site["infer"]["_enumerate_symbol"])
+    ndim = None if num_points is None else -trace.symbol_to_dim[trace.plate_to_symbol[_POINTS]]
+    total: Any = 0.0
+    for terms in contract_tensor_tree(factors, enumerated).values():
+        for term in terms:
+            term = packed.unpack(term, trace.symbol_to_dim)
+            # The plate of the points is the leftmost dimension of a term that depends on it.
+            total = total + (term.reshape(num_points, -1).sum(-1) if term.dim() == ndim else term.sum())
+    return total
+
+
+def _by_point(num_points: int, values: Mapping[str, Tensor], shapes: Mapping[str, Size]) -> dict[str, Tensor]:
+    """Reshape values of a run in a plate to ``(points, *shape)``; expand those that depend on no latent."""
+
+    def reshape(value: Tensor, shape: Size) -> Tensor:
+        varies = value.numel() == num_points * shape.numel()
+        return value.reshape(num_points if varies else 1, *shape).expand(num_points, *shape)
+
+    return {name: reshape(value, shapes[name]) for name, value in values.items()}
+
+
+def equals_single_runs(
+    run_batch: Callable[[int], Mapping[str, Tensor]], single_runs: Mapping[str, Tensor], sizes: Sequence[int]
+) -> bool:
+    """Whether one run of a model for the first ``n`` points gives what single runs gave, at each of several sizes."""
+    # A model that indexes from the left, for one, is silently wrong in a plate of points. If it has as many rows as
+    # there are points, it may mistake one for the other, but not at two sizes.
+    try:
+        for size in sizes:
+            batch = run_batch(size)
+            for name, value in single_runs.items():
+                tolerance = 1e-9 if value.dtype == torch.float64 else 1e-4 if value.is_floating_point() else 0
+                options: Any = {"rtol": tolerance, "atol": tolerance, "equal_nan": True, "check_dtype": False}
+                torch.testing.assert_close(batch[name], value[:size], **options)
+    except Exception:  # whatever the model cannot do in a batch; single runs then show errors of its own
+        return False
+    return True

@@ -15,15 +15,14 @@ from torch import Tensor
 
 from pyroflows.bijection import Bijection
 from pyroflows.inference.guide import AutoFlow
-from pyroflows.inference.sites import initial_value
+from pyroflows.inference.log_joint import LogJoint
+from pyroflows.inference.sites import Model, initial_value
 from pyroflows.private import make_plates
 
 __all__ = ["neutra", "run_chains"]
 
 
-def neutra(
-    model: Callable[..., Any], guide: AutoFlow
-) -> tuple[Callable[..., Any], Callable[[Tensor], dict[str, Tensor]]]:
+def neutra(model: Model, guide: AutoFlow) -> tuple[Model, Callable[[Tensor], dict[str, Tensor]]]:
     r"""Reparametrise a model by a trained guide, in whose latent space a sampler meets a simple geometry.
 
     .. math:: z \mapsto x(f(z)), \qquad \log p(y, x) + \log|\det dx/dz|
@@ -32,11 +31,9 @@ def neutra(
         model: the Pyro model that the guide was made for.
         guide: a trained guide; a copy of it is used, which does not train.
 
-    Shapes:
-        z: ``(latents,)``, the one latent site of the new model, whose name ends in ``_shared_latent``.
-
     Returns:
-        The model over z, for ``MCMC``; and a function from draws of z, ``(draws, latents)``, to values of the sites.
+        A model, for ``MCMC``, whose one latent site is z, ``(latents,)``, and has a name that ends in
+        ``_shared_latent``; and a function from draws of z, ``(draws, latents)``, to values of the sites.
 
     Raises:
         ValueError: the guide is not built, or a latent is under a scale or a mask.
@@ -46,19 +43,14 @@ def neutra(
         (arXiv:1903.03704).
 
     Example:
-        >>> import pyro
-        >>> import pyro.distributions as dist
-        >>> from pyroflows import AutoFlow, neutra
+        >>> import pyro, pyro.distributions as dist
         >>> def model():
-        ...     scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
-        ...     pyro.sample("x", dist.Normal(0.0, scale))
-        >>> guide = AutoFlow(model)
-        >>> over_z, sites = neutra(model, guide)
+        ...     pyro.sample("x", dist.Normal(0.0, pyro.sample("scale", dist.LogNormal(0.0, 1.0))))
+        >>> over_z, sites = neutra(model, AutoFlow(model))
         >>> mcmc = MCMC(NUTS(over_z), num_samples=10, warmup_steps=10, disable_progbar=True)
         >>> mcmc.run()
         >>> (z,) = mcmc.get_samples().values()
-        >>> sites(z)["scale"].shape
-        torch.Size([10])
+        >>> scale = sites(z)["scale"]
     """
     guide.require_flow()
     frozen = copy.deepcopy(guide).requires_grad_(False).eval()
@@ -67,10 +59,8 @@ def neutra(
     for name, node in nodes.items():
         is_masked = node["mask"] is not None and not bool(torch.as_tensor(node["mask"]).all())
         if is_masked or not (torch.as_tensor(node["scale"]) == 1).all():
-            raise ValueError(
-                f"expected latents under neither a scale nor a mask, which Pyro would apply to their Jacobians too; "
-                f"got {name!r}"
-            )
+            reason = "which Pyro would apply to their Jacobians too"
+            raise ValueError(f"expected latents under neither a scale nor a mask, {reason}; got {name!r}")
     rows = math.prod(nodes[frozen.latents[0].name]["fn"].batch_shape)
 
     @torch.no_grad()
@@ -81,10 +71,7 @@ def neutra(
 
 
 class _Reparam(NeuTraReparam):
-    """Pyro's reparametrisation, with the flow's log-determinant shared among the rows of the first site's plates.
-
-    Pyro adds it to the log-density of each row.
-    """
+    """Pyro's reparametrisation, which adds the flow's log-determinant to each row of the first site: a share each."""
 
     def __init__(self, guide: AutoFlow, rows: int):
         self.rows = rows
@@ -92,7 +79,7 @@ class _Reparam(NeuTraReparam):
 
     @property
     def transform(self) -> "_SharedLogDet | None":
-        """The transform of the guide, which Pyro sets."""
+        """The guide's, which Pyro sets."""
         return self._transform
 
     @transform.setter
@@ -137,11 +124,10 @@ class _Feasible(Messenger):
             msg["fn"].dtype = self.dtype
 
 
-def run_chains(guide: AutoFlow, starts: Tensor, num_draws: int, num_warmup: int, progress: bool | None) -> Tensor:
+def run_chains(
+    guide: AutoFlow, log_joint: LogJoint, starts: Tensor, num_draws: int, num_warmup: int, progress: bool | None
+) -> Tensor:
     """Run NUTS from points of unconstrained space; return draws there, ``(chains, draws, latents)``."""
-    log_joint = guide.log_joint
-    if log_joint is None:
-        raise ValueError("expected a guide with its model; got one without, as after unpickling")
     model, _ = neutra(log_joint.model, guide)
     flow, site, draws = guide.require_flow(), f"{guide.latents[0].name}_shared_latent", []
     with torch.no_grad():

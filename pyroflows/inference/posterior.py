@@ -2,29 +2,25 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from pyro.infer.enum import config_enumerate
 from torch import Tensor
 
 from pyroflows.arguments import check_sizes
 from pyroflows.contexts import seeded
+from pyroflows.files import read, write
 from pyroflows.flow import Flow
-from pyroflows.inference.guide import AutoFlow
-from pyroflows.inference.importance import (
-    Weights,
-    diagnose,
-    importance_sample,
-    missed_modes,
-    resample,
-    summarize_weights,
-)
-from pyroflows.inference.inference_data import chain_statistics, diagnose_chains, inference_data
+from pyroflows.inference import diagnosis
+from pyroflows.inference.diagnosis import Weights
+from pyroflows.inference.guide import AutoFlow, Builder
 from pyroflows.inference.log_joint import LogJoint
 from pyroflows.inference.neutra import run_chains
-from pyroflows.inference.posterior_file import read_guide, write_guide
+from pyroflows.inference.sites import Model
+from pyroflows.recipe import describe, is_plain, restore
 from pyroflows.training import FitResult
 
 __all__ = ["Posterior", "require_log_joint"]
@@ -40,17 +36,24 @@ def require_log_joint(guide: AutoFlow) -> LogJoint:
     log_joint = guide.log_joint
     if log_joint is None:
         raise ValueError("expected a guide with its model; got one without, as after unpickling")
-    if subsampled := log_joint.structure.subsampled:
-        raise ValueError(
-            f"expected a model of all its data; got the subsampled plate {', '.join(map(repr, subsampled))}: "
-            f"leave subsample_size out, or train an AutoFlow by SVI"
-        )
-    if parameters := log_joint.structure.parameters:
-        raise ValueError(
-            f"expected a model without parameters of its own, which a posterior does not train; got "
-            f"{', '.join(map(repr, parameters))}: train them by SVI with an AutoFlow"
-        )
+    if subsampled := ", ".join(map(repr, log_joint.structure.subsampled)):
+        got = f"the subsampled plate {subsampled}: leave subsample_size out, or train an AutoFlow by SVI"
+        raise ValueError(f"expected a model of all its data; got {got}")
+    if parameters := ", ".join(map(repr, log_joint.structure.parameters)):
+        got = f"{parameters}: train them by SVI with an AutoFlow"
+        raise ValueError(f"expected a model without parameters of its own, which a posterior does not train; got {got}")
     return log_joint
+
+
+def _figure(name: str, doc: str) -> Any:
+    """Return a property of a posterior: a figure of its weights."""
+
+    def figure(posterior: "Posterior") -> Any:
+        if posterior.weights is None:
+            raise ValueError("expected a posterior by a guide, whose draws have weights; got one by Markov chains")
+        return getattr(posterior.weights, name)
+
+    return property(figure, doc=doc)
 
 
 class Posterior:
@@ -90,39 +93,21 @@ class Posterior:
         self.weights: Weights | None = None
         self.missed = list(missed or ())
         if chains is None:
-            self.weights = weights or importance_sample(guide, self.log_joint, _NUM_DRAWS)
+            self.weights = weights or diagnosis.importance_sample(guide, self.log_joint, _NUM_DRAWS)
             if missed is None:
-                self.missed = missed_modes(guide, self.log_joint, self.weights)
-            self.verdict, self.reason = diagnose(self.weights, self.missed, self.notes)
+                self.missed = diagnosis.missed_modes(guide, self.log_joint, self.weights)
+            self.verdict, reason = self.weights.verdict(self.missed)
+            self.reason = "; ".join([reason, *self.notes])
         else:
-            self.verdict, self.reason = diagnose_chains(chains)
+            self.verdict, self.reason = diagnosis.diagnose_chains(chains)
 
     # Diagnostics
 
-    @property
-    def elbo(self) -> float:
-        """The evidence lower bound, in nats."""
-        return self._require_weights().elbo
-
-    @property
-    def elbo_error(self) -> float:
-        """The standard error of :attr:`elbo`."""
-        return self._require_weights().elbo_error
-
-    @property
-    def log_evidence(self) -> float:
-        """The log evidence by importance sampling, in nats."""
-        return self._require_weights().log_evidence
-
-    @property
-    def log_evidence_error(self) -> float:
-        """The standard error of :attr:`log_evidence`."""
-        return self._require_weights().log_evidence_error
-
-    @property
-    def khat(self) -> tuple[float, ...]:
-        """The Pareto shapes of the importance weights, over several sets of draws."""
-        return self._require_weights().khat
+    elbo = _figure("elbo", "The evidence lower bound, in nats.")
+    elbo_error = _figure("elbo_error", "The standard error of :attr:`elbo`.")
+    log_evidence = _figure("log_evidence", "The log evidence by importance sampling, in nats.")
+    log_evidence_error = _figure("log_evidence_error", "The standard error of :attr:`log_evidence`.")
+    khat = _figure("khat", "The Pareto shapes of the importance weights, over several sets of draws.")
 
     @property
     def ess(self) -> float:
@@ -134,15 +119,10 @@ class Posterior:
         """The largest split R-hat of chains."""
         return self._chain_statistics()[0]
 
-    def _require_weights(self) -> Weights:
-        if self.weights is None:
-            raise ValueError("expected a posterior by a guide, whose draws have weights; got one by Markov chains")
-        return self.weights
-
     def _chain_statistics(self) -> tuple[float, float]:
         if self.chains is None:
             raise ValueError("expected a posterior by Markov chains; got one by a guide")
-        return chain_statistics(self.chains)
+        return diagnosis.chain_statistics(self.chains)
 
     # Draws
 
@@ -151,11 +131,7 @@ class Posterior:
         return self.log_joint.constrain(self._draw(n))
 
     def resampled(self, n: int = 1000) -> dict[str, Tensor]:
-        """Draw values of the sites, each ``(n, *shape)``, with the guide's error corrected by smoothed weights (PSIS).
-
-        References:
-            Pareto Smoothed Importance Sampling, Vehtari et al., 2024 (arXiv:1507.02646).
-        """
+        """Draw values of the sites, each ``(n, *shape)``, by smoothed weights (:func:`psis`), which mend errors."""
         return self.log_joint.constrain(self._resample(n))
 
     def _draw(self, n: int) -> Tensor:
@@ -173,8 +149,8 @@ class Posterior:
         if pool is None:
             return self._draw(n)
         if 2 * n > len(pool.u):
-            pool = importance_sample(self.guide, self.log_joint, 2 * n)
-        return resample(pool, n)
+            pool = diagnosis.importance_sample(self.guide, self.log_joint, 2 * n)
+        return pool.resample(n)
 
     def log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
         """Return the guide's log-density of the sites' values, see :meth:`AutoFlow.log_prob`."""
@@ -184,10 +160,9 @@ class Posterior:
         """Draw what the model would observe, each site ``(num_draws, *shape)``.
 
         Args:
-            args: arguments of the model, such as new inputs; by default those of the fit. Observations among them are
-                replaced by draws.
+            args, kwargs: arguments of the model, such as new inputs; by default those of the fit. Observations among
+                them are replaced by draws.
             num_draws: the number of draws; resampled ones if the verdict is "resample".
-            kwargs: keyword arguments of the model.
         """
         check_sizes(num_draws=num_draws)
         if not args and not kwargs:
@@ -210,12 +185,12 @@ class Posterior:
         """
         check_sizes(num_draws=num_draws)
         if self.chains is not None:
-            return inference_data(self.log_joint, self.chains.flatten(0, 1), len(self.chains), None)
+            return diagnosis.inference_data(self.log_joint, self.chains.flatten(0, 1), len(self.chains), None)
         num_chains = 4 if num_draws >= 16 else 1
         resample = self.verdict == "resample" if resample is None else resample
         number = -(-num_draws // num_chains) * num_chains
         u = self._resample(number) if resample else self._draw(number)
-        return inference_data(self.log_joint, u, num_chains, None if resample else self.guide.require_flow())
+        return diagnosis.inference_data(self.log_joint, u, num_chains, None if resample else self.guide.require_flow())
 
     def summary(self, num_draws: int = 4000) -> Any:
         """Return ArviZ's table of the sites: means, standard deviations, intervals, R-hat and effective sizes."""
@@ -232,7 +207,7 @@ class Posterior:
         seed: int | None = None,
         progress: bool | None = None,
     ) -> "Posterior":
-        """Run NUTS in the latent space of the flow, where the posterior is nearly standard normal; return the result.
+        """Run NUTS in the latent space of the flow (see :func:`neutra`); return the posterior by its chains.
 
         Args:
             num_chains: number of chains, run one after the other, each from a draw of the guide or a mode it misses.
@@ -240,55 +215,59 @@ class Posterior:
             num_warmup: steps of each chain that adapt it.
             seed: seeds the chains, and restores torch's generator afterwards; None uses the global generator.
             progress: whether to show Pyro's bars; by default only on a terminal.
-
-        References:
-            NeuTra-lizing Bad Geometry in Hamiltonian Monte Carlo Using Neural Transport, Hoffman et al., 2019
-            (arXiv:1903.03704).
         """
         check_sizes(num_chains=num_chains, num_draws=num_draws, num_warmup=num_warmup)
         began = time.perf_counter()
         with seeded(seed):
             starts = torch.cat([*(mode[None] for mode in self.missed), self._draw(num_chains)])[:num_chains]
-            chains = run_chains(self.guide, starts, num_draws, num_warmup, progress)
+            chains = run_chains(self.guide, self.log_joint, starts, num_draws, num_warmup, progress)
         refined = Posterior(self.guide, self.results, self.notes, chains=chains)
         refined.seconds = time.perf_counter() - began
         return refined
 
     def save(self, path: str | Path) -> None:
         """Write the guide's flow, and the weighted draws or the chains, as one safetensors file."""
-        weights = self.weights
+        weights, flow = self.weights, self.guide.require_flow()
+        try:
+            recipe, tensors = describe(flow, own=False)
+        except ValueError:  # a part of a class of the user's own, so that the builder has to be passed again
+            recipe, tensors = None, {f"state.{name}": value for name, value in flow.state_dict().items()}
         draws: Any = {"u": weights.u, "log_weights": weights.log_weights} if weights else {"chains": self.chains}
         if self.missed:
             draws["missed"] = torch.stack(self.missed)
-        write_guide(path, self.guide, self.log_joint, draws, notes=self.notes, seconds=self.seconds)
+        header = {
+            "recipe": recipe,
+            "options": {name: value for name, value in self.guide.options.items() if is_plain(value)},
+            "max_triangular": self.guide.max_triangular,
+            "latents": _shapes(self.guide),
+            "notes": self.notes,
+            "seconds": self.seconds,
+        }
+        # The density at some draws verifies model and data on load.
+        write(path, "posterior", header, {**tensors, **draws, "log_joint": self.log_joint.value(_few_of(draws))})
 
     @staticmethod
     def load(
-        path: str | Path,
-        model: Callable[..., Any],
-        *args: Any,
-        flow: Callable[..., Flow] | Flow | None = None,
-        **kwargs: Any,
+        path: str | Path, model: Model, *args: Any, flow: Builder | Flow | None = None, **kwargs: Any
     ) -> "Posterior":
         """Read what :meth:`save` wrote, with the model and its arguments, which no file holds.
 
         Args:
             path: of the file.
             model: the model that was fitted.
-            args: its arguments.
+            args, kwargs: its arguments.
             flow: the ready flow or the builder that the guide was made with; needed only if a part of it is of a class
                 of the user's own.
-            kwargs: its keyword arguments.
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: the file is not a posterior, is damaged, or belongs to another model, data or flow.
         """
-        guide, draws, header = read_guide(path, model, args, kwargs, flow)
+        guide, draws, header = _read_guide(path, model, args, kwargs, flow)
         chains, missed = draws.get("chains"), list(draws.get("missed", ()))
-        weights = (
-            summarize_weights(require_log_joint(guide), draws["u"], draws["log_weights"]) if chains is None else None
-        )
+        weights = None
+        if chains is None:
+            weights = diagnosis.summarize_weights(require_log_joint(guide), draws["u"], draws["log_weights"])
         posterior = Posterior(guide, (), header["notes"], chains=chains, weights=weights, missed=missed)
         posterior.seconds = header["seconds"]
         return posterior
@@ -303,3 +282,49 @@ class Posterior:
             f"{self.log_evidence_error:.3f}, k-hat {min(self.khat):.2f} to {max(self.khat):.2f}, "
             f"ESS {self.ess:.0f} of {len(self.weights.u)}{seconds}"
         )
+
+
+def _read_guide(
+    path: str | Path, model: Model, args: Any, kwargs: Any, flow: Builder | Flow | None
+) -> tuple[AutoFlow, dict[str, Tensor], dict[str, Any]]:
+    """Return the guide of a model, the draws and the header in a file."""
+    header, tensors = read(path, "posterior")
+    if missing := {"recipe", "options", "max_triangular", "latents", "notes", "seconds"} - header.keys():
+        raise ValueError(f"expected a posterior written by save; got {path}, whose header lacks {min(missing)}")
+    options = {}
+    if flow is None and header["recipe"] is None:
+        reason = "the posterior was fitted with a flow or a builder of the user's own"
+        raise ValueError(f"expected flow=, since {reason}; got none")
+    if flow is None:
+        fitted = restore(header["recipe"], tensors)
+        if not isinstance(fitted, Flow) or len(fitted.layers) < 2:
+            raise ValueError(f"expected the recipe of a guide's flow; got that of {type(fitted).__name__}")
+        flow = Flow(fitted.prior, fitted.layers[:-1])  # the guide adds the last layer
+    elif not isinstance(flow, Flow):
+        options = header["options"]
+    options["max_triangular"] = header["max_triangular"]
+    guide = AutoFlow(config_enumerate(model), flow, "none", args=args, kwargs=kwargs, **options)
+    if _shapes(guide) != header["latents"]:
+        raise ValueError(f"expected a model with the latents {header['latents']}; got {_shapes(guide)}")
+    state = {name.removeprefix("state."): value for name, value in tensors.items() if name.startswith("state.")}
+    whole: Flow = guide.require_flow()
+    try:
+        whole.load_state_dict(state)
+    except RuntimeError:
+        raise ValueError(f"expected the flow that the posterior in {path} was fitted with; got another") from None
+    draws = {name: value.to(whole.device) for name, value in tensors.items() if not name.startswith("state.")}
+    log_joint: Any = guide.log_joint
+    if not torch.allclose(log_joint.value(_few_of(draws)), draws["log_joint"], 1e-4, 1e-3):
+        got = "others, whose density at its draws differs"
+        raise ValueError(f"expected the model and the data that the posterior in {path} was fitted to; got {got}")
+    return guide, draws, header
+
+
+def _shapes(guide: AutoFlow) -> list[list[Any]]:
+    return [[site.name, list(site.shape)] for site in guide.latents]
+
+
+def _few_of(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return a few draws of a saved posterior, at which the model's density is compared."""
+    draws = tensors["chains"].flatten(0, 1) if "chains" in tensors else tensors["u"]
+    return draws[:: max(1, len(draws) // 10)]

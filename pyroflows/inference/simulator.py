@@ -1,6 +1,6 @@
 """Simulations of a Pyro model's latents and data, many in one run where the model allows it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,12 +11,13 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyroflows.inference.runs import equals_single_runs
-from pyroflows.inference.sites import LatentSite, have_one_image, unconstrain, unconstrained_value
+from pyroflows.inference.log_joint import equals_single_runs
+from pyroflows.inference.sites import LatentSite, Model, have_one_image, unconstrained_value
 
 __all__ = ["Simulator"]
 
 _CHUNK = 2000  # simulations in one run
+_Names = str | Sequence[str]
 
 
 class _Simulation(Messenger):
@@ -43,12 +44,7 @@ class Simulator:
     """Draws latents and data from a model, many simulations in one run if that agrees with single runs."""
 
     def __init__(
-        self,
-        model: Callable[..., Any],
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        observed: str | Sequence[str],
-        latents: str | Sequence[str] | None,
+        self, model: Model, args: Sequence[Any], kwargs: Mapping[str, Any], observed: _Names, latents: _Names | None
     ):
         self.model, self.args, self.kwargs = model, tuple(args), dict(kwargs)
         self.observed = [observed] if isinstance(observed, str) else list(observed)
@@ -58,11 +54,9 @@ class Simulator:
         runs = [self._run() for _ in range(3)]
         nodes = {name: node for name, node in runs[0].nodes.items() if node["type"] == "sample"}
         for name, node in nodes.items():
-            if site_is_subsample(node) and len(node["value"]) < node["fn"].size:
-                raise ValueError(
-                    f"expected plates that take all rows; got plate {name!r}, which draws {len(node['value'])} "
-                    f"of {node['fn'].size}"
-                )
+            if site_is_subsample(node) and (number := len(node["value"])) < (size := node["fn"].size):
+                got = f"plate {name!r}, which draws {number} of {size}"
+                raise ValueError(f"expected plates that take all rows; got {got}")
         nodes = {name: node for name, node in nodes.items() if not site_is_subsample(node)}
         names = self._choose_latents(nodes, latents)
         depths = [len(n["fn"].batch_shape) for n in nodes.values() if "_deterministic" not in n["infer"]]
@@ -75,7 +69,7 @@ class Simulator:
             self.latents.append(_latent_site(runs, name, start))
         self.is_batched = self._agrees_with_single_runs(runs, nodes)
 
-    def _choose_latents(self, nodes: Mapping[str, Any], latents: str | Sequence[str] | None) -> list[str]:
+    def _choose_latents(self, nodes: Mapping[str, Any], latents: _Names | None) -> list[str]:
         if latents is None:
             latents = [name for name in nodes if not nodes[name]["is_observed"] and name not in self.observed]
         latents = [latents] if isinstance(latents, str) else list(latents)
@@ -94,10 +88,8 @@ class Simulator:
         with poutine.block(), torch.no_grad(), plate, simulation:
             trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
         if simulation.others:
-            raise ValueError(
-                f"expected a model that can be simulated; got site {simulation.others[0]!r}, which is observed and not "
-                f"among observed={self.observed}"
-            )
+            got = f"site {simulation.others[0]!r}, which is observed and not among observed={self.observed}"
+            raise ValueError(f"expected a model that can be simulated; got {got}")
         return trace
 
     def _agrees_with_single_runs(self, runs: Sequence[poutine.Trace], nodes: Mapping[str, Any]) -> bool:
@@ -106,12 +98,9 @@ class Simulator:
 
         def read(trace: poutine.Trace, rows: int) -> dict[str, Tensor]:
             trace.compute_log_prob()
-            return {
-                name: trace.nodes[name]["value"].reshape(rows, -1)
-                if "_deterministic" in node["infer"]
-                else trace.nodes[name]["log_prob"].reshape(rows, -1).sum(-1)
-                for name, node in nodes.items()
-            }
+            kinds = {name: "value" if "_deterministic" in node["infer"] else "log_prob" for name, node in nodes.items()}
+            values = {name: trace.nodes[name][kind].reshape(rows, -1) for name, kind in kinds.items()}
+            return {name: value if kinds[name] == "value" else value.sum(-1) for name, value in values.items()}
 
         def batch(rows: int) -> dict[str, Tensor]:
             values = {}
@@ -136,10 +125,8 @@ class Simulator:
         for name, shape in self.shapes.items():
             value = _value(trace, name)
             if number is None and value.shape != shape:
-                raise ValueError(
-                    f"expected site {name!r} to have one shape in every run; got {tuple(shape)} and "
-                    f"{tuple(value.shape)}"
-                )
+                got = f"{tuple(shape)} and {tuple(value.shape)}"
+                raise ValueError(f"expected site {name!r} to have one shape in every run; got {got}")
             values[name] = value.reshape(1 if number is None else number, *shape)
         return values
 
@@ -148,25 +135,27 @@ class Simulator:
         from tqdm.auto import tqdm
 
         sizes: list[Any] = [min(_CHUNK, number - i) for i in range(0, number, _CHUNK)]
-        values: dict[str, list[Tensor]] = {name: [] for name in self.shapes}
+        parts = []
         disable = None if progress is None else not progress
         with tqdm(total=number, disable=disable, unit="simulation", leave=False) as bar:
             for size in sizes if self.is_batched else [None] * number:
-                for name, value in self._simulate(size).items():
-                    values[name].append(value)
+                parts.append(self._simulate(size))
                 bar.update(size or 1)
-        return {name: torch.cat(parts) for name, parts in values.items()}
+        return {name: torch.cat([part[name] for part in parts]) for name in self.shapes}
 
-    def vectors(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Return the latents of simulations as unconstrained vectors."""
-        return unconstrain(self.latents, values, min_batch_ndim=1)[0]
-
-    def are_finite(self, values: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, int]]:
-        """Return which simulations are finite, and how many are not by site; latents count in unconstrained space."""
-        finite = {name: values[name].reshape(len(values[name]), -1).isfinite().all(-1) for name in self.observed}
+    def finite(self, number: int, drop_nonfinite: bool, progress: bool | None) -> dict[str, Tensor]:
+        """Return the finite ones of a number of simulations; refuse others, unless they are to be dropped."""
+        values = self(number, progress)
+        finite = {name: values[name][..., None].flatten(1).isfinite().all(-1) for name in self.observed}
         finite |= {site.name: site.unconstrain(values[site.name]).isfinite().all(-1) for site in self.latents}
-        bad = {name: int((~mask).sum()) for name, mask in finite.items()}
-        return torch.stack(list(finite.values())).all(0), {name: count for name, count in bad.items() if count}
+        rows = torch.stack(list(finite.values())).all(0)
+        if not drop_nonfinite and not rows.all():
+            counts = {name: int((~mask).sum()) for name, mask in finite.items()}
+            sites = ", ".join(f"{count} at site {name!r}" for name, count in counts.items() if count)
+            got = f"{int((~rows).sum())} of {number} that are not ({sites})"
+            advice = "bound the prior, or leave them out by drop_nonfinite=True"
+            raise ValueError(f"expected finite simulations; got {got}: {advice}")
+        return {name: value[rows] for name, value in values.items()}
 
 
 def _value(trace: poutine.Trace, name: str) -> Tensor:
@@ -183,7 +172,6 @@ def _latent_site(runs: Sequence[poutine.Trace], name: str, start: int) -> Latent
     unconstrained = unconstrained_value(name, support, value)
     supports = [run.nodes[name]["fn"].support for run in runs if name in run.nodes]
     if not have_one_image(supports, torch.randn_like(unconstrained)):
-        raise ValueError(
-            f"expected latents whose support does not depend on other sites; got site {name!r} with support {support}"
-        )
+        got = f"site {name!r} with support {support}"
+        raise ValueError(f"expected latents whose support does not depend on other sites; got {got}")
     return LatentSite(name, value.shape, unconstrained.shape, start, support)

@@ -1,19 +1,26 @@
-"""Latent sites of a Pyro model, and their slices of one unconstrained vector."""
+"""Sites of a Pyro model, read from its first run, and the latents' slices of one unconstrained vector."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial, reduce
 from typing import Any, cast
 
 import pyro.distributions as dist
 import torch
-from pyro.infer.autoguide.initialization import init_to_median
+from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from pyro.poutine.util import site_is_subsample
 from torch import Size, Tensor
 from torch.distributions import Distribution, biject_to
 
 __all__ = [
     "LatentSite",
+    "Model",
+    "ModelStructure",
+    "check_model",
     "check_values",
     "constrain",
+    "device_of",
     "have_one_image",
     "initial_value",
     "is_deterministic",
@@ -22,26 +29,31 @@ __all__ = [
     "unconstrained_value",
 ]
 
+Model = Callable[..., Any]
+
+_SITE_KEYS = (
+    *("type", "name", "fn", "value", "is_observed", "infer"),
+    *("cond_indep_stack", "scale", "mask", "args", "kwargs"),
+)
+_PERIODIC = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
+
+
+def check_model(model: object) -> None:
+    """Refuse a model that is not callable."""
+    if not callable(model):
+        raise TypeError(f"expected a Pyro model, a callable; got {type(model).__name__}")
+
 
 @dataclass(frozen=True)
 class LatentSite:
-    """One latent site of a model: its shapes, and its slice of the unconstrained vector.
-
-    Args:
-        name: of the site.
-        shape: of one value, including the plates that the vector covers.
-        unconstrained_shape: of one value in unconstrained space.
-        start: index of the first entry of its slice.
-        support: of one value; None if it depends on other sites, so that only a run of the model can tell it.
-        plate_ndim: number of plate dimensions in ``shape``.
-    """
+    """One latent site of a model: its shapes, and its slice of the unconstrained vector."""
 
     name: str
-    shape: Size
-    unconstrained_shape: Size
-    start: int
-    support: Any
-    plate_ndim: int = 0
+    shape: Size  # of one value, including the plates that the vector covers
+    unconstrained_shape: Size  # of one value in unconstrained space
+    start: int  # the index of the first entry of its slice
+    support: Any  # of one value; None if it depends on other sites, so that only a run of the model can tell it
+    plate_ndim: int = 0  # the number of plate dimensions in ``shape``
 
     @property
     def stop(self) -> int:
@@ -96,9 +108,8 @@ def check_values(
         if not isinstance(value, Tensor) or not fits or value.shape[ndim:] != site.shape:
             got = tuple(value.shape) if isinstance(value, Tensor) else "none" if value is None else type(value).__name__
             shape = "".join(f", {size}" for size in site.shape) or ","
-            raise ValueError(
-                f"expected values of {site.name!r} of shape ({'points' if points else '*batch'}{shape}); got {got}"
-            )
+            batch = "points" if points else "*batch"
+            raise ValueError(f"expected values of {site.name!r} of shape ({batch}{shape}); got {got}")
     values = {site.name: values[site.name] for site in sites}
     if points and len(sizes := {len(value) for value in values.values()}) > 1:
         raise ValueError(f"expected the same number of values of each site; got {sorted(sizes)}")
@@ -112,9 +123,8 @@ def unconstrained_value(name: str, support: Any, value: Tensor) -> Tensor:
     try:
         return cast(Tensor, biject_to(support).inv(value))
     except NotImplementedError:
-        raise ValueError(
-            f"expected latents whose support has a bijection from the reals; got site {name!r} with support {support}"
-        ) from None
+        got = f"site {name!r} with support {support}"
+        raise ValueError(f"expected latents whose support has a bijection from the reals; got {got}") from None
 
 
 def have_one_image(supports: Sequence[Any], point: Tensor) -> bool:
@@ -141,13 +151,124 @@ def is_deterministic(site: Any) -> bool:
 
 
 def initial_value(site: Any, like: Tensor | None = None) -> Tensor:
-    """Return an initial value of a latent site: its prior median, or a feasible point of an improper prior.
-
-    An improper prior has no numbers of its own: its value gets dtype and device of ``like``.
-    """
+    """Return an initial value of a latent site: its prior median, or a feasible point of an improper prior."""
     fn = site["fn"]
     if not any(isinstance(inner, dist.ImproperUniform) for inner in nested(fn)):
         return cast(Tensor, init_to_median(site))
-    like = torch.empty(()) if like is None else like
+    like = torch.empty(()) if like is None else like  # an improper prior has no dtype and device of its own
     transform = biject_to(fn.support)
     return cast(Tensor, transform(like.new_zeros(transform.inverse_shape(fn.batch_shape + fn.event_shape))))
+
+
+def _floating_tensors(arguments: Any) -> Iterator[Tensor]:
+    if isinstance(arguments, Tensor) and arguments.is_floating_point():
+        yield arguments
+    elif isinstance(arguments, Mapping):
+        yield from _floating_tensors(tuple(arguments.values()))
+    elif isinstance(arguments, (tuple, list)):
+        for argument in arguments:
+            yield from _floating_tensors(argument)
+
+
+def device_of(*arguments: Any) -> torch.device:
+    """Return the device of the first floating-point tensor among arguments, or the CPU."""
+    return next(_floating_tensors(arguments), torch.empty(())).device
+
+
+@dataclass
+class ModelStructure:
+    """The sites of a model, as its first run has them."""
+
+    latents: list[LatentSite] = field(default_factory=list)  # the continuous ones, in the order of the vector
+    latent_nodes: dict[str, dict[str, Any]] = field(default_factory=dict)  # their nodes in the trace
+    initial: Tensor = field(default_factory=lambda: torch.empty(0))  # their values, as a point of unconstrained space
+    discrete: dict[str, bool] = field(default_factory=dict)  # the discrete ones; whether the model enumerates each
+    observations: dict[str, Tensor] = field(default_factory=dict)
+    fixed: dict[str, Tensor] = field(default_factory=dict)  # the rows of each plate, the same in every run
+    subsampled: list[str] = field(default_factory=list)  # the plates that take only some of their rows
+    parameters: list[str] = field(default_factory=list)  # of ``pyro.param`` statements
+    shapes: dict[str, Size] = field(default_factory=dict)  # of values, and of the observations' log-densities
+    max_plate_nesting: int = 0
+
+    @classmethod
+    def of(cls, model: Model, args: Sequence[Any], kwargs: Mapping[str, Any]) -> "ModelStructure":
+        """Run a model with each latent at its initial value, and read the trace."""
+        trace = _first_run(model, args, kwargs)
+        structure = cls(parameters=[name for name, node in trace.nodes.items() if node["type"] == "param"])
+        samples = {name: node for name, node in trace.nodes.items() if node["type"] == "sample"}
+        for name, node in samples.items():
+            structure._read_plates(name, node)
+        parts = []
+        for name, node in samples.items():
+            if site_is_subsample(node):
+                continue
+            if node["is_observed"]:
+                structure._read_observed(name, node)
+            elif node["fn"].support.is_discrete:
+                structure._read_discrete(name, node)
+            else:
+                parts.append(structure._read_latent(name, node))
+        if not sum(part.numel() for part in parts):
+            raise ValueError("expected a model with continuous latent sites; got none")
+        terms = [node["log_prob"] for node in samples.values()]
+        # Priors with plain numbers draw float32 also in a model of float64 data, which must not lose its precision.
+        dtype = reduce(torch.promote_types, [tensor.dtype for tensor in (*parts, *terms)])
+        device = max((tensor.device for tensor in (*parts, *terms)), key=lambda device: device.type != "cpu")
+        structure.initial = torch.cat([part.reshape(-1).to(device, dtype) for part in parts])
+        return structure
+
+    def _read_plates(self, name: str, node: Any) -> None:
+        frames = [frame for frame in node["cond_indep_stack"] if frame.vectorized]
+        self.max_plate_nesting = max([self.max_plate_nesting, *(-frame.dim for frame in frames)])
+        if site_is_subsample(node):
+            self.fixed[name] = node["value"]
+            if len(node["value"]) < node["fn"].size:
+                self.subsampled.append(name)
+
+    def _read_observed(self, name: str, node: Any) -> None:
+        deterministic = is_deterministic(node)
+        self.shapes[name] = node["value" if deterministic else "log_prob"].shape
+        if not deterministic and not isinstance(node["fn"], dist.Unit):
+            self.observations[name] = node["value"]
+
+    def _read_discrete(self, name: str, node: Any) -> None:
+        if not node["fn"].has_enumerate_support:
+            expected = "continuous latents, or discrete ones of finite support, which are summed out"
+            raise ValueError(f"expected {expected}; got site {name!r} of {type(node['fn']).__name__}")
+        self.discrete[name] = "enumerate" in node["infer"]
+
+    def _read_latent(self, name: str, node: Any) -> Tensor:
+        """Append a continuous latent; return its initial value in unconstrained space."""
+        fn = node["fn"]
+        for frame in node["cond_indep_stack"]:
+            if frame.name in self.subsampled:
+                reason = "since all minibatches would share them"
+                got = f"site {name!r} in plate {frame.name!r}, which draws {frame.size} of its rows: use AmortizedFlow"
+                raise ValueError(f"expected latents outside subsampled plates, {reason}; got {got}")
+        for inner in nested(fn):
+            if isinstance(inner, _PERIODIC):
+                advice = "give it an ImproperUniform over one period and a factor"
+                got = f"site {name!r} of {type(inner).__name__}, whose density is periodic: {advice}"
+                raise ValueError(f"expected latents with a density over the reals or a part of them; got {got}")
+        part = unconstrained_value(name, fn.support, node["value"])
+        start = self.latents[-1].stop if self.latents else 0
+        shape = self.shapes[name] = node["value"].shape
+        self.latents.append(LatentSite(name, shape, part.shape, start, fn.support, len(fn.batch_shape)))
+        self.latent_nodes[name] = {key: node[key] for key in _SITE_KEYS}
+        return part
+
+
+def _first_run(model: Model, args: Sequence[Any], kwargs: Mapping[str, Any]) -> poutine.Trace:
+    """Run a model, as the user has it, with each latent at its initial value."""
+    likes = [*_floating_tensors((args, kwargs)), torch.empty(()), torch.empty((), dtype=torch.float64)]
+    unique = list({(like.dtype, like.device): like for like in likes}.values())
+    for like in unique:
+        try:
+            with poutine.block(), torch.no_grad(), InitMessenger(partial(initial_value, like=like)):
+                trace = poutine.trace(model).get_trace(*args, **kwargs)
+                trace.compute_log_prob()
+            return trace
+        except RuntimeError:  # an improper prior's value of another dtype than the data in a closure
+            if like is unique[-1]:
+                raise
+    raise AssertionError
