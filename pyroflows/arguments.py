@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Size, Tensor, broadcast_shapes
+from torch import Size, Tensor, bfloat16, broadcast_shapes, float16
 
 __all__ = [
     "Shape",
@@ -33,6 +33,7 @@ __all__ = [
     "check_number",
     "check_option",
     "check_placement",
+    "check_precision",
     "check_score",
     "check_sizes",
     "check_type",
@@ -289,6 +290,15 @@ def check_context(context: Any, features: int, batch: Size) -> Size:
         raise ValueError(
             f"expected a context whose batch shape broadcasts with {tuple(batch)}; got {tuple(context.shape)}"
         ) from None
+
+
+def check_precision(number: Tensor) -> None:
+    """Refuse a flow of half precision, by one of its numbers."""
+    if number.dtype in (float16, bfloat16):
+        raise TypeError(
+            f"expected a flow of float32 or float64, since densities need their digits; got {number.dtype}: call "
+            "flow.float(), and train networks in bfloat16 by FitOptions(precision='bf16-mixed')"
+        )
 
 
 def check_placement(name: str, tensor: Any, number: Tensor) -> None:

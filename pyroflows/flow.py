@@ -12,7 +12,15 @@ import torch
 from pyro.distributions import TransformedDistribution
 from torch import Size, Tensor, nn
 
-from pyroflows.arguments import Shape, as_sample_shape, batched_shape, check_context, check_placement, check_type
+from pyroflows.arguments import (
+    Shape,
+    as_sample_shape,
+    batched_shape,
+    check_context,
+    check_placement,
+    check_precision,
+    check_type,
+)
 from pyroflows.bijection import Bijection, Pair, Triple
 from pyroflows.caching import Record, caching
 from pyroflows.compose import Compose
@@ -32,8 +40,7 @@ class Flow(Recorded, nn.Module):
 
     .. math:: \log p(x \mid c) = \log p_Z(f^{-1}(x; c)) + \log|\det df^{-1}/dx|
 
-    Calling it returns a :class:`pyro.distributions.TransformedDistribution` over its layers. The methods compute the
-    same without a distribution: they are the ones to compile, to ``vmap`` and to train.
+    Calling it returns a :class:`FlowDistribution`; its methods do the same without one, and compile, map and train.
 
     Args:
         prior: distribution of the latent.
@@ -275,11 +282,7 @@ class Flow(Recorded, nn.Module):
         if torch.compiler.is_compiling():
             return  # the walk over Pyro's modules, which define their own hash, would break the graph
         number = self._number()
-        if number.dtype in (torch.float16, torch.bfloat16):
-            raise TypeError(
-                f"expected a flow of float32 or float64, since densities need their digits; got {number.dtype}: call "
-                "flow.float(), and train networks in bfloat16 by FitOptions(precision='bf16-mixed')"
-            )
+        check_precision(number)
         for name, tensor in inputs.items():
             check_placement(name, tensor, number)
 
