@@ -54,13 +54,17 @@ from pyroflows import (
 from pyroflows.networks.data_dependent import DataDependent
 
 __all__ = [
+    "BATCHES",
     "FLOWS",
     "IMAGE_FLOWS",
     "IMAGE_LAYERS",
     "LAYERS",
     "PRIORS",
+    "assert_close",
+    "assert_every_parameter_learns",
     "bijection_cases",
     "contexts",
+    "count_conditioners",
     "data",
     "latents",
     "make",
@@ -72,6 +76,7 @@ __all__ = [
 
 Module = TypeVar("Module", bound=nn.Module)
 HIDDEN = (12, 12)
+BATCHES = [(), (3,), (2, 3), (0,)]
 
 
 def _coupling(features: int, context_features: int, **options) -> Bijection:
@@ -334,3 +339,36 @@ def bijection_cases() -> list[tuple[str, int, int]]:
     """Name, features and context_features of every case; with a context only what takes one."""
     takes_context = {name: build(2, 3).context_features > 0 for name, build in LAYERS.items()}
     return [(n, d, c) for n in LAYERS for d in (1, 2, 5, 17) for c in (0, 3) if not c or takes_context[n]]
+
+
+def assert_close(found, wanted, atol=1e-8):
+    torch.testing.assert_close(found, wanted, rtol=atol, atol=atol)
+
+
+def assert_every_parameter_learns(layer, rows):
+    for method, points in ((layer.forward_and_log_det, latents), (layer.inverse_and_log_det, data)):
+        layer.zero_grad()
+        x = points(layer, rows).requires_grad_()
+        result, log_det = method(x, contexts(layer, rows))
+        (result.square().sum() + log_det.sum()).backward()
+        assert x.grad.any()
+        for parameter_name, parameter in layer.named_parameters():
+            assert parameter.grad is not None, parameter_name
+            assert parameter.grad.isfinite().all(), parameter_name
+            assert parameter.grad.any(), parameter_name
+
+
+def count_conditioners(module):
+    """Calls of each conditioner from now on."""
+    calls = {name: 0 for name, _ in module.named_modules() if name.endswith("conditioner")}
+
+    def count(name):
+        def hook(*_):
+            calls[name] += 1
+
+        return hook
+
+    for name, part in module.named_modules():
+        if name in calls:
+            part.register_forward_hook(count(name))
+    return calls

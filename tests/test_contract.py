@@ -8,12 +8,26 @@ import pickle
 
 import pytest
 import torch
-from contract import FLOWS, LAYERS, PRIORS, bijection_cases, contexts, data, latents, make, make_flow, perturb
+from contract import (
+    BATCHES,
+    FLOWS,
+    LAYERS,
+    PRIORS,
+    assert_close,
+    assert_every_parameter_learns,
+    bijection_cases,
+    contexts,
+    count_conditioners,
+    data,
+    latents,
+    make,
+    make_flow,
+    perturb,
+)
 
 from pyroflows import ActNorm, BatchNorm, Flow, Inverse, MaskedAutoregressive, check
 from pyroflows.bijection import Bijection
 
-BATCHES = [(), (3,), (2, 3), (0,)]
 FLOW_CASES = [(name, features, context) for name in FLOWS for features in (1, 2, 5, 17) for context in (0, 3)]
 
 each_layer = pytest.mark.parametrize("name", LAYERS)
@@ -23,10 +37,6 @@ with_and_without_context = pytest.mark.parametrize("context_features", [0, 3])
 
 def tolerance(name):
     return 1e-6 if any(word in name for word in ("spline", "nsf", "planar", "radial")) else 1e-8
-
-
-def assert_close(found, wanted, atol=1e-8):
-    torch.testing.assert_close(found, wanted, rtol=atol, atol=atol)
 
 
 def autograd_log_det(method, x, context):
@@ -197,19 +207,6 @@ def test_every_parameter_of_a_layer_learns_in_both_directions(name, context_feat
     assert_every_parameter_learns(make(name, 5, context_features), rows=20)
 
 
-def assert_every_parameter_learns(layer, rows):
-    for method, points in ((layer.forward_and_log_det, latents), (layer.inverse_and_log_det, data)):
-        layer.zero_grad()
-        x = points(layer, rows).requires_grad_()
-        result, log_det = method(x, contexts(layer, rows))
-        (result.square().sum() + log_det.sum()).backward()
-        assert x.grad.any()
-        for parameter_name, parameter in layer.named_parameters():
-            assert parameter.grad is not None, parameter_name
-            assert parameter.grad.isfinite().all(), parameter_name
-            assert parameter.grad.any(), parameter_name
-
-
 @each_layer
 def test_layer_gradients_are_right(name):
     layer = make(name, 3, 2)
@@ -350,22 +347,6 @@ def test_log_prob_compiles_with_inductor(name):
 
 
 # Conditioners, counted
-
-
-def count_conditioners(module):
-    """Calls of each conditioner from now on."""
-    calls = {name: 0 for name, _ in module.named_modules() if name.endswith("conditioner")}
-
-    def count(name):
-        def hook(*_):
-            calls[name] += 1
-
-        return hook
-
-    for name, part in module.named_modules():
-        if name in calls:
-            part.register_forward_hook(count(name))
-    return calls
 
 
 def passes(flow, *, forward):

@@ -12,13 +12,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from contract import make_flow
+from contract import count_conditioners, make_flow
 from pyro import poutine
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoIAFNormal, AutoMultivariateNormal, AutoNormal
 from pyro.infer.autoguide.effect import AutoNormalMessenger
 from pyro.nn import PyroModule, PyroParam
-from test_contract import count_conditioners
 from torch import nn
 
 from pyroflows import Flow, StandardNormal, iaf, realnvp

@@ -6,12 +6,13 @@ import copy
 import io
 import math
 import pickle
-from functools import partial
+from functools import partial, wraps
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from contract import count_conditioners
 from posteriors import close, correlation, extras, garch, improper_ordered, mixture, nested, scalar, simplex, tensor
 from pyro import poutine
 from pyro.distributions import constraints
@@ -31,9 +32,9 @@ from pyro.infer import (
 from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoNormal
 from pyro.infer.enum import config_enumerate
 from pyro.infer.reparam import NeuTraReparam
+from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from scipy import stats
-from test_contract import count_conditioners
 
 from pyroflows import (
     AutoFlow,
@@ -1114,3 +1115,59 @@ def test_a_density_without_a_gaussian_is_refused_with_a_sentence():
 
     with pytest.raises(ValueError, match="expected a Gaussian with a finite ELBO by init='laplace'; got none"):
         find_init(LogJoint(model), "laplace")
+
+
+def optional_data(y=None):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("n", 3):
+        pyro.sample("y", dist.Normal(mu, 0.5), obs=y)
+
+
+def test_data_that_default_to_none_are_those_of_the_first_call():
+    y = torch.tensor([1.0, 2.0, 1.5])
+    guide = AutoFlow(optional_data)
+    svi = SVI(optional_data, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    losses = [svi.step(y) for _ in range(200)]
+    assert [site.name for site in guide.latents] == ["mu"]
+    joint = dist.MultivariateNormal(torch.zeros(3), torch.eye(3) / 4 + 1).log_prob(y)
+    assert sum(losses[-50:]) / 50 == pytest.approx(-float(joint), abs=0.15)  # 4.00; 7.3 lower if y were a latent
+    assert guide.draws(4000)["mu"].std() == pytest.approx((1 / 13) ** 0.5, rel=0.1)  # 0.277
+
+
+def test_a_guide_refuses_arguments_with_which_a_latent_of_its_own_is_observed():
+    y = torch.tensor([1.0, 2.0, 1.5])
+    guide = AutoFlow(optional_data).setup()
+    guide()
+    with pytest.raises(ValueError, match="got some with which 'y' is observed or missing: build a guide from these"):
+        guide(y)
+    guide.setup(y)
+    guide(y)
+    guide(y=y + 1)
+    assert guide().keys() == {"mu"}  # as in predictions, where the model draws what is not given
+
+
+class Mean(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.shift = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, y=None):
+        mu = pyro.sample("mu", dist.Normal(self.shift, 1.0))
+        return pyro.sample("y", dist.Normal(mu, 0.5).expand([3]).to_event(1), obs=y)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Mean(),
+        lambda *data: optional_data(*data),
+        poutine.block(optional_data, hide=["nothing"]),
+        wraps(optional_data)(lambda *args, **kwargs: optional_data(*args, **kwargs)),
+    ],
+)
+def test_models_of_every_form_are_built_at_the_first_call(model):
+    guide = AutoFlow(model)
+    assert guide.prototype_trace is None
+    loss = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step(torch.tensor([1.0, 2.0, 1.5]))
+    assert math.isfinite(loss)
+    assert [site.name for site in guide.latents] == ["mu"]

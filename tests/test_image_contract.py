@@ -8,8 +8,19 @@ import pickle
 
 import pytest
 import torch
-from contract import IMAGE_FLOWS, IMAGE_LAYERS, contexts, data, latents, make_image_flow, make_image_layer
-from test_contract import BATCHES, assert_close, assert_every_parameter_learns, count_conditioners
+from contract import (
+    BATCHES,
+    IMAGE_FLOWS,
+    IMAGE_LAYERS,
+    assert_close,
+    assert_every_parameter_learns,
+    contexts,
+    count_conditioners,
+    data,
+    latents,
+    make_image_flow,
+    make_image_layer,
+)
 
 from pyroflows import (
     ActNorm,

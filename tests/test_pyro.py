@@ -6,14 +6,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from contract import make, make_flow, perturb
+from contract import count_conditioners, make, make_flow, perturb
 from pyro import poutine
 from pyro.distributions import ConditionalTransformedDistribution
 from pyro.distributions.torch_transform import ComposeTransformModule
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormalizingFlow
 from pyro.nn import PyroModule
-from test_contract import count_conditioners
 
 from pyroflows import (
     ActNorm,

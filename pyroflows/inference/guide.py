@@ -22,7 +22,15 @@ from pyroflows.bijection import Bijection
 from pyroflows.flow import Flow
 from pyroflows.inference.init import INIT_METHODS, GaussianInit, find_init
 from pyroflows.inference.log_joint import Evaluation, LogJoint
-from pyroflows.inference.sites import LatentSite, Model, check_model, check_values, constrain, unconstrain
+from pyroflows.inference.sites import (
+    LatentSite,
+    Model,
+    ModelStructure,
+    check_model,
+    check_values,
+    constrain,
+    unconstrain,
+)
 from pyroflows.layers import TriangularAffine
 from pyroflows.models import iaf, maf, nsf, realnvp
 from pyroflows.private import inside_pyro_call, name_in_store
@@ -128,6 +136,7 @@ class AutoFlow(AutoContinuous):
         if unmarked := ", ".join(repr(name) for name, marked in log_joint.structure.discrete.items() if not marked):
             example = "for example by pyro.infer.config_enumerate, and an ELBO that sums them out"
             raise ValueError(f"expected discrete latents marked for enumeration, {example}; got {unmarked}")
+        self._patterns = {_pattern_of_none(args, kwargs)}
         inits = find_init(log_joint, self.init, diagonal=log_joint.dim > self.max_triangular)
         self.log_joint, self.latents, self.inits = log_joint, log_joint.latents, inits
         nodes = log_joint.structure.latent_nodes
@@ -142,6 +151,18 @@ class AutoFlow(AutoContinuous):
         whitening = TriangularAffine(self.latent_dim, diagonal=self.latent_dim > self.max_triangular)
         self.flow = Flow(inner.prior, [*inner.layers, whitening]).to(log_joint.device, log_joint.dtype)
         whitening.start_at(inits[0].loc, inits[0].scale_tril)
+
+    def _check_sites(self, args: Any, kwargs: Any) -> None:
+        """Refuse arguments with which the model observes or lacks a latent, by a run for each pattern of None."""
+        pattern = _pattern_of_none(args, kwargs)
+        if pattern in self._patterns or self.model is None or not _can_call(self.model, args, kwargs):
+            return
+        with poutine.block(), torch.random.fork_rng(devices=[]), torch.no_grad():
+            nodes = ModelStructure.of(self.model, args, kwargs).latent_nodes
+        if lacking := [repr(site.name) for site in self.latents if site.name not in nodes]:
+            got = f"some with which {', '.join(lacking)} is observed or missing: build a guide from these, by setup"
+            raise ValueError(f"expected arguments with which the model has the latents of the guide; got {got}")
+        self._patterns.add(pattern)
 
     def require_flow(self) -> Flow:
         """Return the flow; refuse a guide that is not built."""
@@ -165,6 +186,7 @@ class AutoFlow(AutoContinuous):
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         if self.prototype_trace is None:
             self.setup(*args, **kwargs)
+        self._check_sites(args, kwargs)
         self._register_parameters()
         vector = self.sample_latent(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
@@ -345,8 +367,24 @@ def _kl_value(p: _Value, q: Any) -> Any:
 
 
 def _needs_no_arguments(model: Model) -> bool:
+    """Whether there is nothing to pass to a model: neither required arguments nor data that default to None."""
+    call = model.forward if isinstance(model, nn.Module) else model
     try:
-        inspect.signature(model).bind()
+        parameters = inspect.signature(call).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return not any(p.default in (p.empty, None) or p.kind in several for p in parameters)
+
+
+def _can_call(model: Model, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    try:
+        inspect.signature(model.forward if isinstance(model, nn.Module) else model).bind(*args, **kwargs)
     except (TypeError, ValueError):
         return False
     return True
+
+
+def _pattern_of_none(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    given = [place for place, value in enumerate(args) if value is not None]
+    return (*given, *sorted(name for name, value in kwargs.items() if value is not None))
