@@ -47,8 +47,8 @@ def main() -> None:
     print(result)
     print(f"test, given the class: {bits_per_dim(flow, data.test, labels['test'], seed=options.seed)}")
 
-    classifier = SVC().fit(data.train.flatten(1).numpy(), labels["train"])
-    accuracy = classifier.score(data.test.flatten(1).numpy(), labels["test"])
+    classifier = SVC().fit(data.train.flatten(1).numpy(), labels["train"].numpy())
+    accuracy = classifier.score(data.test.flatten(1).numpy(), labels["test"].numpy())
     print(f"accuracy of the classifier on real digits: {accuracy:.3f}")
     classes = torch.arange(data.num_classes)
     samples = sample_images(flow, 100, labels=classes, temperature=options.temperature, seed=options.seed)

@@ -96,7 +96,7 @@ class Compose(Bijection):
 
     def _run(self, name: str, inputs: tuple[Tensor, ...], context: Tensor | None) -> tuple[Tensor, ...]:
         """Apply one method of every layer, and sum the log-determinants."""
-        layers: list[Any] = list(self.layers)  # not of self, whose iterator torch 2.6 does not compile
+        layers: list[Any] = list(self.layers)
         forward = name.startswith("forward")
         layers = layers if forward else layers[::-1]
         checkpointing = self.activation_checkpointing and torch.is_grad_enabled() and name.endswith("log_det")

@@ -124,7 +124,7 @@ def test_transformers_are_the_identity_at_zero(transformer):
 
 @given(st.floats(-1e4, 1e4), st.floats(-1e4, 1e4))
 def test_affine_keeps_its_scale_in_bounds(shift, raw):
-    parameters = torch.tensor([shift, raw]).double().unbind()
+    parameters = torch.tensor([shift, raw], dtype=torch.float64).unbind()
     _, log_scale = Affine(bound=2.0).forward(torch.zeros(()).double(), *parameters)
     assert -2 <= log_scale <= 2
     _, log_scale = Affine(scale="sigmoid").forward(torch.zeros(()).double(), *parameters)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from pyroflows.arguments import check_number, check_option, check_sizes
@@ -84,6 +85,11 @@ class FitOptions:
         check_sizes(optional=True, steps_per_epoch=self.steps_per_epoch, checkpoint_steps=self.checkpoint_steps)
         if self.augment is not None and not callable(self.augment):
             raise TypeError(f"expected augment to be a function; got {type(self.augment).__name__}")
+        if self.compile and self.precision == "bf16-mixed" and torch.__version__ < "2.14":
+            raise ValueError(
+                "compile=True cannot be combined with precision='bf16-mixed' before torch 2.14, whose compiler traces "
+                f"autocast; got torch {torch.__version__}"
+            )
         if self.compile and self.activation_checkpointing:
             raise ValueError("compile=True cannot be combined with activation_checkpointing=True")
         if self.strategy == "fsdp" and (self.compile or self.channels_last):
