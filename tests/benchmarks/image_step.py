@@ -90,7 +90,7 @@ def networks_plain(data: Tensor, width: int) -> Contestant:
     made = (zero_conv if is_prior(part) else conv_net for part in couplings)
     return alone(
         [
-            (make(part.parts[0], 2 * part.parts[1], width), kept(part))
+            (make(part.sizes[0], 2 * part.sizes[1], width), kept(part))
             for make, part in zip(made, couplings, strict=True)
         ],
         len(data),
@@ -98,7 +98,7 @@ def networks_plain(data: Tensor, width: int) -> Contestant:
 
 
 def kept(coupling: ConvCoupling) -> tuple[int, ...]:
-    return (coupling.parts[0], *coupling.latent_shape[1:])
+    return (coupling.sizes[0], *coupling.latent_shape[1:])
 
 
 def is_prior(coupling: ConvCoupling) -> bool:
