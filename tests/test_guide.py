@@ -8,6 +8,7 @@ import math
 import pickle
 from functools import partial, wraps
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -1170,4 +1171,10 @@ def test_models_of_every_form_are_built_at_the_first_call(model):
     assert guide.prototype_trace is None
     loss = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step(torch.tensor([1.0, 2.0, 1.5]))
     assert math.isfinite(loss)
+    assert [site.name for site in guide.latents] == ["mu"]
+
+
+@pytest.mark.parametrize("data", [torch.tensor([1.0, 2.0, 1.5]), np.array([1.0, 2.0, 1.5], np.float32)])
+def test_data_that_are_a_default_build_the_guide_at_once(data):
+    guide = AutoFlow(lambda y=data: optional_data(torch.as_tensor(y)))
     assert [site.name for site in guide.latents] == ["mu"]

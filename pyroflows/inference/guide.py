@@ -366,20 +366,24 @@ def _kl_value(p: _Value, q: Any) -> Any:
     return p.log_density - q.log_prob(p.v)
 
 
+def _signature(model: Model) -> inspect.Signature:
+    """Return the signature of a model; that of a module is its forward's."""
+    return inspect.signature(model.forward if isinstance(model, nn.Module) else model)
+
+
 def _needs_no_arguments(model: Model) -> bool:
     """Whether there is nothing to pass to a model: neither required arguments nor data that default to None."""
-    call = model.forward if isinstance(model, nn.Module) else model
     try:
-        parameters = inspect.signature(call).parameters.values()
+        parameters = _signature(model).parameters.values()
     except (TypeError, ValueError):
         return False
-    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return not any(p.default in (p.empty, None) or p.kind in several for p in parameters)
+    # By identity, since a default may be an array, which compares number by number. Of *args the default is empty.
+    return not any(p.default is p.empty or p.default is None for p in parameters)
 
 
 def _can_call(model: Model, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     try:
-        inspect.signature(model.forward if isinstance(model, nn.Module) else model).bind(*args, **kwargs)
+        _signature(model).bind(*args, **kwargs)
     except (TypeError, ValueError):
         return False
     return True
