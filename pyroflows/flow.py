@@ -333,8 +333,9 @@ class FlowDistribution(TransformedDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        record, self.flow.last_draw = self.flow.last_draw, None
+        record = self.flow.last_draw
         if record is not None and not value.is_inference() and record.is_valid(self.flow, value, self.context):
+            self.flow.last_draw = None
             return self.flow.prior.log_prob(record.source) - record.current_log_det()
         self.flow.check_input(data=value)
         log_prob = self.flow.log_prob_embedded(value, self.context)
