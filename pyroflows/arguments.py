@@ -120,10 +120,11 @@ def as_permutation(order: str | Sequence[int] | Tensor, size: int, seed: int | N
     """Return a new tensor with a permutation of ``0, ..., size - 1``: the one given, or one random or reversed."""
     if isinstance(order, str):
         if order == "random":
-            return torch.randperm(size, generator=None if seed is None else torch.Generator().manual_seed(seed))
+            generator = None if seed is None else torch.Generator().manual_seed(seed)
+            return torch.randperm(size, generator=generator, device="cpu").to(torch.get_default_device())
         return torch.arange(size).flip(0) if order.startswith("reverse") else torch.arange(size)
     indices = torch.as_tensor(order).detach().cpu()
-    if indices.is_floating_point() or not torch.equal(indices.sort().values.long(), torch.arange(size)):
+    if indices.is_floating_point() or not torch.equal(indices.sort().values.long(), torch.arange(size, device="cpu")):
         raise ValueError(f"expected order to be a permutation of 0, ..., {size - 1}; got {indices.tolist()}")
     return indices.long().clone()
 

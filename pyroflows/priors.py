@@ -82,8 +82,8 @@ class Prior(Recorded, nn.Module):
         if 0 in shape:  # torch's categorical distribution cannot draw zero samples
             return self.sample().new_empty(shape + self.event_shape)
         with torch.no_grad():
-            if temperature == 1.0:
-                return self().sample(shape)
+            if temperature == 1.0:  # torch.normal, by which a Normal samples, makes a GPU's caller wait
+                return self().rsample(shape) if self.has_rsample else self().sample(shape)
             check_number("temperature", temperature, "[0, inf)")
             return self._tempered(shape, float(temperature))
 
@@ -145,7 +145,7 @@ class StandardNormal(Prior):
         self.register_buffer("scale", torch.ones(self.event_shape), persistent=False)
 
     def forward(self) -> TorchDistribution:
-        return _Joint(dist.Normal(self.loc, self.scale), len(self.event_shape))
+        return _Joint(dist.Normal(self.loc, self.scale, validate_args=False), len(self.event_shape))
 
     def _tempered(self, shape: Size, temperature: float) -> Tensor:
         return temperature * self().sample(shape)
@@ -175,7 +175,7 @@ class DiagonalNormal(Prior):
         self.log_scale = nn.Parameter(torch.zeros(self.event_shape))
 
     def forward(self) -> TorchDistribution:
-        return _Joint(dist.Normal(self.loc, self.log_scale.exp()), len(self.event_shape))
+        return _Joint(dist.Normal(self.loc, self.log_scale.exp(), validate_args=False), len(self.event_shape))
 
     def _tempered(self, shape: Size, temperature: float) -> Tensor:
         return self.loc + temperature * (self().sample(shape) - self.loc)
@@ -245,7 +245,7 @@ class GaussianMixture(Prior):
         if loc is None:
             check_number("spread", spread, "(0, inf)")
             generator = None if seed is None else torch.Generator().manual_seed(seed)
-            loc = spread * torch.randn(shape, generator=generator)
+            loc = spread * torch.randn(shape, generator=generator, device="cpu").to(torch.get_default_device())
             loc = loc - loc.mean(dim=0)
         loc = as_float_tensor(loc)
         if loc.shape != shape:
@@ -273,13 +273,14 @@ class GaussianMixture(Prior):
 
     def forward(self) -> TorchDistribution:
         if self.covariance == "full":
-            components = dist.MultivariateNormal(self.loc, scale_tril=self._factor())
+            components = dist.MultivariateNormal(self.loc, scale_tril=self._factor(), validate_args=False)
         else:
-            components = _Joint(dist.Normal(self.loc, self.log_scale.exp()), len(self.event_shape))
-        return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), components)
+            components = _Joint(dist.Normal(self.loc, self.log_scale.exp(), validate_args=False), len(self.event_shape))
+        choice = dist.Categorical(logits=self.logits, validate_args=False)
+        return dist.MixtureSameFamily(choice, components, validate_args=False)
 
     def _tempered(self, shape: Size, temperature: float) -> Tensor:
-        component = dist.Categorical(logits=self.logits).sample(shape)
+        component = dist.Categorical(logits=self.logits, validate_args=False).sample(shape)
         standard = torch.randn(shape + self.event_shape).to(self.loc) * temperature
         if self.covariance == "full":
             return self.loc[component] + (self._factor()[component] @ standard.unsqueeze(-1)).squeeze(-1)
@@ -349,7 +350,8 @@ class StudentT(Prior):
         return self.log_df.exp()
 
     def forward(self) -> TorchDistribution:
-        return _Joint(dist.StudentT(self.df, self.loc, torch.ones_like(self.loc)), len(self.event_shape))
+        each = dist.StudentT(self.df, self.loc, torch.ones_like(self.loc), validate_args=False)
+        return _Joint(each, len(self.event_shape))
 
     def log_prob(self, z: Tensor) -> Tensor:
         self._check(z)

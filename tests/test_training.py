@@ -259,7 +259,8 @@ def test_reverse_kl_without_data():
 
     torch.manual_seed(0)
     flow = Flow(DiagonalNormal(2), [LULinear(2, init="identity")])
-    result = fit(flow, objective=reverse_kl, epochs=5, steps_per_epoch=80, learning_rate=5e-2, seed=0)
+    settings = {"epochs": 5, "steps_per_epoch": 80, "learning_rate": 5e-2, "device": "cpu"}
+    result = fit(flow, objective=reverse_kl, seed=0, **settings)
     assert result.steps == 400
     assert result.history["validation"] == []
     assert reverse_kl(flow, None, None).abs() < 0.02
@@ -846,7 +847,8 @@ def fitted(ema_decay, bad=(), **options):
     torch.manual_seed(0)
     flow, seen = affine(), Seen(bad)
     x = gaussian(40)
-    fit(flow, x, objective=seen, epochs=6, batch_size=10, learning_rate=0.05, ema_decay=ema_decay, seed=0, **options)
+    options = {"learning_rate": 0.05, "ema_decay": ema_decay, "seed": 0, "device": "cpu", **options}
+    fit(flow, x, objective=seen, epochs=6, batch_size=10, **options)
     return flow, seen
 
 

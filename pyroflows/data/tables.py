@@ -178,5 +178,5 @@ def split_rows(rows: int, test: float, validation: float, seed: int, what: str =
     trained = rows - tested - held_out
     if trained < 1:
         raise ValueError(f"expected fractions that leave a train {what}; got {test!r} and {validation!r} of {rows}")
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed), device="cpu")
     return dict(zip(PARTS, order.split([trained, held_out, tested]), strict=True))

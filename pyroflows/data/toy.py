@@ -92,7 +92,9 @@ class ToyDensity:
         check_sizes(n=n)
         if seed is not None:
             check_counts(seed=seed)
-        return self._draw(n, None if seed is None else Generator().manual_seed(seed)).float()
+        with torch.device("cpu"):  # the same points wherever they are used
+            points = self._draw(n, None if seed is None else Generator().manual_seed(seed)).float()
+        return points.to(torch.get_default_device())
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Return the log-density in nats, computed in float64 and returned in the dtype of ``x``; it has gradients.

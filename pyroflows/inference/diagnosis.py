@@ -70,9 +70,10 @@ class Weights:
         """Resample draws by their smoothed weights (PSIS)."""
         smoothed = psis(self.log_weights)[0].exp()
         # Systematic resampling: each draw comes up in proportion to its weight, to the nearest integer.
-        positions = (torch.arange(n, dtype=torch.float64) + torch.rand((), dtype=torch.float64)) / n
+        steps = torch.arange(n, dtype=torch.float64, device="cpu")
+        positions = (steps + torch.rand((), dtype=torch.float64, device="cpu")) / n
         rows = torch.searchsorted(smoothed.cpu().cumsum(0), positions).clamp(max=len(self.u) - 1)
-        return self.u[rows[torch.randperm(n)].to(self.u.device)]
+        return self.u[rows[torch.randperm(n, device="cpu")].to(self.u.device)]
 
     def verdict(self, missed: Sequence[Tensor]) -> tuple[str, str]:
         """Return the verdict on the guide, given the modes that it misses, and the reason."""

@@ -78,14 +78,14 @@ def _sorted(inits: list[GaussianInit]) -> list[GaussianInit]:
 def _starting_points(log_joint: LogJoint, generator: torch.Generator) -> Tensor:
     """Return points to climb from: the initial values, the best of many points around them, and draws of the prior."""
     few = log_joint.dim > 100
-    width = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=torch.float64)
+    width = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=torch.float64, device="cpu")
     shape = (len(width), _CANDIDATES, log_joint.dim)
-    noise = width[:, None, None] * torch.randn(shape, dtype=torch.float64, generator=generator)
+    noise = width[:, None, None] * torch.randn(shape, dtype=torch.float64, generator=generator, device="cpu")
     candidates = log_joint.initial.double() + noise.to(log_joint.device)
     value = torch.stack([_value_and_score(log_joint, points)[0] for points in candidates])
     best = value.topk(1 if few else _CLIMBERS // len(width)).indices
     near = candidates.gather(1, best[..., None].expand(*best.shape, shape[-1])).flatten(0, 1)
-    seed = int(torch.randint(2**31, (), generator=generator))
+    seed = int(torch.randint(2**31, (), generator=generator, device="cpu"))
     prior = log_joint.prior_draws(_PRIOR_DRAWS, seed=seed).double()
     value, _ = _value_and_score(log_joint, prior)
     prior, value = prior[value.isfinite()], value[value.isfinite()]
@@ -207,7 +207,7 @@ def _estimate_elbo(log_joint: LogJoint, loc: Tensor, scale_tril: Tensor, noise: 
 def _noise(log_joint: LogJoint, generator: torch.Generator, draws: int = 0) -> Tensor:
     """Return standard normal draws and their mirror images; by default enough to estimate a full covariance."""
     number = draws or max(_DRAWS, 2 * min(log_joint.dim, 512))
-    half = torch.randn(number // 2, log_joint.dim, dtype=torch.float64, generator=generator)
+    half = torch.randn(number // 2, log_joint.dim, dtype=torch.float64, generator=generator, device="cpu")
     return torch.cat([half, -half]).to(log_joint.device)
 
 

@@ -193,7 +193,7 @@ class LogJoint:
 
     def _points_nearby(self, number: int, seed: int = 1) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        steps = torch.randn(number, self.dim, generator=generator, dtype=torch.float64).to(self.initial)
+        steps = torch.randn(number, self.dim, generator=generator, dtype=torch.float64, device="cpu").to(self.initial)
         return self.initial + 0.1 * steps
 
     def _refuse_flat_latents(self) -> None:

@@ -141,7 +141,7 @@ class Posterior:
         flat = self.chains.flatten(0, 1)
         if n > len(flat):
             raise ValueError(f"expected at most {len(flat)} draws, the number that the chains hold; got n={n}")
-        return flat[torch.randperm(len(flat))[:n]]
+        return flat[torch.randperm(len(flat), device=flat.device)[:n]]
 
     def _resample(self, n: int) -> Tensor:
         check_sizes(n=n)

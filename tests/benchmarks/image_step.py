@@ -18,7 +18,6 @@ After training, memory is already at hand; ``--operations log_prob sample`` time
 
 import argparse
 import json
-import os
 import platform
 import random
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Size, Tensor, nn
-from vector_step import CLOCKS
+from vector_step import CLOCKS, hardware, synchronize
 
 from pyroflows import Flow, glow
 from pyroflows.layers import ConvCoupling
@@ -235,6 +234,7 @@ def measure(steps: dict[str, Callable[[], object]], repeats: int, clock: Callabl
         for name in random.sample(list(steps), len(steps)):
             began = clock()
             steps[name]()
+            synchronize()
             if number >= 0:  # the first rounds start the normalisations and warm the caches
                 seconds[name].append(clock() - began)
     return seconds
@@ -249,6 +249,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="such as cuda; the peers' tensors too")
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS))
     parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
     parser.add_argument("--compile", action="store_true", help="time pyroflows through torch.compile too")
@@ -264,6 +265,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder for JSON and table")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    torch.set_default_device(options.device)
     torch.manual_seed(options.seed)
     random.seed(options.seed)
     clock = CLOCKS[options.clock]
@@ -314,12 +316,7 @@ def main() -> None:
                 "setting": {key: str(value) if key == "output" else value for key, value in vars(options).items()},
                 "versions": {name: version(name) for name in ("torch", "pyro-ppl", *options.peers)}
                 | {"python": platform.python_version()},
-                "machine": {
-                    "platform": platform.platform(),
-                    "cores": os.cpu_count(),
-                    "capability": torch.backends.cpu.get_cpu_capability(),
-                    "load": os.getloadavg(),
-                },
+                "machine": hardware(),
                 "parameters": sizes,
                 "results": results,
             },

@@ -323,6 +323,24 @@ COMPILED = "pyroflows, compiled"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
+def synchronize() -> None:
+    """Wait for the GPU, if the tensors lie there."""
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.synchronize()
+
+
+def hardware() -> dict[str, Any]:
+    """What the figures were taken on."""
+    device = torch.get_default_device()
+    return {
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "load": os.getloadavg(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+
+
 def measure(
     steps: dict[str, Callable[[], object]], repeats: int, seconds: float, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
@@ -342,6 +360,7 @@ def measure(
         for name in random.sample(list(steps), len(steps)):
             began = clock()
             steps[name]()
+            synchronize()
             if number >= 0:
                 times[name].append(clock() - began)
         warm += 1
@@ -514,6 +533,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--seconds", type=float, default=30.0, help="for each operation of a case, at least 3 rounds")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="such as cuda; the peers' tensors too")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: beside other work, of one thread")
     parser.add_argument("--compile", action="store_true", help="pyroflows through torch.compile too (minutes)")
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
@@ -527,6 +547,7 @@ def main() -> None:
     setting = {key: str(value) if key == "output" else value for key, value in vars(options).items()}
     options.clock = CLOCKS[options.clock]
     torch.set_num_threads(options.threads)
+    torch.set_default_device(options.device)
     torch.manual_seed(options.seed)
     random.seed(options.seed)
 
@@ -545,12 +566,7 @@ def main() -> None:
     record = {
         "setting": setting,
         "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
-        "machine": {
-            "platform": platform.platform(),
-            "cores": os.cpu_count(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-            "load": os.getloadavg(),
-        },
+        "machine": hardware(),
         "results": results,
     }
     path.write_text(json.dumps(record, indent=1) + "\n")
