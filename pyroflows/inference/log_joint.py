@@ -423,7 +423,7 @@ def _summed_out(trace: poutine.Trace, num_points: int | None) -> Tensor:
     factors: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
     enumerated = set()
     for name, site in trace.nodes.items():
-        if site["type"] != "sample" or site_is_subsample(site):
+        if site["type"] != "sample" or site_is_subsample(site) or "_deterministic" in site["infer"]:
             continue
         if isinstance(scale := site["scale"], Tensor) or scale != 1:
             got = f"{scale} at {name!r}"
