@@ -273,7 +273,7 @@ def test_a_verdict_where_values_overflow(dtype):
     posterior = Posterior(placed(model, [0.0], [30.0]))
     if dtype is torch.float32:
         assert posterior.verdict == "do not trust"
-        assert posterior.reason == "some values of the draws are beyond the range of float32, and have no mean"
+        assert posterior.reason.startswith("some values of the draws are beyond the range of float32, and have no mean")
     else:
         assert "nan" not in posterior.reason
 

@@ -500,7 +500,7 @@ def test_observations_that_share_a_discrete_latent_are_left_out_with_a_warning(k
                 pyro.sample("x", dist.Normal(mean - z, 1.0), obs=y)
 
     posterior = laplace(model)
-    with pytest.warns(UserWarning, match="log_likelihood is left out, since observations of 'y0?'"):
+    with pytest.warns(UserWarning, match="log_likelihood is left out, since the observations of 'y0?'"):
         groups = posterior.to_arviz(50)
     assert not names_in(groups, "log_likelihood")
 
@@ -642,7 +642,7 @@ def test_what_cannot_be_predicted_is_left_out_with_a_warning():
         with pyro.plate("rows", len(y)):
             pyro.sample("y", Score(mean), obs=y)
 
-    with pytest.warns(UserWarning, match="posterior_predictive is left out, since .* a likelihood without draws"):
+    with pytest.warns(UserWarning, match="posterior_predictive is left out, since the model cannot be drawn from"):
         groups = laplace(scored, COUNTS).to_arviz(20)
     assert groups.log_likelihood["y"].shape == (1, 20, 3)
     assert not names_in(groups, "posterior_predictive")
@@ -655,3 +655,59 @@ def test_what_cannot_be_predicted_is_left_out_with_a_warning():
     with pytest.warns(UserWarning, match="draws of 'y' have another shape than the observations"):
         groups = laplace(broadcast, COUNTS).to_arviz(20)
     assert groups.observed_data["y"].shape == (3,)
+
+
+def test_an_observed_point_with_a_density_is_a_factor():
+    def model():
+        mean = pyro.sample("mean", dist.Normal(tensor(0.0), 1.0))
+        pyro.sample("hidden", dist.Delta(mean, log_density=-(mean**2)), obs=mean)
+        pyro.sample("plain", dist.Delta(mean), obs=mean)
+        with pyro.plate("rows", 3):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=COUNTS)
+
+    posterior = laplace(model)
+    assert posterior.log_joint.structure.factors == ["hidden"]
+    with pytest.warns(UserWarning, match="the factor 'hidden' may be a part of it"):
+        assert not names_in(posterior.to_arviz(20), "log_likelihood")
+    assert names_in(posterior.to_arviz(20, likelihood_factors=[]), "log_likelihood") == {"y"}
+
+
+def test_draws_where_a_matrix_has_no_factor():
+    """A run of the model fails there, of which a verdict, draws and groups are to survive the others."""
+
+    def model(y):
+        x = pyro.sample("x", dist.Normal(tensor(0.0), 1.0))
+        eye = torch.eye(2).double() * (2.5 - x)[..., None, None]
+        root = pyro.deterministic("root", torch.linalg.cholesky(eye))
+        pyro.deterministic("is large", x > 1)
+        pyro.sample("y", dist.MultivariateNormal(torch.zeros(2).double(), scale_tril=root), obs=y)
+
+    posterior = placed(model, [0.0], [1.0], tensor([0.5, 0.5]))
+    assert 0 < posterior.weights.infinite < 0.01
+    x = torch.linspace(-3, 3, 61).double()[:, None]
+    values = posterior.log_joint.constrain(x, deterministic=True)
+    close(values["x"], x[:, 0])
+    fine = x[:, 0] < 2.5
+    assert values["root"][~fine].isnan().all()
+    close(values["root"][fine][:, 0, 0], (2.5 - x[fine, 0]).sqrt())
+    assert posterior.log_joint.log_likelihood(x)["y"].isnan().tolist() == (~fine).tolist()
+    assert posterior.draws(4000)["root"].isnan().any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert posterior.to_arviz(4000, resample=False).posterior["x"].shape == (1, 4000)
+
+
+@pytest.mark.parametrize(
+    "weights, note",
+    [
+        (figures(990.0, 0.1), ""),
+        (figures(300.0, 0.1), "by uneven weights (median k-hat 0.10, ESS 300 of 1000)"),
+        (figures(990.0, 0.1, infinite=0.2), "with a weight of zero for 20.0% of the draws"),
+        (figures(990.0, 0.1, sd_error=0.3), "by uneven weights (ESS 990 of 1000)"),
+    ],
+)
+def test_the_evidence_has_a_note_unless_the_verdict_is_trust(weights, note):
+    assert weights.evidence_error([]) == (0.1, note)
+    error, missed = weights.evidence_error([torch.zeros(2)])
+    assert error == math.inf
+    assert missed.startswith("a lower bound")

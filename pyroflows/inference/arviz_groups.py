@@ -143,9 +143,10 @@ class ArvizGroups:
     def _check_factors(self, targets: Mapping[str, str]) -> None:
         """Refuse factors that the model does not have, and those that do not fit the site that they belong to."""
         structure = self.log_joint.structure
+        factors = [name for name in structure.factors if isinstance(structure.observed_nodes[name]["fn"], Unit)]
         for name, target in targets.items():
-            if name not in structure.factors:
-                raise ValueError(f"expected factors of the model, {structure.factors}; got {name!r}")
+            if name not in factors:
+                raise ValueError(f"expected factors of the model, {factors}; got {name!r}")
             if name != target and target not in structure.observations:
                 raise ValueError(f"expected an observed site, {list(structure.observations)}; got {target!r}")
             if structure.shapes[name] != structure.shapes[target]:
@@ -166,8 +167,8 @@ class ArvizGroups:
         names = [*structure.observations, *(factors or ())]
         names = [name for name in names if structure.observed_nodes[name]["mask"] is not False]
         if unknown := [repr(name) for name in names if name not in likelihood]:
-            reason = "depend on one discrete latent together"
-            self.notes.append(f"log_likelihood is left out, since observations of {', '.join(unknown)} {reason}")
+            reason = f"the observations of {', '.join(unknown)} have none of their own, but share a discrete latent"
+            self.notes.append(f"log_likelihood is left out, since {reason}")
             return {}
         return likelihood
 
@@ -177,8 +178,8 @@ class ArvizGroups:
         names = list(joint.structure.observations)
         try:
             values = self._read(lambda u: joint.predict(u, joint.args, joint.kwargs))
-        except NotImplementedError:
-            self.notes.append("posterior_predictive is left out, since the model has a likelihood without draws")
+        except (NotImplementedError, torch.linalg.LinAlgError):
+            self.notes.append("posterior_predictive is left out, since the model cannot be drawn from at every draw")
             return {}
         if other := ", ".join(repr(name) for name in names if values[name].shape[1:] != self.sites[name].shape):
             reason = f"draws of {other} have another shape than the observations: expand the distribution to theirs"

@@ -110,7 +110,8 @@ class Weights:
             return "do not trust", f"the weights are too uneven {self._figures}: {advice}"
         if not math.isfinite(self.mean_error):
             dtype = str(self.u.dtype).removeprefix("torch.")
-            return "do not trust", f"some values of the draws are beyond the range of {dtype}, and have no mean"
+            advice = "" if dtype == "float64" else ": pass the data in float64"
+            return "do not trust", f"some values of the draws are beyond the range of {dtype}, and have no mean{advice}"
         errors = f"errors of {self.mean_error:.2f} sd in the means and {self.sd_error:.0%} in the deviations at most"
         reason = f"the weights {self._figures} show {errors}"
         if self.ess_ratio >= 0.5 and self.mean_error <= 0.1 and self.sd_error <= 0.1:
@@ -121,11 +122,12 @@ class Weights:
         """Return the standard error of the log evidence, given the modes that the guide misses, and what is wrong."""
         if missed:
             return math.inf, "a lower bound, since the draws are from a part of the posterior only"
-        if not self.is_uneven:
-            return self.log_evidence_error, ""
-        if self.median_khat < 0.7 and self.ess >= 100:
-            return self.log_evidence_error, "by few effective draws, since the weights are uneven"
-        return math.inf, "not to be trusted, and without a standard error, since the weights are too uneven"
+        if self.is_uneven and (self.median_khat >= 0.7 or self.ess < 100):
+            return math.inf, "not to be trusted, and without a standard error, since the weights are too uneven"
+        if self.infinite > 0.01:
+            return self.log_evidence_error, f"with a weight of zero for {self.infinite:.1%} of the draws"
+        is_trusted = self.verdict(missed)[0] == "trust"
+        return self.log_evidence_error, "" if is_trusted else f"by uneven weights {self._figures}"
 
 
 @torch.no_grad()

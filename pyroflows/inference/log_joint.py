@@ -98,8 +98,8 @@ class Evaluation(Messenger):
             return
         log_prob = fn.log_prob(msg["value"], *msg["args"], **msg["kwargs"])
         self._add(scale_and_mask(log_prob, msg["scale"], msg["mask"]))
-        if msg["is_observed"] and not deterministic:
-            terms = self.factors if isinstance(fn, dist.Unit) else self.observed
+        if msg["is_observed"]:
+            terms = self.factors if deterministic or isinstance(fn, dist.Unit) else self.observed
             terms[name] = scale_and_mask(log_prob, mask=msg["mask"])
 
     def _add(self, terms: Tensor) -> None:
@@ -310,10 +310,9 @@ class LogJoint:
         """
         if not deterministic and self.is_static:
             return constrain(self.latents, u)
-
-        values = _in_parts(
-            lambda part: _by_point(len(part), self._read(part, lambda run: run.sites), self.structure.shapes), u
-        )
+        values = _in_parts(lambda v: _by_point(len(v), self._read(v, lambda run: run.sites), self.structure.shapes), u)
+        if self.is_static:  # where a run fails, too
+            values |= constrain(self.latents, u)
         return values if deterministic else {name: values[name] for name in self.names}
 
     def unconstrain(self, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -488,9 +487,21 @@ def _by_point(num_points: int, values: Mapping[str, Tensor], shapes: Mapping[str
 
 
 def _in_parts(read: Callable[[Tensor], dict[str, Tensor]], u: Tensor) -> dict[str, Tensor]:
-    """Read values off many points, not all at once."""
-    parts = [read(part) for part in u.split(_CHUNK)]
-    return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    """Read values off many points, not all at once; NaN at those at which a matrix has no Cholesky factor."""
+    parts = [values for part in u.split(_CHUNK) for values in _read_defined(read, part)]
+    known = [values for values in parts if values is not None]
+    if not known:
+        return read(u[:1])  # which raises the model's own error
+    undefined = {name: torch.nan * value[:1] for name, value in known[0].items()}
+    return {name: torch.cat([(part or undefined)[name] for part in parts]) for name in known[0]}
+
+
+def _read_defined(read: Callable[[Tensor], dict[str, Tensor]], u: Tensor) -> list[dict[str, Tensor] | None]:
+    """Read values off points; None stands for each point at which a matrix has no Cholesky factor."""
+    try:
+        return [read(u)]
+    except torch.linalg.LinAlgError:
+        return [None] if len(u) == 1 else [values for half in u.chunk(2) for values in _read_defined(read, half)]
 
 
 def equals_single_runs(

@@ -150,6 +150,12 @@ def is_deterministic(site: Any) -> bool:
     )
 
 
+def _is_factor(node: Any) -> bool:
+    if not is_deterministic(node):
+        return isinstance(node["fn"], dist.Unit)
+    return "_deterministic" not in node["infer"] and bool((node["fn"].log_prob(node["value"]) != 0).any())
+
+
 def initial_value(site: Any, like: Tensor | None = None) -> Tensor:
     """Return an initial value of a latent site: its prior median, or a feasible point of an improper prior."""
     fn = site["fn"]
@@ -198,8 +204,8 @@ class ModelStructure:
 
     @property
     def factors(self) -> list[str]:
-        """The names of ``pyro.factor`` statements."""
-        return [name for name, node in self.observed_nodes.items() if isinstance(node["fn"], dist.Unit)]
+        """The names of ``pyro.factor`` statements, and of observed points with a log-density, which are factors too."""
+        return [name for name, node in self.observed_nodes.items() if _is_factor(node)]
 
     @classmethod
     def of(cls, model: Model, args: Sequence[Any], kwargs: Mapping[str, Any]) -> "ModelStructure":
