@@ -715,3 +715,11 @@ def test_the_evidence_has_a_note_unless_the_verdict_is_trust(weights, note):
     error, missed = weights.evidence_error([torch.zeros(2)])
     assert error == math.inf
     assert missed.startswith("a lower bound")
+
+
+def test_sites_of_the_names_that_arviz_takes_are_refused():
+    def model():
+        pyro.sample("draw", dist.Normal(tensor(0.0), 1.0))
+
+    with pytest.raises(ValueError, match="of other names than 'chain' and 'draw', .*; got 'draw'"):
+        laplace(model).summary(10)

@@ -159,7 +159,8 @@ class ArvizGroups:
         if not structure.observations and not factors:
             return {}
         if structure.factors and factors is None:
-            reason = f"the factor {', '.join(map(repr, structure.factors))} may be a part of it"
+            factor = "factor" if len(structure.factors) == 1 else "factors"
+            reason = f"the {factor} {', '.join(map(repr, structure.factors))} may be a part of it"
             advice = "pass likelihood_factors=[...] with the names of those that are, or [] if none is"
             self.notes.append(f"log_likelihood is left out, since {reason}: {advice}")
             return {}
@@ -248,6 +249,8 @@ def _read_sites(log_joint: LogJoint, dims: Dims) -> dict[str, _Site]:
         elif name in structure.observed_nodes:
             shape = shape + node["fn"].event_shape
         sites[name] = _Site(shape, event_ndim, [f"{name}_dim_{i}" for i in range(len(shape))])
+    if taken := ", ".join(repr(name) for name in _SAMPLE_DIMS if name in sites):
+        raise ValueError(f"expected sites of other names than 'chain' and 'draw', which ArviZ takes; got {taken}")
     if unknown := ", ".join(repr(name) for name in dims if name not in sites):
         raise ValueError(f"expected dims of the model's sites, {list(sites)}; got those of {unknown}")
     sizes: dict[str, int] = {}
