@@ -28,12 +28,13 @@ from pyroflows.inference.sites import (
     check_model,
     check_values,
     constrain,
+    explain_by_arguments,
     have_one_image,
     is_deterministic,
     unconstrain,
 )
 
-__all__ = ["Evaluation", "LogJoint", "equals_single_runs"]
+__all__ = ["Evaluation", "LogJoint", "equals_single_runs", "refuse_randomness"]
 
 _CHUNK = 2048  # points evaluated at once
 _MODES = ("plate", "vmap", "loop")  # from the fastest to the slowest
@@ -130,6 +131,9 @@ class LogJoint:
     Many points are evaluated at once: in a plate of their own if the model allows it, else through ``torch.vmap``, else
     one by one; ``vectorize="auto"`` takes the fastest way that agrees with single runs. Discrete latents are summed
     out; a subsampled plate keeps the rows that it drew in the first run. Points have the shape ``(points, dim)``.
+
+    ``initial`` is the prior median, the point that ``start`` gives by sites, or one of the prior's draws, if the
+    density is zero at the median.
     """
 
     def __init__(
@@ -139,6 +143,7 @@ class LogJoint:
         kwargs: Mapping[str, Any] | None = None,
         *,
         vectorize: str = "auto",
+        start: Mapping[str, Any] | None = None,
     ):
         check_model(model)
         check_option("vectorize", vectorize, ("auto", *_MODES))
@@ -147,9 +152,15 @@ class LogJoint:
         self.structure = ModelStructure.of(model, self.args, self.kwargs)
         self.initial, self.latents = self.structure.initial, self.structure.latents
         self.dim, self.dtype, self.device = len(self.initial), self.initial.dtype, self.initial.device
+        self.vectorize = "loop"
         self._of_discrete: set[str] = set()  # deterministic sites with a value for each of a discrete latent's
         self._find_dependent_supports()
-        self.vectorize = self._fastest_mode() if vectorize == "auto" else vectorize
+        if start is not None:
+            self._start_at(start)
+        if vectorize == "auto":
+            self._find_density(given=start is not None)
+            vectorize = self._fastest_mode()
+        self.vectorize = vectorize
         self._refuse_flat_latents()
 
     @property
@@ -178,14 +189,43 @@ class LogJoint:
         points = self._points_nearby(8)
         single = self._read_all("loop", points, len(points))
         finite = single[_LOG_JOINT].isfinite()
-        if not finite.any():
-            got = float(single[_LOG_JOINT][0])
-            raise ValueError(f"expected a finite log joint density near the prior median; got {got} there")
         points, single = points[finite][:3], {name: value[finite][:3] for name, value in single.items()}
         for mode in _MODES[:-1] if len(points) > 1 else ():
             if equals_single_runs(partial(self._read_all, mode, points), single, (len(points), 2)):
                 return mode
         return "loop"
+
+    @torch.no_grad()
+    def _start_at(self, start: Mapping[str, Any]) -> None:
+        """Set the initial point to that of the sites' values, or of those given and the prior medians of others."""
+        if unknown := ", ".join(map(repr, sorted(start.keys() - set(self.names)))):
+            raise ValueError(f"expected a start for sites among {', '.join(map(repr, self.names))}; got {unknown}")
+        medians = {name: self.structure.latent_nodes[name]["value"] for name in self.names}
+        given = {name: torch.as_tensor(value).to(medians[name]) for name, value in start.items()}
+        for name, value in given.items():
+            if value.shape != medians[name].shape:
+                expected = f"a start of shape {tuple(medians[name].shape)} at site {name!r}"
+                raise ValueError(f"expected {expected}; got {tuple(value.shape)}")
+        self.initial = self.unconstrain({name: value[None] for name, value in (medians | given).items()})[0][0]
+        if not self.initial.isfinite().all():
+            raise ValueError(f"expected a start within the sites' supports; got {dict(start)!r}")
+
+    @torch.no_grad()
+    def _find_density(self, *, given: bool) -> None:
+        """Move the initial point, if there is no density around it, to one that has: the best of prior draws."""
+        if _one_by_one(self, self._points_nearby(8)).isfinite().any():
+            return
+        place = "the start" if given else "the prior median"
+        value = float(_one_by_one(self, self.initial[None]))
+        wide = [self.initial + width * (self._points_nearby(64, seed=2) - self.initial) for width in (10.0, 30.0)]
+        for points in () if given else (self.prior_draws(64), *wide, self.prior_draws(512, seed=1)):
+            values = _one_by_one(self, points)
+            if values.isfinite().any():
+                self.initial = points[values.argmax()]
+                return
+        got = f"{value} there" if given else f"{value} there, and none at other points: pass init={{site: value}}"
+        explain_by_arguments(self.args, self.kwargs, f"a log joint density of {value} at {place}")
+        raise ValueError(f"expected a finite log joint density near {place}; got {got}")
 
     @torch.no_grad()
     def _read_all(self, mode: str, points: Tensor, n: int) -> dict[str, Tensor]:
@@ -378,6 +418,27 @@ def _guarded(evaluate: Callable[[Tensor], tuple[Tensor, Tensor]], u: Tensor) -> 
             return u.new_full((1,), -torch.inf), torch.zeros_like(u)
         first, second = (_guarded(evaluate, half) for half in u.detach().chunk(2))
         return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]])
+
+
+def _one_by_one(log_joint: LogJoint, u: Tensor) -> Tensor:
+    """Return the log joint density at points, by single runs; -inf if it is not finite or the model fails there."""
+    values = []
+    for point in u:
+        value = u.new_full((), -torch.inf)
+        with suppress(Exception):  # whatever the model cannot do far out
+            value = log_joint._read(point[None], lambda run: run.log_prob, "loop")[0]
+        values.append(torch.where(value.isfinite(), value, -torch.inf))
+    return torch.stack(values)
+
+
+def refuse_randomness(log_joint: LogJoint) -> None:
+    """Refuse a model whose log-density at a point differs between runs."""
+    points = log_joint.initial[None]
+    with torch.random.fork_rng(), torch.no_grad():
+        first, *others = (float(log_joint._read(points, lambda run: run.log_prob, "loop")) for _ in range(3))
+    if differing := [other for other in others if abs(other - first) > 1e-4 * (1 + abs(first))]:
+        got = f"{first:.6g} and {differing[0]:.6g} in two runs: what it draws by torch.randn or dropout, for example"
+        raise ValueError(f"expected a model with one log joint density at a point; got {got}, has to be a sample site")
 
 
 def _check_latents(latents: Sequence[LatentSite], runs: Sequence[Evaluation]) -> None:
