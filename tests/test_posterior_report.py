@@ -725,3 +725,14 @@ def test_sites_of_the_names_that_arviz_takes_are_refused():
 
     with pytest.raises(ValueError, match="of other names than 'chain' and 'draw', .*; got 'draw'"):
         laplace(model).summary(10)
+
+
+def test_a_summary_of_sites_that_are_true_or_false():
+    def model():
+        x = pyro.sample("x", dist.Normal(tensor(0.0), 1.0))
+        pyro.deterministic("is positive", x > 0)
+
+    posterior = laplace(model)
+    table = posterior.summary(2000)
+    assert float(table.loc["is positive", "mean"]) == pytest.approx(0.5, abs=0.05)
+    assert posterior.draws(5)["is positive"].dtype == torch.bool
