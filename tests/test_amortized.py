@@ -548,6 +548,75 @@ def test_an_embedding_of_a_set():
     assert fit_amortized(regression, ["y"], flow=ready, **{**QUICK, "epochs": 1}).flow.context_features == 4
 
 
+def in_a_shape(*shape):
+    """The linear regression, with its four data in a matrix or a higher array."""
+
+    def model():
+        theta = pyro.sample("theta", dist.Normal(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 2.0])).to_event(1))
+        loc = (theta @ DESIGN.T).reshape(*theta.shape[:-1], *shape)
+        pyro.sample("y", dist.Normal(loc, NOISE).to_event(len(shape)))
+
+    return model
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (4, 1), (1, 2, 2)])
+def test_data_of_a_matrix_are_its_numbers(shape):
+    posterior = fit_amortized(in_a_shape(*shape), "y", **QUICK)
+    flat = fit_amortized(in_a_shape(4), "y", **QUICK)
+    y = torch.tensor([[1.0, 2.0, -0.5, 3.0], [0.0, 1.0, 1.0, 0.5]])
+    draws, expected = posterior.draws(9, y.reshape(2, *shape), seed=0), flat.draws(9, y, seed=0)
+    assert torch.equal(draws["theta"], expected["theta"])
+    assert torch.equal(posterior.log_prob(draws, y.reshape(2, *shape)), flat.log_prob(draws, y))
+    assert posterior.covers(y.reshape(2, *shape)).tolist() == [True, True]
+    assert posterior.observed["y"] == shape
+    assert posterior.calibrate(20, num_draws=19, seed=0, progress=False).num_draws == 19
+    with pytest.raises(ValueError, match="data of 'y' of shape"):
+        posterior.draws(1, y[0, :3])
+
+
+def test_an_embedding_of_a_matrix_sees_the_matrix():
+    embedding = nn.Sequential(nn.Unflatten(1, (1, 2)), nn.Conv2d(1, 3, 2), nn.Flatten())
+    posterior = fit_amortized(in_a_shape(2, 2), "y", embedding=embedding, **{**QUICK, "epochs": 1})
+    assert posterior.draws(5, torch.zeros(3, 2, 2))["theta"].shape == (5, 3, 2)
+    assert posterior.flow.context_features == 3
+
+
+def test_data_of_integers_booleans_and_mixed_shapes():
+    def model():
+        rate = pyro.sample("rate", dist.Gamma(4.0, 2.0))
+        table = pyro.sample("table", dist.Poisson(rate[..., None, None] * torch.ones(4, 2)).to_event(2))
+        pyro.deterministic("total", table.sum((-2, -1)).long())
+        pyro.deterministic("is_zero", table == 0)
+        pyro.sample("one", dist.Poisson(rate))
+
+    names = ["table", "total", "is_zero", "one"]
+    options = {**QUICK, "latents": "rate", "epochs": 8, "num_simulations": 3000}
+    posterior = fit_amortized(model, names, **options)
+    assert posterior.flow.context_features == 8 + 1 + 8 + 1
+    table = torch.tensor([[2, 1], [0, 3], [1, 1], [4, 2]])
+    values = {"table": table, "total": table.sum(), "is_zero": table == 0, "one": torch.tensor(3)}
+    draws = posterior.draws(2000, values, seed=0)["rate"]
+    exact = dist.Gamma(4.0 + 14 + 3, 2.0 + 8 + 1)
+    assert draws.mean() == pytest.approx(exact.mean.item(), rel=0.1)
+    assert draws.std() == pytest.approx(exact.stddev.item(), rel=0.25)
+    many = {name: value.expand(5, 3, *value.shape) for name, value in values.items()}
+    assert posterior.draws(7, many)["rate"].shape == (7, 5, 3)
+    flags = fit_amortized(model, "is_zero", **{**options, "epochs": 1})
+    assert flags.draws(7, torch.ones(4, 2, dtype=torch.bool))["rate"].shape == (7,)
+
+
+def test_data_of_many_numbers():
+    """Torch takes no quantile of more than 2**24 numbers."""
+
+    def model():
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        pyro.deterministic("y", mean[..., None, None].expand(*mean.shape, 30, 300))
+
+    embedding = nn.Sequential(nn.AvgPool2d((30, 300)), nn.Flatten())
+    posterior = fit_amortized(model, "y", embedding=embedding, **{**QUICK, "epochs": 1})
+    assert posterior.draws(3, torch.zeros(30, 300))["mean"].shape == (3,)
+
+
 def one_by_one():
     """A simulator that only runs for one point: it branches."""
     scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
@@ -653,6 +722,14 @@ def drawing_rows():
         pyro.sample("y", dist.Normal(theta, 1.0))
 
 
+def deterministic(value):
+    def model():
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        pyro.deterministic("y", mean[..., None] * value)
+
+    return model
+
+
 @pytest.mark.parametrize(
     "call, error, message",
     [
@@ -674,6 +751,8 @@ def drawing_rows():
             "does not depend on other sites; got site 'b'",
         ),
         (lambda: fit_amortized(regression, ["y"], embedding=3), TypeError, "a torch module; got int"),
+        (lambda: fit_amortized(deterministic(torch.zeros(0)), "y"), ValueError, "at least one number; got none"),
+        (lambda: fit_amortized(deterministic(torch.zeros(2) * 1j), "y"), ValueError, "got complex .* site 'y'"),
         (
             lambda: fit_amortized(regression, ["y"], embedding=nn.Unflatten(1, (2, 2)), num_simulations=50),
             ValueError,

@@ -24,6 +24,7 @@ __all__ = ["AmortizedPosterior", "fit_amortized"]
 _ROWS_AT_ONCE = 200_000
 _RANGE = 0.1  # how far outside the range of the simulations data may be, as a share of it
 _LINEAR = 5.0  # scales; data further out enter a network by their logarithm
+_NUMBERS_AT_ONCE = 2**23  # of which a quantile is taken; torch refuses more than 2**24
 
 
 def fit_amortized(
@@ -57,7 +58,8 @@ def fit_amortized(
         flow: over the unconstrained latents given the context, or its builder, called as
             ``flow(features, context_features=...)``; by default an autoregressive spline flow.
         embedding: a network that computes the context ``(rows, context_features)`` from one observed site ``(rows,
-            *shape)``, or from several flattened to ``(rows, numbers)``; by default the context is the data.
+            *shape)``, or from several flattened to ``(rows, numbers)``, in units of each number's spread; by default
+            the context is the data, flattened.
         args, kwargs: arguments of the model.
         drop_nonfinite: leave out simulations that are not finite (correct if data that are not finite are never
             observed); they are counted in the result's ``num_dropped``.
@@ -95,9 +97,9 @@ def fit_amortized(
         simulator = Simulator(model, args, kwargs or {}, observed, latents)
         values = simulator.finite(num_simulations, drop_nonfinite, progress)
         vectors = unconstrain(simulator.latents, values, min_batch_ndim=1)[0]
-        data = _flatten(simulator.observed, values).to(vectors)
         if isinstance(flow, Flow) and flow.embedding is not None:
             embedding, flow = flow.embedding, Flow(flow.prior, flow.bijection)
+        data = _rows_of_data(simulator.observed, values, flat=embedding is None).to(vectors)
         embed = _ScaledEmbedding(data, embedding).to(vectors)
         with torch.no_grad(), evaluating(embed):
             context = embed(data[:2])
@@ -128,7 +130,9 @@ class _ScaledEmbedding(nn.Module):
 
     def __init__(self, data: Tensor, embedding: nn.Module | None):
         super().__init__()
-        low, centre, high = (data.quantile(q, 0) for q in (0.1587, 0.5, 0.8413))
+        columns = data.flatten(1).split(max(1, _NUMBERS_AT_ONCE // len(data)), 1)
+        quantiles = data.new_tensor([0.1587, 0.5, 0.8413])
+        low, centre, high = torch.cat([part.quantile(quantiles, 0) for part in columns], 1).unflatten(1, data.shape[1:])
         scale = (high - low) / 2
         scale = torch.where(scale > 0, scale, data.std(0))
         self.register_buffer("centre", centre)
@@ -309,7 +313,7 @@ class AmortizedPosterior:
         if len(batches) > 1:
             got = " and ".join(str(tuple(batch)) for batch in batches)
             raise ValueError(f"expected data of one batch shape; got {got}")
-        return _flatten(list(values), values), batches.pop()
+        return _rows_of_data(list(values), values, flat=self._low.dim() == 1), batches.pop()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "simulator": None}
@@ -322,8 +326,14 @@ class AmortizedPosterior:
         )
 
 
-def _flatten(names: Sequence[str], values: Mapping[str, Tensor]) -> Tensor:
-    """Return rows of data: of one site as they are, a scalar as a vector of one; of several sites as one vector."""
-    if len(names) == 1 and values[names[0]].dim() > 1:
+def _rows_of_data(names: Sequence[str], values: Mapping[str, Tensor], *, flat: bool) -> Tensor:
+    """Return the numbers of the sites as ``(rows, numbers)``; those of a single site as they are, unless flat."""
+    for name in names:
+        if values[name].is_complex():
+            raise ValueError(f"expected observed sites of real numbers; got complex ones at site {name!r}")
+    if len(names) == 1 and values[names[0]].dim() > 1 and not flat:
         return values[names[0]]
-    return torch.cat([values[name][..., None].flatten(1) for name in names], -1)
+    rows = torch.cat([values[name][..., None].flatten(1) for name in names], -1)
+    if not rows.shape[1]:
+        raise ValueError(f"expected observed sites with at least one number; got none at {', '.join(map(repr, names))}")
+    return rows
