@@ -232,11 +232,7 @@ class Flow(Recorded, nn.Module):
             ValueError: a file cannot hold an attribute of one of the flow's parts, such as a function of the user's own
                 outside the embedding, or the folder does not exist.
         """
-        notes = _checked_notes(self.notes if notes is None else notes)
-        recipe, tensors = describe(self, given=("embedding",))
-        frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
-        dtype = str(self.dtype).removeprefix("torch.")
-        write(path, "flow", {"dtype": dtype, "notes": notes, "frozen": frozen, "recipe": recipe}, tensors)
+        write(path, "flow", *header_of(self, self.notes if notes is None else notes, ("embedding",)))
 
     def export(self, x: Tensor, context: Tensor | None = None) -> torch.export.ExportedProgram:
         """Return the log-density as a program that runs without this package, for any number of rows.
@@ -404,9 +400,33 @@ def load(
         torch.Size([5, 3])
     """
     check_own(classes, embedding)
-    header, tensors = read(path, "flow")
+    return flow_of(*read(path, "flow"), path, classes, ("embedding",), embedding).to(device)
+
+
+def header_of(flow: Flow, notes: Any, place: Sequence[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the header and the tensors of a file of a flow, one part of which, in a place, the user may build."""
+    checked_notes = _checked_notes(notes)
+    recipe, tensors = describe(flow, given=place)
+    frozen = [name for name, parameter in flow.named_parameters() if not parameter.requires_grad]
+    dtype = str(flow.dtype).removeprefix("torch.")
+    return {"dtype": dtype, "notes": checked_notes, "frozen": frozen, "recipe": recipe}, tensors
+
+
+def flow_of(
+    header: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    classes: Sequence[type],
+    place: Sequence[str],
+    part: nn.Module | None,
+) -> Flow:
+    """Return the flow of a header and tensors, on the CPU, given the user's classes, or the part that the user built.
+
+    Raises:
+        ValueError: they make no sense, or the classes or the part are not those of the flow.
+    """
     try:
-        flow = restore(header["recipe"], tensors, _DTYPES[header["dtype"]], classes, ("embedding",), embedding)
+        flow = restore(header["recipe"], tensors, _DTYPES[header["dtype"]], classes, place, part)
         if not isinstance(flow, Flow) or not isinstance(header["notes"], dict):
             raise ValueError(f"expected a Flow; got {type(flow).__name__}")
         for name in header["frozen"]:
@@ -416,7 +436,7 @@ def load(
     except ValueError as error:
         raise ValueError(f"{error}, in {path}") from None
     flow.notes = header["notes"]
-    return flow.to(device)
+    return flow
 
 
 class _LogProb(nn.Module):

@@ -19,7 +19,7 @@ from pyroflows.memory import leaves
 from pyroflows.private import registries
 from pyroflows.recorded import Recorded, copy_plain, is_plain, makers, recorded
 
-__all__ = ["Recorded", "describe", "is_plain", "recorded", "restore"]
+__all__ = ["Recorded", "describe", "describe_value", "is_plain", "recorded", "restore"]
 
 
 def describe(
@@ -62,6 +62,18 @@ def describe(
     if ties := [names for names in _ties(module) if names not in built_ties]:
         recipe["ties"] = ties
     return recipe, tensors
+
+
+def describe_value(value: Any, where: str) -> tuple[Any, dict[str, Tensor], Any]:
+    """Return a value's recipe, such as that of a list of supports, its tensors, and the value built of these.
+
+    Args:
+        value: the value.
+        where: what it is, for error messages.
+    """
+    describer = _Describer(nn.Module(), None)
+    recipe = describer.describe(value, where)
+    return recipe, describer.tensors, build(recipe, describer.tensors, list(describer.own_classes))
 
 
 def _given(place: Sequence[str], part: nn.Module | None) -> Given:

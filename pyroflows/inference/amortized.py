@@ -1,6 +1,8 @@
 """Amortised posteriors: the posterior of a simulator's latents for any data, by a conditional flow."""
 
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, cast
 
 import torch
@@ -8,19 +10,23 @@ from torch import Size, Tensor, nn
 
 from pyroflows.arguments import batched_shape, check_sizes
 from pyroflows.bijection import Bijection
+from pyroflows.building import build
 from pyroflows.contexts import evaluating, seeded
 from pyroflows.diagnostics.arrays import labels
 from pyroflows.diagnostics.calibration import Calibration, calibration
-from pyroflows.flow import Flow, FlowDistribution
+from pyroflows.files import read, write
+from pyroflows.flow import Flow, FlowDistribution, check_own, flow_of, header_of
 from pyroflows.inference.guide import Builder, build_flow
 from pyroflows.inference.simulator import Simulator
-from pyroflows.inference.sites import Model, check_model, constrain, unconstrain
+from pyroflows.inference.sites import LatentSite, Model, check_model, constrain, have_one_image, unconstrain
 from pyroflows.layers import Affine, MaskedAutoregressive, Permutation, Spline, Standardize, TriangularAffine
 from pyroflows.priors import StandardNormal
+from pyroflows.recipe import Recorded, describe_value
 from pyroflows.training import FitOptions, FitResult, fit
 
 __all__ = ["AmortizedPosterior", "fit_amortized"]
 
+_KIND, _PLACE = "amortized posterior", ("embedding", "network")  # of a file, and of the user's embedding in the flow
 _ROWS_AT_ONCE = 200_000
 _RANGE = 0.1  # how far outside the range of the simulations data may be, as a share of it
 _LINEAR = 5.0  # scales; data further out enter a network by their logarithm
@@ -100,7 +106,7 @@ def fit_amortized(
         if isinstance(flow, Flow) and flow.embedding is not None:
             embedding, flow = flow.embedding, Flow(flow.prior, flow.bijection)
         data = _rows_of_data(simulator.observed, values, flat=embedding is None).to(vectors)
-        embed = _ScaledEmbedding(data, embedding).to(vectors)
+        embed = _ScaledEmbedding.from_data(data, embedding).to(vectors)
         with torch.no_grad(), evaluating(embed):
             context = embed(data[:2])
         if not isinstance(context, Tensor) or context.dim() != 2:
@@ -122,22 +128,26 @@ def fit_amortized(
     return AmortizedPosterior(flow, simulator, result, data, num_simulations - len(data))
 
 
-class _ScaledEmbedding(nn.Module):
+class _ScaledEmbedding(Recorded, nn.Module):
     """An embedding of data that are brought to one scale first, those far out by their logarithm."""
 
     centre: Tensor
     scale: Tensor
 
-    def __init__(self, data: Tensor, embedding: nn.Module | None):
+    def __init__(self, centre: Tensor, scale: Tensor, network: nn.Module | None):
         super().__init__()
+        self.register_buffer("centre", centre)
+        self.register_buffer("scale", scale)
+        self.network = network
+
+    @classmethod
+    def from_data(cls, data: Tensor, network: nn.Module | None) -> "_ScaledEmbedding":
         columns = data.flatten(1).split(max(1, _NUMBERS_AT_ONCE // len(data)), 1)
         quantiles = data.new_tensor([0.1587, 0.5, 0.8413])
         low, centre, high = torch.cat([part.quantile(quantiles, 0) for part in columns], 1).unflatten(1, data.shape[1:])
         scale = (high - low) / 2
         scale = torch.where(scale > 0, scale, data.std(0))
-        self.register_buffer("centre", centre)
-        self.register_buffer("scale", torch.where(scale > 0, scale, 1))
-        self.network = embedding
+        return cls(centre, torch.where(scale > 0, scale, 1), network)
 
     def forward(self, data: Tensor) -> Tensor:
         z = (data - self.centre) / self.scale
@@ -202,7 +212,7 @@ def _default_flow(features: int, context_features: int) -> Flow:
 class AmortizedPosterior:
     """The posterior of a model's latents for any data, as :func:`fit_amortized` returns it.
 
-    It can be pickled, but for the model: ``calibrate`` is then unavailable.
+    It can be saved, see :meth:`save`, and pickled, but for the model, without which ``calibrate`` is unavailable.
 
     Args:
         flow: over the unconstrained latents given the data.
@@ -277,7 +287,9 @@ class AmortizedPosterior:
     ) -> Calibration:
         """Compute the ranks of the true latents of new simulations, their chi-square p-values, and the coverage."""
         if self.simulator is None:
-            raise ValueError("expected a posterior with its model, which a pickle does not keep; got one without")
+            advice = "pass it to AmortizedPosterior.load"
+            got = f"one without, as neither a pickle nor a file keeps it: {advice}"
+            raise ValueError(f"expected a posterior with its model; got {got}")
         with seeded(seed, self.flow.device):
             values = self.simulator.finite(num_simulations, bool(self.num_dropped), progress)
             draws = self.draws(num_draws, {name: values[name] for name in self.observed})
@@ -285,6 +297,84 @@ class AmortizedPosterior:
         columns = torch.cat([draws[name][..., None].flatten(2) for name in self.latents], -1)
         truth = torch.cat([values[name][..., None].flatten(1) for name in self.latents], -1)
         return calibration(columns.movedim(0, 1), truth, names, levels=levels)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all but the model to a safetensors file, from which :meth:`load` builds an equal posterior.
+
+        Args:
+            path: path of the file, which is replaced atomically.
+
+        Raises:
+            ValueError: a file cannot hold a support, or a part of the flow outside the embedding, or the folder does
+                not exist.
+        """
+        header, tensors = header_of(self.flow, self.flow.notes, _PLACE)
+        supports, support_tensors = _describe_supports(self._sites)
+        sites = [[s.name, list(s.shape), list(s.unconstrained_shape), s.start, s.plate_ndim] for s in self._sites]
+        header |= {
+            "sites": sites,
+            "supports": supports,
+            "observed": [[name, list(shape)] for name, shape in self.observed.items()],
+            "num_simulations": self.num_simulations,
+            "num_dropped": self.num_dropped,
+            "fit": asdict(self.fit),
+        }
+        tensors |= {f"support.{name}": tensor for name, tensor in support_tensors.items()}
+        write(path, _KIND, header, {**tensors, "low": self._low, "high": self._high})
+
+    @staticmethod
+    def load(
+        path: str | os.PathLike[str],
+        device: str | torch.device = "cpu",
+        *,
+        model: Model | None = None,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        classes: Sequence[type] = (),
+        embedding: nn.Module | None = None,
+    ) -> "AmortizedPosterior":
+        """Read what :meth:`save` wrote, without running code from the file.
+
+        Args:
+            path: path of the file.
+            device: device of the flow.
+            model: the model, which no file holds; only :meth:`calibrate` needs it.
+            args, kwargs: its arguments.
+            classes: the user's own classes from which the flow and its embedding were built, see
+                :func:`pyroflows.load`.
+            embedding: the embedding, built as it was, to take the weights in the file; instead of its classes.
+
+        Raises:
+            FileNotFoundError: the file does not exist.
+            TypeError: ``classes`` is not a list of classes, or ``embedding`` is not a module.
+            ValueError: the file does not hold an amortized posterior, is damaged or of another version of the format;
+                or its classes, its embedding or its model are others.
+        """
+        check_own(classes, embedding)
+        header, tensors = read(path, _KIND)
+        flow = flow_of(header, tensors, path, classes, _PLACE, embedding).to(device)
+        posterior = AmortizedPosterior.__new__(AmortizedPosterior)
+        try:
+            held = {n.removeprefix("support."): t.to(device) for n, t in tensors.items() if n.startswith("support.")}
+            supports: Any = build(header["supports"], held, classes)
+            posterior._sites = [
+                LatentSite(name, Size(shape), Size(unconstrained_shape), start, support, plate_ndim)
+                for (name, shape, unconstrained_shape, start, plate_ndim), support in zip(
+                    header["sites"], supports, strict=True
+                )
+            ]
+            posterior.flow, posterior.simulator = flow, None
+            posterior.observed = {name: Size(shape) for name, shape in header["observed"]}
+            posterior.latents = {site.name: site.shape for site in posterior._sites}
+            posterior.fit = FitResult(**header["fit"])
+            posterior.num_simulations, posterior.num_dropped = header["num_simulations"], header["num_dropped"]
+            posterior._low, posterior._high = tensors["low"].to(device), tensors["high"].to(device)
+        except (KeyError, TypeError, ValueError) as error:
+            got = f"{path}, whose header makes no sense: {error}"
+            raise ValueError(f"expected an amortized posterior written by save; got {got}") from None
+        if model is not None:
+            posterior.simulator = _simulator_of(posterior, path, model, args, kwargs or {})
+        return posterior
 
     def _context(self, data: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Size]:
         rows, batch = self._read(data)
@@ -324,6 +414,49 @@ class AmortizedPosterior:
             f"AmortizedPosterior({', '.join(self.latents)} given {', '.join(self.observed)}; "
             f"{self.num_simulations} simulations{dropped}, {self.fit.seconds:.1f} s)"
         )
+
+
+def _describe_supports(sites: Sequence[LatentSite]) -> tuple[Any, dict[str, Tensor]]:
+    """Return the recipe of the supports of sites, and its tensors; refuse a support that a file cannot hold."""
+    recipe, tensors, rebuilt = describe_value([site.support for site in sites], "supports")
+    for site, support in zip(sites, rebuilt, strict=True):
+        if not _has_support(site, support):
+            raise ValueError(f"expected supports that a file can hold; got {site.support} of site {site.name!r}")
+    return recipe, tensors
+
+
+def _has_support(site: LatentSite, support: Any) -> bool:
+    number = site.unconstrained_shape.numel()
+    point = torch.linspace(-2, 2, max(2, number))[:number].reshape(site.unconstrained_shape)
+    return have_one_image((site.support, support), point)
+
+
+def _simulator_of(
+    posterior: AmortizedPosterior,
+    path: str | os.PathLike[str],
+    model: Model,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Simulator:
+    """Return the simulator of a model; refuse one whose sites are not those of a posterior in a file."""
+    check_model(model)
+    with seeded(0):
+        simulator = Simulator(model, args, kwargs, list(posterior.observed), list(posterior.latents))
+    shapes = posterior.observed | posterior.latents
+    if simulator.shapes != shapes:
+        expected, got = (
+            ", ".join(f"{name} {tuple(shape)}" for name, shape in s.items()) for s in (shapes, simulator.shapes)
+        )
+        raise ValueError(f"expected a model with the sites of {path}, {expected}; got {got}")
+    for site, other in zip(posterior._sites, simulator.latents, strict=True):
+        if not _has_support(site, other.support):
+            expected = f"a model with the sites of {path}, {site.name!r} with support {site.support}"
+            raise ValueError(f"expected {expected}; got {other.support}")
+    return simulator
+
+
+def _listed(shapes: Mapping[str, Size]) -> str:
+    return ", ".join(f"{name!r} {tuple(shape)}" for name, shape in sorted(shapes.items()))
 
 
 def _rows_of_data(names: Sequence[str], values: Mapping[str, Tensor], *, flat: bool) -> Tensor:
