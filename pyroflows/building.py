@@ -166,14 +166,14 @@ class _Builder:
             is_alone = len(set(same)) == 1 and list(named.values()).count(name) == 1
             if exact or is_alone:
                 chosen[key] = (exact or same)[0]
-        if missing := [key for key in named if key not in chosen]:
+        if chosen.keys() < named.keys():
             in_place = {_key(node, name) for node, name in _own_nodes(self.place_recipe, None)}
-            other_way = f", or {self._call_of_part()}" if in_place >= set(missing) else ""
-            names = ", ".join(named[key] for key in missing)
-            origins = ", ".join(key.removeprefix("own.") for key in missing)
+            other_way = f", or {self._call_of_part()}" if in_place >= named.keys() else ""
+            origins = ", ".join(key.removeprefix("own.") for key in named)
             got = ", ".join(map(full_name, classes)) or "none"
             raise _RefusedError(
-                f"expected classes=[{names}]{other_way}, since the file names {origins}, of the user's own; got {got}"
+                f"expected classes=[{', '.join(named.values())}]{other_way}, since the file names {origins}, of the "
+                f"user's own; got {got}"
             )
         return chosen
 
@@ -246,8 +246,14 @@ def _difference(
         is_other = expected.get("make") != got.get("make")
         if not is_other and {"with", "attributes"} & (expected.keys() ^ got.keys()):
             return None  # an older file: its tensors decide
-        keys = [] if is_other else [key for key in dict.fromkeys([*expected, *got]) if key != "from"]
-        pairs = [(expected.get(key), got.get(key), where if key in _GROUPS else f"{where}.{key}") for key in keys]
+        pairs = []
+        for key in [] if is_other else dict.fromkeys([*expected, *got]):
+            a, b = expected.get(key), got.get(key)
+            if key in _GROUPS and isinstance(a, dict) and isinstance(b, dict):
+                names = {name: f"{where}.{name}".removesuffix(".args") for name in (*a, *b)}
+                pairs += [(a.get(name), b.get(name), place) for name, place in names.items()]
+            elif key != "from":
+                pairs.append((a, b, where))
     elif isinstance(expected, list) and isinstance(got, list) and len(expected) == len(got):
         is_other = False
         pairs = [(a, b, f"{where}[{number}]") for number, (a, b) in enumerate(zip(expected, got, strict=True))]
@@ -259,7 +265,7 @@ def _difference(
     return next((difference for difference in found if difference is not None), None)
 
 
-_GROUPS = ("with", "attributes", "parameters", "buffers", "unsaved", "modules", "args")
+_GROUPS = ("with", "attributes", "parameters", "buffers", "unsaved", "modules")
 _FLOATS = ["float16", "bfloat16", "float32", "float64"]
 
 
