@@ -15,7 +15,7 @@ from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
 from torch import nn
 
-from pyroflows import Flow, MaskedAutoregressive, StandardNormal, iaf, maf, planar, realnvp
+from pyroflows import Flow, MaskedAutoregressive, StandardNormal, iaf, load, maf, planar, realnvp
 from pyroflows.inference import AmortizedFlow, AmortizedPosterior, fit_amortized
 
 WEIGHT = torch.tensor([[1.0, 0.5], [-0.3, 1.2], [0.7, 0.7]])
@@ -688,8 +688,108 @@ def test_it_pickles_without_its_model():
     assert isinstance(other, AmortizedPosterior)
     assert torch.equal(*(p.log_prob({"theta": torch.zeros(2)}, torch.zeros(4)).detach() for p in (other, posterior)))
     assert posterior.calibrate(20, num_draws=19, seed=0).num_draws == 19
-    with pytest.raises(ValueError, match="a posterior with its model, which a pickle does not keep"):
+    with pytest.raises(ValueError, match="a posterior with its model; got one without, as neither a pickle nor a file"):
         other.calibrate(20)
+
+
+def many_supports(low=0.5):
+    pyro.sample("real", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
+    scale = pyro.sample("positive", dist.Gamma(2.0, 1.0))
+    pyro.sample("interval", dist.Uniform(low, torch.tensor([2.0, 3.0])).to_event(1))
+    pyro.sample("simplex", dist.Dirichlet(torch.ones(3)))
+    pyro.sample("correlations", dist.LKJCholesky(3, torch.tensor(1.0)))
+    pyro.sample("above", dist.Pareto(1.0, 2.0))
+    base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
+    pyro.sample("ordered", dist.TransformedDistribution(base, [dist.transforms.OrderedTransform()]))
+    pyro.sample("y", dist.Normal(torch.zeros(4, 2), scale[..., None, None]).to_event(2))
+    pyro.deterministic("is_wide", scale > 1)
+
+
+class Flat(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, width), nn.Linear(width, 5)
+
+    def forward(self, y):
+        return self.last(torch.relu(self.first(y.flatten(1))))
+
+
+class FlatWithFunction(Flat):
+    def __init__(self, width):
+        super().__init__(width)
+        self.function = lambda y: y
+
+
+@pytest.mark.parametrize(
+    "embedding, observed, options",
+    [
+        (None, ["y", "is_wide"], {}),
+        (nn.Sequential(nn.Flatten(), nn.Linear(8, 3), nn.Tanh()), ["y"], {}),
+        (Flat(6), ["y"], {"classes": [Flat]}),
+        (Flat(6), ["y"], {"embedding": Flat(6)}),
+        (FlatWithFunction(6), ["y"], {"embedding": FlatWithFunction(6)}),
+    ],
+    ids=["data", "layers of torch", "class", "built", "built, with a function"],
+)
+def test_it_comes_back_from_a_file_with_its_draws_and_densities(embedding, observed, options, tmp_path):
+    path = tmp_path / "posterior"
+    posterior = fit_amortized(many_supports, observed, embedding=embedding, **{**QUICK, "epochs": 1})
+    posterior.save(path)
+    data = {"y": torch.randn(3, 4, 2), "is_wide": torch.tensor([True, False, True])}
+    data = {name: data[name] for name in observed}
+    values = posterior.draws(6, data, seed=1)
+    for _ in range(2):
+        other = AmortizedPosterior.load(path, **copy.deepcopy(options))
+        draws = other.draws(6, data, seed=1)
+        assert draws.keys() == values.keys()
+        assert all(torch.equal(draws[name], value) for name, value in values.items())
+        assert torch.equal(other.log_prob(values, data), posterior.log_prob(values, data))
+        assert torch.equal(other.covers(data), posterior.covers(data))
+        assert torch.equal(copy.deepcopy(other).log_prob(values, data), posterior.log_prob(values, data))
+        assert (repr(other), other.fit) == (repr(posterior), posterior.fit)
+        assert (other.observed, other.latents) == (posterior.observed, posterior.latents)
+        other.save(path)
+
+
+def test_a_file_of_a_posterior_of_doubles_comes_back(tmp_path):
+    def model():
+        theta = pyro.sample("theta", dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(theta, 1.0).to_event(1))
+
+    posterior = fit_amortized(model, "y", **{**QUICK, "epochs": 1})
+    posterior.save(tmp_path / "posterior")
+    other = AmortizedPosterior.load(tmp_path / "posterior")
+    y = torch.randn(3, 2, dtype=torch.float64)
+    assert other.draws(3, y, seed=0)["theta"].dtype == torch.float64
+    assert torch.equal(*(p.draws(3, y, seed=0)["theta"] for p in (other, posterior)))
+
+
+def test_a_loaded_posterior_is_calibrated_with_its_model(tmp_path):
+    path = tmp_path / "posterior"
+    fit_amortized(counts, "y", args=(2.0,), **{**QUICK, "epochs": 1}).save(path)
+    with pytest.raises(ValueError, match=r"a posterior with its model; got one without, .*AmortizedPosterior.load"):
+        AmortizedPosterior.load(path).calibrate(20)
+    posterior = AmortizedPosterior.load(path, model=counts, args=(2.0,))
+    assert posterior.calibrate(20, num_draws=19, seed=0, progress=False).num_draws == 19
+    with pytest.raises(ValueError, match="expected names among the sites 'theta', 'y'; got 'rate'"):
+        AmortizedPosterior.load(path, model=regression)
+    fit_amortized(many_supports, "y", **{**QUICK, "epochs": 1}).save(path)
+    with pytest.raises(ValueError, match=r"'interval' with support .*0.5, .*; got .*0.7"):
+        AmortizedPosterior.load(path, model=many_supports, args=(0.7,))
+
+
+def test_files_of_other_posteriors_are_refused(tmp_path):
+    path = tmp_path / "posterior"
+    fit_amortized(regression, "y", **{**QUICK, "epochs": 1}).save(path)
+    message = "expected a flow written by save; got .*, which holds an amortized posterior .*AmortizedPosterior.load"
+    with pytest.raises(ValueError, match=message):
+        load(path)
+    maf(2, num_layers=1).save(path)
+    message = r"expected an amortized posterior written by save; got .*, which holds a flow \(maf\): read it by pyrof"
+    with pytest.raises(ValueError, match=message):
+        AmortizedPosterior.load(path)
+    with pytest.raises(FileNotFoundError, match="expected an amortized posterior written by save; got .*none, which"):
+        AmortizedPosterior.load(tmp_path / "none")
 
 
 def test_a_seed_repeats_and_leaves_torchs_random_state():

@@ -605,6 +605,63 @@ def test_what_is_not_to_be_made_is_refused_by_name(make, message, tmp_path):
     refused(tmp_path / "flow", message)
 
 
+def layer_by_attributes(**parts):
+    names = ("attributes", "parameters", "buffers", "unsaved", "modules")
+    return {"make": "torch.nn.modules.linear.Linear", **{name: parts.get(name, {}) for name in names}}
+
+
+@pytest.mark.parametrize(
+    "node, message",
+    [
+        ({"make": "maf", "attributes": {}}, "expected the attributes of an object of a class of torch; got 'maf'"),
+        (
+            {"make": "Planar", "attributes": {}},
+            "expected the attributes of an object of a class of torch; got 'Planar'",
+        ),
+        ({"make": "subprocess.Popen", "attributes": {"args": "ls"}}, "got 'subprocess.Popen'"),
+        ({"make": "torch.nn.modules.module.functools.partial", "attributes": {}}, "got 'torch.nn.modules.module.func"),
+        ({"make": "torch.distributions.constraints.Any", "attributes": {}}, "got 'torch.distributions.constraints.Any"),
+        (
+            {"make": "own.Net", "from": "a.Net", "attributes": {}},
+            r"expected classes=\[Net\], since the file names a.Net",
+        ),
+        ({"name": "own.Net", "from": "a.Net"}, r"expected classes=\[Net\], since the file names a.Net"),
+        ({"name": "os.system"}, "expected names of pyroflows and torch; got 'os.system'"),
+        ({"name": "torch.load"}, "expected names of pyroflows and torch; got 'torch.load'"),
+        ({"name": "torch.from_file"}, "expected names of pyroflows and torch; got 'torch.from_file'"),
+        ({"name": "nn.functional.torch"}, "expected names of pyroflows and torch; got 'nn.functional.torch'"),
+        ({"name": "maf"}, "cannot be followed"),
+        ({"dtype": "load"}, "cannot be followed"),
+        ({"device": "nonsense"}, "cannot be followed"),
+        ({"dict": [[1, 2], [3]]}, "cannot be followed"),
+        ({"set": [{"list": []}]}, "cannot be followed"),
+        ({"array": "none"}, "cannot be followed"),
+        (layer_by_attributes(parameters={"weight": [[10**12], "float32"]}), "more memory than its tensors account for"),
+        (layer_by_attributes(buffers={"weight": [[10**6, 10**6], "int8"]}), "more memory than its tensors account for"),
+        (layer_by_attributes(parameters={"weight": "a"}), "cannot be followed"),
+        (layer_by_attributes(modules={"a": 3}), "cannot be followed|expected"),
+        (layer_by_attributes(unsaved={"a": {"tensor": "none"}}), "cannot be followed"),
+        (layer_by_attributes(attributes={"forward": 3}), "cannot be followed|expected"),
+    ],
+)
+def test_nothing_else_is_made_by_attributes_or_named(node, message, tmp_path):
+    def change(header):
+        header["recipe"]["with"]["prior"] = node
+
+    forge(tmp_path / "flow", planar(2, num_layers=1), change)
+    refused(tmp_path / "flow", message)
+
+
+@pytest.mark.parametrize("ties", [[["a", "b"]], [["bijection.layers.0.u", "none"]], 3, [[1, 2]]])
+def test_ties_that_make_no_sense_are_refused(ties, tmp_path):
+    forge(
+        tmp_path / "flow",
+        planar(2, num_layers=1),
+        lambda header: {**header, "recipe": {**header["recipe"], "ties": ties}},
+    )
+    refused(tmp_path / "flow", "cannot be followed")
+
+
 GIANTS = [
     (planar, {"features": 10**12}),
     (planar, {"features": 3}),

@@ -160,7 +160,9 @@ class _LinearShift(Bijection):
 
     def __init__(self, weight: Tensor, bias: Tensor):
         super().__init__(weight.shape[0], context_features=weight.shape[1])
-        self.weight, self.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
+        # By rows, as it comes back from a file: the order decides how a product rounds.
+        self.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
+        self.bias = nn.Parameter(bias.clone())
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return x + self._shift(context), x.new_zeros(x.shape[:-1])
