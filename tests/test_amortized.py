@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -851,6 +852,11 @@ def deterministic(value):
             "does not depend on other sites; got site 'b'",
         ),
         (lambda: fit_amortized(regression, ["y"], embedding=3), TypeError, "a torch module; got int"),
+        (
+            lambda: fit_amortized(regression, ["y"], flow=partial(maf, embedding=nn.Linear(4, 4)), num_simulations=50),
+            ValueError,
+            "flows without an embedding; got one whose flow has a Linear: pass it as embedding= of fit_amortized",
+        ),
         (lambda: fit_amortized(deterministic(torch.zeros(0)), "y"), ValueError, "at least one number; got none"),
         (lambda: fit_amortized(deterministic(torch.zeros(2) * 1j), "y"), ValueError, "got complex .* site 'y'"),
         (

@@ -185,7 +185,7 @@ def test_every_latent_is_a_nonlinear_function_of_the_data(permutation, mask, fea
         (3, [1, 3, 0, 3], "expected class labels from 0 to 2; got 3"),
         (3, [5, -1, 2, 3], "expected class labels from 0 to 2; got -1, 3 and 5"),
         (3, list(range(40)), "expected class labels from 0 to 2; got 37 others, from 3 to 39"),
-        (1, [0, 1], "expected class label 0, the only one; got 1"),
+        (1, [0, 1], "expected class labels from 0 to 0; got 1"),
     ],
 )
 def test_labels_of_no_class_are_named(num_classes, labels, message):

@@ -6,6 +6,7 @@ import copy
 import enum
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyro.distributions as dist
@@ -35,6 +36,7 @@ from pyroflows import (
     realnvp,
 )
 from pyroflows.recipe import Recorded
+from pyroflows.tables.fitting import fit_table
 
 
 class Net(nn.Module):
@@ -492,3 +494,51 @@ def test_a_network_of_this_package_within_one_of_ones_own_comes_back(tmp_path):
             return self.networks[0](x) + self.networks[1](x)
 
     assert_comes_back(moved(in_flow(Two())), tmp_path, [Two])
+
+
+# Tables
+
+
+def table(rows=600):
+    rng = np.random.default_rng(0)
+    context = rng.normal(5, 3, (rows, 3))
+    x = np.abs(context[:, :1] - 5) + 0.2 * rng.normal(size=(rows, 2))  # no linear map of the context gives it
+    return 1000 + 100 * x, context
+
+
+def test_a_table_learns_an_embedding_of_its_context(tmp_path):
+    x, context = table()
+    torch.manual_seed(0)
+    embedding = Net(3, out_features=2)
+    before = copy.deepcopy(embedding.state_dict())
+    options = {"num_layers": 1, "hidden_features": (8,), "embedding": embedding}
+    flow, result = fit_table(x, "maf", context=context, flow_options=options, epochs=40, learning_rate=1e-2, seed=0)
+    assert flow.context_features == 2
+    assert result.best_loss < fit_table(x, "maf", context=context, flow_options=options, epochs=1, seed=0)[1].best_loss
+    assert all(torch.equal(value, before[name]) for name, value in embedding.state_dict().items())
+    assert not torch.equal(flow.embedding[1].first.weight.float(), embedding.first.weight)
+    flow.save(tmp_path / "flow")
+    rows = torch.from_numpy(x[:5]), torch.from_numpy(context[:5])
+    expected = flow.eval().log_prob(*rows)
+    torch.testing.assert_close(load(tmp_path / "flow", classes=[Net]).log_prob(*rows), expected)
+    labels = np.arange(len(x)) % 3
+    labelled, _ = fit_table(x, "nsf", context=labels, flow_options={**options, "num_layers": 1}, epochs=1, seed=0)
+    assert labelled.log_prob(rows[0], torch.tensor([0, 1, 2, 0, 1])).shape == (5,)
+
+
+def test_an_embedding_of_a_table_without_a_context_is_refused():
+    with pytest.raises(ValueError, match="expected a context for the embedding; got none for Net"):
+        fit_table(table()[0], "maf", flow_options={"embedding": Net(3)}, epochs=1)
+    with pytest.raises(ValueError, match=r"an embedding that returns \(rows, context_features\); got shape \(\)"):
+        fit_table(*table()[:1], "maf", context=table()[1], flow_options={"embedding": Total()}, epochs=1)
+
+
+class Total(nn.Module):
+    def forward(self, x):
+        return x.sum()
+
+
+def test_an_embedding_within_a_tables_builder_is_refused():
+    x, context = table(20)
+    with pytest.raises(ValueError, match="a flow without an embedding; got one with a Net: pass it as embedding= of"):
+        fit_table(x, partial(maf, embedding=Net(3, out_features=3)), context=context, epochs=1)

@@ -113,6 +113,9 @@ def fit_amortized(
             got = f"shape {tuple(context.shape)}" if isinstance(context, Tensor) else type(context).__name__
             raise ValueError(f"expected an embedding that returns (rows, context_features); got {got}")
         inner = build_flow(_default_flow if flow is None else flow, vectors.shape[1], context.shape[1])
+        if inner.embedding is not None:
+            got = f"one whose flow has a {type(inner.embedding).__name__}: pass it as embedding= of fit_amortized"
+            raise ValueError(f"expected a builder of flows without an embedding; got {got}")
         standardize = Standardize.from_data(vectors)
         layers = list(inner.layers)
         if embedding is None and not isinstance(flow, Flow):

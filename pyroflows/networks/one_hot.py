@@ -52,8 +52,7 @@ class OneHot(Recorded, nn.Module):
         highest = len(self.table) - 1
         if labels.min() < 0 or labels.max() > highest:
             others = labels[(labels < 0) | (labels > highest)].unique().tolist()
-            expected = f"class labels from 0 to {highest}" if highest else "class label 0, the only one"
-            raise ValueError(f"expected {expected}; got {_listed(others)}")
+            raise ValueError(f"expected class labels from 0 to {highest}; got {_listed(others)}")
 
     @staticmethod
     def check_dtype(labels: Tensor) -> None:
