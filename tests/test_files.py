@@ -547,6 +547,21 @@ def test_a_file_of_another_class_says_what_it_holds_and_who_reads_it(tmp_path):
     refused(path, r"which holds a posterior \(Flow\): read it by pyroflows.Posterior.load")
 
 
+def test_a_posterior_of_another_model_says_whose_latents_the_file_holds(tmp_path):
+    path = tmp_path / "posterior"
+    guided(num_layers=2, hidden_features=(4,)).save(path)
+
+    def other(x, y):
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x, scale).to_event(1), obs=y)
+
+    message = r"expected the model of the posterior in .*posterior, with the latents b \(2,\); got scale \(\)"
+    with pytest.raises(ValueError, match=message):
+        Posterior.load(path, other, X, 0.5 + X)
+    with pytest.raises(TypeError, match="expected a Pyro model, a callable; got int"):
+        Posterior.load(path, 3, X, 0.5 + X)
+
+
 def test_files_of_format_4_load(tmp_path):
     x = torch.tensor([[0.5, -1.0], [2.0, 0.3]], dtype=torch.float64)
     context = torch.tensor([[1.0, 2.0, 3.0], [0.0, -1.0, 0.5]], dtype=torch.float64)
