@@ -39,9 +39,12 @@ def attributes_of(value: Any) -> dict[str, Any] | None:
         None if there is more to the object: it cannot be pickled, is pickled otherwise, or holds items.
     """
     try:
-        make, args, state, *items = value.__reduce_ex__(2)
+        reduced = value.__reduce_ex__(2)
     except Exception:  # its class depends on why it cannot be pickled
         return None
+    if not isinstance(reduced, tuple):
+        return None
+    make, args, state, *items = *reduced, None
     if make.__name__ != "__newobj__" or args != (type(value),) or any(item is not None for item in items):
         return None
     if is_dataclass(value) and not hasattr(value, "__dict__"):
@@ -80,9 +83,9 @@ def is_hooked(module: nn.Module) -> bool:
     return any(module.__dict__.get(name) for name in _HOOKS) or nn.utils.parametrize.is_parametrized(module)
 
 
-def is_of_a_library(kind: type) -> bool:
-    """Return whether a class is Python's, NumPy's, torch's or Pyro's, and not a module's."""
-    return kind.__module__.partition(".")[0] in _LIBRARIES and not issubclass(kind, nn.Module)
+def is_of_a_library(kind: Any) -> bool:
+    """Return whether a class or function is Python's, NumPy's, torch's or Pyro's, and not a module's class."""
+    return str(kind.__module__).partition(".")[0] in _LIBRARIES and not _is_module_class(kind)
 
 
 @functools.cache
@@ -92,6 +95,7 @@ def _named() -> dict[str, Any]:
     for name, value in vars(functional).items():
         if inspect.isroutine(value) and getattr(value, "__module__", "") in (functional.__name__, "torch._C._nn"):
             named[f"nn.functional.{name}"] = value
+    named |= {f"torch.special.{name}": getattr(torch.special, name) for name in torch.special.__all__}
     named |= {f"torch.{name}": value for name, value in vars(torch).items() if _is_method_too(name, value)}
     named |= {f"nn.{name}": value for name, value in vars(nn).items() if _is_module_class(value)}
     for module, prefix in ((pyro.distributions.constraints, "pyro.constraints"), (constraints, "constraints")):
@@ -128,8 +132,8 @@ def _library_class(kind: type) -> str | None:
     return name if class_by_name(name) is kind else None
 
 
-def full_name(kind: type) -> str:
-    """Return the name of a class with that of its module."""
+def full_name(kind: Any) -> str:
+    """Return the name of a class or a function with that of its module."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 

@@ -1,5 +1,6 @@
 """Modules built again from their recipes."""
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -93,6 +94,7 @@ class _Builder:
             "Size": lambda items: Size(map(self.make, items)),
             "dict": lambda pair: dict(zip(*map(self.make, pair), strict=True)),
             "OrderedDict": lambda pair: OrderedDict(zip(*map(self.make, pair), strict=True)),
+            "partial": lambda items: _partial(*map(self.make, items)),
             "array": lambda name: self.tensors[name].numpy().copy(),
             "dtype": _dtype,
             "device": torch.device,
@@ -155,11 +157,11 @@ class _Builder:
             raise _RefusedError(f"expected names of pyroflows and torch; got {name[:100]!r}")
         return value[recipe["member"]] if "member" in recipe else value
 
-    def _choose_classes(self, recipe: Any, classes: Sequence[type]) -> dict[str, type]:
+    def _choose_classes(self, recipe: Any, classes: Sequence[Any]) -> dict[str, Any]:
         """Return the user's class for each that the recipe names, by its full name or else by its name alone."""
         nodes = list(_own_nodes(recipe, self.place_recipe if self.given.part is not None else None))
         named = {_key(node, name): name.removeprefix("own.") for node, name in nodes}
-        chosen: dict[str, type] = {}
+        chosen: dict[str, Any] = {}
         for key, name in named.items():
             same = [kind for kind in classes if kind.__name__ == name]
             exact = [kind for kind in same if full_name(kind) == key]
@@ -178,8 +180,9 @@ class _Builder:
         return chosen
 
     def _call_of_part(self) -> str:
-        name = str(self.place_recipe["make"]).rpartition(".")[2]
-        return f"{self.given.place[0]}={name}(...), built as it was"
+        name = str(self.place_recipe.get("make", "")).rpartition(".")[2]
+        call = f"{name}(...)" if name else "..."
+        return f"{self.given.place[0]}={call}, built as it was"
 
     def _check_part(self, recipe: dict[str, Any]) -> nn.Module | None:
         """Return the part that the user built, if it is what the recipe says."""
@@ -216,6 +219,10 @@ def _nodes(recipe: Any, other: Any) -> Iterator[dict[str, Any]]:
         yield recipe
         for key, value in recipe.items():  # the keys of a group are the user's
             yield from _nodes(list(value.values()) if key in _GROUPS and isinstance(value, dict) else value, other)
+
+
+def _partial(function: Callable[..., Any], args: Any, keywords: Any) -> Callable[..., Any]:
+    return functools.partial(function, *args, **keywords)
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import isfunction
 from itertools import chain
 from typing import Any
 
@@ -353,9 +354,9 @@ def _checked_notes(notes: Any) -> dict[str, Any]:
 
 
 def check_own(classes: Any, embedding: Any) -> None:
-    """Refuse classes that are no list of classes, and an embedding that is no module."""
-    if not isinstance(classes, Sequence) or not all(isinstance(kind, type) for kind in classes):
-        raise TypeError(f"expected classes as a list of classes; got {classes!r}")
+    """Refuse classes that are no list of classes and functions, and an embedding that is no module."""
+    if not isinstance(classes, Sequence) or not all(isinstance(kind, type) or isfunction(kind) for kind in classes):
+        raise TypeError(f"expected classes as a list of classes, and functions; got {classes!r}")
     if embedding is not None and not isinstance(embedding, nn.Module):
         got = f"the class {embedding.__name__}" if isinstance(embedding, type) else type(embedding).__name__
         raise TypeError(f"expected an embedding that is built, a torch module; got {got}")
@@ -373,8 +374,8 @@ def load(
     Args:
         path: path of the file.
         device: device of the flow.
-        classes: the user's own classes, such as a layer or a network, from which the flow in the file was built. They
-            are known by their names; their constructors are not called.
+        classes: the user's own classes, such as a layer or a network, from which the flow in the file was built, and
+            functions, such as an activation. They are known by their names; their constructors are not called.
         embedding: the embedding, built as the flow's was, to take the weights in the file. Without it, the classes of
             an embedding must be among ``classes``, and its attributes such as a file can hold.
 

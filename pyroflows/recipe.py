@@ -32,7 +32,7 @@ def describe(
 
     Args:
         module: the module.
-        own: whether its parts may be of the user's own classes.
+        own: whether its parts may be of the user's own classes, and hold functions of the user's own.
         given: the place, as names of attributes, of a part that can be passed to :func:`restore`. Only there may be
             attributes that a file cannot hold, such as functions.
 
@@ -137,7 +137,7 @@ class _Describer:
         self.takes_own_classes = own
         self.given = given
         self.root = type(module).__name__
-        self.own_classes: dict[type, None] = {}
+        self.own_classes: dict[Any, None] = {}  # and functions
         self.registered = {id(part) for part in chain(module.modules(), module.parameters(), module.buffers())}
         self.names = {maker: name for name, maker in makers().items()}
         self.tensors: dict[str, Tensor] = {}
@@ -186,7 +186,10 @@ class _Describer:
             return {"array": self._keep(torch.from_numpy(value.astype(value.dtype.newbyteorder("="))))}
         if isinstance(value, (torch.dtype, torch.device)):
             return {kind.__name__: str(value).removeprefix("torch.")}
-        if isinstance(value, type) and (not is_of_a_library(value)):
+        if kind is functools.partial:
+            return {"partial": self._items([value.func, value.args, value.keywords], where)}
+        is_named = inspect.isfunction(value) and value.__closure__ is None and value.__name__.isidentifier()
+        if (isinstance(value, type) or is_named) and not is_of_a_library(value):
             return {"name": self._name_class(value, where), "from": full_name(value)}
         return None
 
@@ -215,6 +218,8 @@ class _Describer:
         if known and is_dataclass(value):
             values = {field.name: copy_plain(getattr(value, field.name)) for field in fields(value)}
             return {"make": self.names[kind], "with": self._all(values, where)}
+        if isinstance(value, torch.jit.ScriptModule):
+            return self._omit("a compiled module", where)
         if isinstance(value, nn.Module) and is_hooked(value):
             return self._omit(f"a hook or a parametrization of the module {kind.__name__}", where)
         if getattr(nn, kind.__name__, None) is kind and (arguments := _arguments_of_torch(value)) is not None:
@@ -276,7 +281,7 @@ class _Describer:
         name = self._name_class(kind, where)
         return {"make": name, "from": full_name(kind)} if name.startswith("own.") else {"make": name}
 
-    def _name_class(self, kind: type, where: str) -> str:
+    def _name_class(self, kind: Any, where: str) -> str:
         if name := self.names.get(kind) or name_of(kind):
             return name
         if kind.__module__.startswith("pyroflows.") or not self.takes_own_classes:
@@ -285,7 +290,7 @@ class _Describer:
         return f"own.{kind.__name__}"
 
     @staticmethod
-    def _refuse(kind: type, where: str) -> None:
+    def _refuse(kind: Any, where: str) -> None:
         got = f"{kind.__name__} as {where}: keep flow.state_dict() in a file of your own"
         raise ValueError(f"expected parts made of the classes of pyroflows and torch.nn; got {got}")
 
@@ -368,7 +373,7 @@ def restore(
         recipe: the recipe, which need not be trusted: it must agree with the tensors.
         tensors: the state, and the tensors among the arguments.
         dtype: of parameters and buffers that the state does not hold.
-        classes: the user's own classes that the recipe may name.
+        classes: the user's own classes and functions that the recipe may name.
         place, part: a part of the module that the user built, to take the state of the part in this place, whose
             recipe must be its own.
 

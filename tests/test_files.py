@@ -293,7 +293,7 @@ def test_notes_and_classes_of_other_types_are_refused(tmp_path):
     with pytest.raises(TypeError, match="expected notes as a dict of JSON values; got str"):
         planar(2).save(tmp_path / "flow", notes="fitted on Monday")
     planar(2).save(tmp_path / "flow")
-    with pytest.raises(TypeError, match="expected classes as a list of classes; got <class"):
+    with pytest.raises(TypeError, match="expected classes as a list of classes, and functions; got <class"):
         load(tmp_path / "flow", classes=Double)
 
 
