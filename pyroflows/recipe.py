@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -284,7 +285,8 @@ class _Describer:
     def _name_class(self, kind: Any, where: str) -> str:
         if name := self.names.get(kind) or name_of(kind):
             return name
-        if kind.__module__.startswith("pyroflows.") or not self.takes_own_classes:
+        module = kind.__module__ if kind.__module__.startswith("pyroflows.") else ""
+        if not self.takes_own_classes or getattr(sys.modules.get(module), kind.__name__, None) is kind:
             self._refuse(kind, where)
         self.own_classes[kind] = None
         return f"own.{kind.__name__}"

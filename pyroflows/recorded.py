@@ -28,6 +28,7 @@ class Recorded:
     A user's own subclass is saved by its attributes instead, where a file can hold them all.
 
     Example:
+        >>> from torch import nn
         >>> class Scale(Recorded, nn.Module):
         ...     def __init__(self, factor):
         ...         super().__init__()
