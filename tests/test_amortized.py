@@ -606,6 +606,40 @@ def test_data_of_integers_booleans_and_mixed_shapes():
     assert flags.draws(7, torch.ones(4, 2, dtype=torch.bool))["rate"].shape == (7,)
 
 
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(3, 4)
+
+    def forward(self, y):
+        return self.table(y).mean(-2)
+
+
+def test_integers_reach_an_embedding_that_takes_them(tmp_path):
+    def model():
+        probs = pyro.sample("probs", dist.Dirichlet(torch.ones(3)))
+        words = dist.Categorical(probs[..., None, :].expand(*probs.shape[:-1], 20, 3))
+        pyro.sample("y", words.to_event(1))
+
+    options = {**QUICK, "num_simulations": 4000, "epochs": 12}
+    posterior = fit_amortized(model, "y", embedding=Words(), **options)
+    y = torch.tensor([0] * 12 + [1] * 6 + [2] * 2)
+    draws = posterior.draws(2000, y, seed=0)["probs"]
+    exact = dist.Dirichlet(torch.tensor([13.0, 7.0, 3.0]))
+    torch.testing.assert_close(draws.mean(0), exact.mean, rtol=0, atol=0.03)
+    torch.testing.assert_close(draws.var(0).sqrt(), exact.variance.sqrt(), rtol=0.2, atol=0)
+    assert posterior.covers(y.double().expand(2, -1)).tolist() == [True, True]
+    posterior.save(tmp_path / "posterior")
+    other = AmortizedPosterior.load(tmp_path / "posterior", classes=[Words])
+    assert torch.equal(other.draws(2000, y, seed=0)["probs"], draws)
+    for each in (posterior, other):
+        with pytest.raises(ValueError, match="expected data of 'y' of dtype int64; got numbers that are not"):
+            each.draws(1, y + 0.5)
+    # A network that takes no integers gets them in units of their spread.
+    scaled = fit_amortized(model, "y", embedding=nn.Linear(20, 3), **{**options, "epochs": 1})
+    assert scaled.draws(3, y)["probs"].shape == (3, 3)
+
+
 def test_data_of_many_numbers():
     """Torch takes no quantile of more than 2**24 numbers."""
 

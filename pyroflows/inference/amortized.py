@@ -27,6 +27,7 @@ from pyroflows.training import FitOptions, FitResult, fit
 __all__ = ["AmortizedPosterior", "fit_amortized"]
 
 _KIND, _PLACE = "amortized posterior", ("embedding", "network")  # of a file, and of the user's embedding in the flow
+_INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _ROWS_AT_ONCE = 200_000
 _RANGE = 0.1  # how far outside the range of the simulations data may be, as a share of it
 _LINEAR = 5.0  # scales; data further out enter a network by their logarithm
@@ -64,8 +65,8 @@ def fit_amortized(
         flow: over the unconstrained latents given the context, or its builder, called as
             ``flow(features, context_features=...)``; by default an autoregressive spline flow.
         embedding: a network that computes the context ``(rows, context_features)`` from one observed site ``(rows,
-            *shape)``, or from several flattened to ``(rows, numbers)``, in units of each number's spread; by default
-            the context is the data, flattened.
+            *shape)``, or from several flattened to ``(rows, numbers)``, in units of each number's spread. Integers and
+            booleans of one site reach it as they are, if it takes them. By default the context is the data, flattened.
         args, kwargs: arguments of the model.
         drop_nonfinite: leave out simulations that are not finite (correct if data that are not finite are never
             observed); they are counted in the result's ``num_dropped``.
@@ -105,7 +106,11 @@ def fit_amortized(
         vectors = unconstrain(simulator.latents, values, min_batch_ndim=1)[0]
         if isinstance(flow, Flow) and flow.embedding is not None:
             embedding, flow = flow.embedding, Flow(flow.prior, flow.bijection)
-        data = _rows_of_data(simulator.observed, values, flat=embedding is None).to(vectors)
+        data = _rows_of_data(simulator.observed, values, flat=embedding is None)
+        if embedding is not None:
+            embedding.to(vectors)
+        if not _takes_integers(embedding, data[:2]):
+            data = data.to(vectors)
         embed = _ScaledEmbedding.from_data(data, embedding).to(vectors)
         with torch.no_grad(), evaluating(embed):
             context = embed(data[:2])
@@ -131,6 +136,18 @@ def fit_amortized(
     return AmortizedPosterior(flow, simulator, result, data, num_simulations - len(data))
 
 
+@torch.no_grad()
+def _takes_integers(embedding: nn.Module | None, data: Tensor) -> bool:
+    """Return whether data are integers or booleans that an embedding takes as they are, such as words or classes."""
+    if embedding is None or data.is_floating_point():
+        return False
+    try:
+        with evaluating(embedding):
+            return isinstance(embedding(data), Tensor)
+    except Exception:  # its class depends on the layer that expects other numbers
+        return False
+
+
 class _ScaledEmbedding(Recorded, nn.Module):
     """An embedding of data that are brought to one scale first, those far out by their logarithm."""
 
@@ -145,6 +162,7 @@ class _ScaledEmbedding(Recorded, nn.Module):
 
     @classmethod
     def from_data(cls, data: Tensor, network: nn.Module | None) -> "_ScaledEmbedding":
+        data = data if data.is_floating_point() else data.float()
         columns = data.flatten(1).split(max(1, _NUMBERS_AT_ONCE // len(data)), 1)
         quantiles = data.new_tensor([0.1587, 0.5, 0.8413])
         low, centre, high = torch.cat([part.quantile(quantiles, 0) for part in columns], 1).unflatten(1, data.shape[1:])
@@ -153,6 +171,8 @@ class _ScaledEmbedding(Recorded, nn.Module):
         return cls(centre, torch.where(scale > 0, scale, 1), network)
 
     def forward(self, data: Tensor) -> Tensor:
+        if not data.is_floating_point() and self.network is not None:
+            return self.network(data)
         z = (data - self.centre) / self.scale
         z = z.clamp(-_LINEAR, _LINEAR) * (1 + (z.abs() / _LINEAR).clamp(min=1).log())
         return z if self.network is None else self.network(z)
@@ -244,6 +264,8 @@ class AmortizedPosterior:
         tensor([ True,  True, False])
     """
 
+    _integers: torch.dtype | None = None  # of the data, if they reach the embedding as they are
+
     def __init__(self, flow: Flow, simulator: Simulator, fit: FitResult, data: Tensor, num_dropped: int):
         self.flow, self.fit, self.num_dropped = flow, fit, num_dropped
         self.num_simulations = len(data)
@@ -251,7 +273,8 @@ class AmortizedPosterior:
         self.observed = {name: simulator.shapes[name] for name in simulator.observed}
         self.latents = {site.name: site.shape for site in simulator.latents}
         self._sites = simulator.latents
-        self._low, self._high = data.amin(0), data.amax(0)
+        self._low, self._high = (limit.to(flow.dtype) for limit in (data.amin(0), data.amax(0)))
+        self._integers = None if data.is_floating_point() else data.dtype
 
     @torch.no_grad()
     def draws(self, n: int, data: Tensor | Mapping[str, Tensor], *, seed: int | None = None) -> dict[str, Tensor]:
@@ -322,6 +345,7 @@ class AmortizedPosterior:
             "observed": [[name, list(shape)] for name, shape in self.observed.items()],
             "num_simulations": self.num_simulations,
             "num_dropped": self.num_dropped,
+            "integers": str(self._integers),
             "fit": asdict(self.fit),
         }
         tensors |= {f"support.{name}": tensor for name, tensor in support_tensors.items()}
@@ -373,6 +397,7 @@ class AmortizedPosterior:
             posterior.latents = {site.name: site.shape for site in posterior._sites}
             posterior.fit = FitResult(**header["fit"])
             posterior.num_simulations, posterior.num_dropped = header["num_simulations"], header["num_dropped"]
+            posterior._integers = {str(dtype): dtype for dtype in (None, *_INTEGERS)}[header["integers"]]
             posterior._low, posterior._high = tensors["low"].to(device), tensors["high"].to(device)
         except (KeyError, TypeError, ValueError) as error:
             got = f"{path}, whose header makes no sense: {error}"
@@ -397,12 +422,18 @@ class AmortizedPosterior:
             raise ValueError(f"expected data of the sites {names}; got {got}")
         values, batches = {}, set()
         for name, shape in self.observed.items():
-            value = torch.as_tensor(data[name]).to(self._low)
+            value = torch.as_tensor(data[name]).to(self._low.device)
+            value = value if self._integers and not value.is_floating_point() else value.to(self._low)
             batch = value.shape[: value.dim() - len(shape)]
             if value.shape != batch + shape:
                 raise ValueError(f"expected data of {name!r} of shape {batched_shape(shape)}; got {tuple(value.shape)}")
             if not value.isfinite().all():
                 raise ValueError(f"expected finite data; got {int((~value.isfinite()).sum())} numbers not, at {name!r}")
+            if self._integers is not None:
+                if (value != value.to(self._integers)).any():
+                    expected = str(self._integers).removeprefix("torch.")
+                    raise ValueError(f"expected data of {name!r} of dtype {expected}; got numbers that are not")
+                value = value.to(self._integers)
             batches.add(batch)
             values[name] = value.reshape(batch.numel(), *shape)
         if len(batches) > 1:
