@@ -17,6 +17,7 @@ from pyro.infer.autoguide import AutoGuideList, AutoNormal
 from torch import nn
 
 from pyroflows import Flow, MaskedAutoregressive, StandardNormal, iaf, load, maf, planar, realnvp
+from pyroflows.files import read, write
 from pyroflows.inference import AmortizedFlow, AmortizedPosterior, fit_amortized
 
 WEIGHT = torch.tensor([[1.0, 0.5], [-0.3, 1.2], [0.7, 0.7]])
@@ -811,6 +812,25 @@ def test_a_loaded_posterior_is_calibrated_with_its_model(tmp_path):
     fit_amortized(many_supports, "y", **{**QUICK, "epochs": 1}).save(path)
     with pytest.raises(ValueError, match=r"'interval' with support .*0.5, .*; got .*0.7"):
         AmortizedPosterior.load(path, model=many_supports, args=(0.7,))
+
+
+def test_whole_files_of_posteriors_that_make_no_sense_are_refused(tmp_path):
+    path = tmp_path / "posterior"
+    fit_amortized(regression, "y", **{**QUICK, "epochs": 1}).save(path)
+    header, tensors = read(path, "amortized posterior")
+    keys = ("dtype", "recipe", "sites", "supports", "observed", "fit", "integers", "num_simulations", "low")
+    for change in (
+        *({key: ...} for key in keys),
+        {"sites": [1]},
+        {"supports": [{"name": "os.system"}]},
+        {"fit": {"a": 1}},
+    ):
+        changed = {key: value for key, value in {**header, **change}.items() if value is not ...}
+        kept = {name: tensor for name, tensor in tensors.items() if name not in change}
+        write(path, "amortized posterior", changed, kept)
+        with pytest.raises(ValueError, match="expected .*; got") as error:
+            AmortizedPosterior.load(path)
+        assert type(error.value) is ValueError
 
 
 def test_files_of_other_posteriors_are_refused(tmp_path):

@@ -382,28 +382,27 @@ class AmortizedPosterior:
         check_own(classes, embedding)
         header, tensors = read(path, _KIND)
         flow = flow_of(header, tensors, path, classes, _PLACE, embedding).to(device)
-        posterior = AmortizedPosterior.__new__(AmortizedPosterior)
+        sites = _sites_of(header, tensors, device, classes, path)
         try:
-            held = {n.removeprefix("support."): t.to(device) for n, t in tensors.items() if n.startswith("support.")}
-            supports: Any = build(header["supports"], held, classes)
-            posterior._sites = [
-                LatentSite(name, Size(shape), Size(unconstrained_shape), start, support, plate_ndim)
-                for (name, shape, unconstrained_shape, start, plate_ndim), support in zip(
-                    header["sites"], supports, strict=True
-                )
-            ]
-            posterior.flow, posterior.simulator = flow, None
-            posterior.observed = {name: Size(shape) for name, shape in header["observed"]}
-            posterior.latents = {site.name: site.shape for site in posterior._sites}
-            posterior.fit = FitResult(**header["fit"])
-            posterior.num_simulations, posterior.num_dropped = header["num_simulations"], header["num_dropped"]
-            posterior._integers = {str(dtype): dtype for dtype in (None, *_INTEGERS)}[header["integers"]]
-            posterior._low, posterior._high = tensors["low"].to(device), tensors["high"].to(device)
+            state = {
+                "flow": flow,
+                "simulator": None,
+                "fit": FitResult(**header["fit"]),
+                "num_simulations": header["num_simulations"],
+                "num_dropped": header["num_dropped"],
+                "observed": {name: Size(shape) for name, shape in header["observed"]},
+                "latents": {site.name: site.shape for site in sites},
+                "_sites": sites,
+                "_integers": {str(dtype): dtype for dtype in (None, *_INTEGERS)}[header["integers"]],
+                "_low": tensors["low"].to(device),
+                "_high": tensors["high"].to(device),
+            }
         except (KeyError, TypeError, ValueError) as error:
-            got = f"{path}, whose header makes no sense: {error}"
-            raise ValueError(f"expected an amortized posterior written by save; got {got}") from None
+            raise _no_posterior(path, error) from None
+        posterior = AmortizedPosterior.__new__(AmortizedPosterior)
+        vars(posterior).update(state)
         if model is not None:
-            posterior.simulator = _simulator_of(posterior, path, model, args, kwargs or {})
+            posterior.simulator = _simulator_of(model, args, kwargs or {}, posterior.observed, sites, path)
         return posterior
 
     def _context(self, data: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Size]:
@@ -467,24 +466,54 @@ def _has_support(site: LatentSite, support: Any) -> bool:
     return have_one_image((site.support, support), point)
 
 
-def _simulator_of(
-    posterior: AmortizedPosterior,
+def _sites_of(
+    header: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    device: str | torch.device,
+    classes: Sequence[type],
     path: str | os.PathLike[str],
+) -> list[LatentSite]:
+    """Return the latent sites of the header and the tensors in a file."""
+    prefix = "support."
+    held = {name.removeprefix(prefix): t.to(device) for name, t in tensors.items() if name.startswith(prefix)}
+    try:
+        supports: Any = build(header.get("supports"), held, classes)
+    except ValueError as error:
+        raise ValueError(f"{error}, in {path}") from None
+    try:
+        return [
+            LatentSite(name, Size(shape), Size(unconstrained_shape), start, support, plate_ndim)
+            for (name, shape, unconstrained_shape, start, plate_ndim), support in zip(
+                header["sites"], supports, strict=True
+            )
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _no_posterior(path, error) from None
+
+
+def _no_posterior(path: str | os.PathLike[str], error: Exception) -> ValueError:
+    got = f"{path}, whose header makes no sense: {error}"
+    return ValueError(f"expected an amortized posterior written by save; got {got}")
+
+
+def _simulator_of(
     model: Model,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
+    observed: Mapping[str, Size],
+    sites: Sequence[LatentSite],
+    path: str | os.PathLike[str],
 ) -> Simulator:
-    """Return the simulator of a model; refuse one whose sites are not those of a posterior in a file."""
+    """Return the simulator of a model; refuse one whose sites are not those of the posterior in a file."""
     check_model(model)
     with seeded(0):
-        simulator = Simulator(model, args, kwargs, list(posterior.observed), list(posterior.latents))
-    shapes = posterior.observed | posterior.latents
+        simulator = Simulator(model, args, kwargs, list(observed), [site.name for site in sites])
+    shapes = {**observed, **{site.name: site.shape for site in sites}}
     if simulator.shapes != shapes:
-        expected, got = (
-            ", ".join(f"{name} {tuple(shape)}" for name, shape in s.items()) for s in (shapes, simulator.shapes)
+        raise ValueError(
+            f"expected a model with the sites of {path}, {_listed(shapes)}; got {_listed(simulator.shapes)}"
         )
-        raise ValueError(f"expected a model with the sites of {path}, {expected}; got {got}")
-    for site, other in zip(posterior._sites, simulator.latents, strict=True):
+    for site, other in zip(sites, simulator.latents, strict=True):
         if not _has_support(site, other.support):
             expected = f"a model with the sites of {path}, {site.name!r} with support {site.support}"
             raise ValueError(f"expected {expected}; got {other.support}")
