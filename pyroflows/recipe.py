@@ -5,6 +5,7 @@ import inspect
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from itertools import chain
@@ -51,6 +52,9 @@ def describe(
     tensors = state | describer.tensors
     handed = _given(given, functools.reduce(getattr, given, module)) if describer.omits else None
     rebuilt = build(recipe, tensors, list(describer.own_classes), handed)
+    if describer.own_classes and handed is None:
+        with suppress(RuntimeError):  # another shape is said below
+            rebuilt.load_state_dict(module.state_dict())  # which some attributes follow
     structure, rebuilt_structure = _structure(module), _structure(rebuilt)
     names = structure.keys() | rebuilt_structure.keys()
     changed = [name for name in names if structure.get(name) != rebuilt_structure.get(name)]
@@ -117,7 +121,11 @@ def _ties(module: nn.Module) -> list[list[str]]:
     return [same for same in names.values() if len(same) > 1]
 
 
-class _OmittedError(ValueError):
+class _UndescribedError(ValueError):
+    """A part that cannot be described in this way, but perhaps in another."""
+
+
+class _OmittedError(_UndescribedError):
     """An attribute that a file cannot hold."""
 
     def __init__(self, got: str, where: str):
@@ -125,10 +133,6 @@ class _OmittedError(ValueError):
             f"expected attributes that a file can hold, such as numbers, text, tensors, modules and functions of "
             f"torch; got {got} as {where}"
         )
-
-
-class _ArgumentError(ValueError):
-    """An argument that no attribute holds."""
 
 
 class _Describer:
@@ -219,11 +223,8 @@ class _Describer:
         if known and is_dataclass(value):
             values = {field.name: copy_plain(getattr(value, field.name)) for field in fields(value)}
             return {"make": self.names[kind], "with": self._all(values, where)}
-        if isinstance(value, torch.jit.ScriptModule):
-            return self._omit("a compiled module", where)
-        if isinstance(value, nn.Module) and is_hooked(value):
-            return self._omit(f"a hook or a parametrization of the module {kind.__name__}", where)
-        if getattr(nn, kind.__name__, None) is kind and (arguments := _arguments_of_torch(value)) is not None:
+        is_torchs = getattr(nn, kind.__name__, None) is kind and not is_hooked(value)
+        if is_torchs and (arguments := _arguments_of_torch(value)) is not None:
             return {"make": f"nn.{kind.__name__}", "with": self._all(arguments, where)}
         if not isinstance(value, Recorded) or not hasattr(value, "_arguments"):
             return self._by_attributes(value, where)
@@ -246,7 +247,7 @@ class _Describer:
             self.given = None
             try:
                 return way(value, where)
-            except (_OmittedError, _ArgumentError):
+            except _UndescribedError:
                 self.own_classes, self.tensors, self.numbers, self.parts, self.within = before
             finally:
                 self.given = given
@@ -264,6 +265,10 @@ class _Describer:
     def _by_attributes(self, value: Any, where: str) -> dict[str, Any]:
         if type(value) in self.names:
             self._refuse(type(value), where)
+        if isinstance(value, torch.jit.ScriptModule):
+            return self._omit("a compiled module", where)
+        if isinstance(value, nn.Module) and is_hooked(value):
+            return self._omit(f"a hook or a parametrization of the module {type(value).__name__}", where)
         attributes = attributes_of(value)
         if attributes is None or (is_of_a_library(type(value)) and class_by_name(full_name(type(value))) is None):
             return self._omit(_article(value), where)
@@ -294,7 +299,7 @@ class _Describer:
     @staticmethod
     def _refuse(kind: Any, where: str) -> None:
         got = f"{kind.__name__} as {where}: keep flow.state_dict() in a file of your own"
-        raise ValueError(f"expected parts made of the classes of pyroflows and torch.nn; got {got}")
+        raise _UndescribedError(f"expected parts made of the classes of pyroflows and torch.nn; got {got}")
 
 
 def _article(value: Any) -> str:
@@ -328,7 +333,7 @@ def _attribute(module: Any, name: str, where: str) -> Any:
     if isinstance(value, Iterable) and all(isinstance(item, nn.Module) for item in value):
         return tuple(value)
     if value is None:
-        raise _ArgumentError(
+        raise _UndescribedError(
             f"expected the argument {name!r} of {type(module).__name__} to be plain, or to be in the attribute of that "
             f"name; got another as {where}.{name}"
         )

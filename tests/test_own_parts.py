@@ -12,7 +12,7 @@ import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
-from contract import FLOWS, HIDDEN, IMAGE_FLOWS
+from contract import FLOWS, HIDDEN, IMAGE_FLOWS, LAYERS, PRIORS, contexts, make, perturb
 from torch import nn
 from torch.nn import functional as F
 
@@ -586,3 +586,30 @@ def test_an_embedding_within_a_tables_builder_is_refused():
     x, context = table(20)
     with pytest.raises(ValueError, match="a flow without an embedding; got one with a Net: pass it as embedding= of"):
         fit_table(x, partial(maf, embedding=Net(3, out_features=3)), context=context, epochs=1)
+
+
+# Subclasses of this package's own classes
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_subclass_of_a_layer_comes_back(name, tmp_path):
+    layer = make(name, 3, 2)
+    mine = layer.__class__ = type("Mine", (type(layer),), {})
+    flow = Flow(StandardNormal(layer.latent_shape), layer).double().eval()
+    flow.save(tmp_path / "flow")
+    found = load(tmp_path / "flow", classes=[mine])
+    context = contexts(flow, 4)
+    x = flow.sample(() if flow.context_features else (4,), context)
+    torch.testing.assert_close(found.log_prob(x, context), flow.log_prob(x, context))
+    assert found.state_dict().keys() == flow.state_dict().keys()
+    assert type(found.layers[0]) is mine
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_a_subclass_of_a_prior_comes_back(name, tmp_path):
+    prior = perturb(PRIORS[name](2), 0.1)
+    mine = prior.__class__ = type("Mine", (type(prior),), {})
+    flow = Flow(prior, Planar(2)).eval()
+    flow.save(tmp_path / "flow")
+    x = flow.sample((4,))
+    torch.testing.assert_close(load(tmp_path / "flow", classes=[mine]).log_prob(x), flow.log_prob(x))
