@@ -9,7 +9,7 @@ from torch import Tensor
 from pyroflows.arguments import check_option
 from pyroflows.inference.log_joint import LogJoint
 
-__all__ = ["INIT_METHODS", "GaussianInit", "find_init"]
+__all__ = ["INIT_METHODS", "GaussianInit", "climb", "find_init"]
 
 INIT_METHODS = ("auto", "laplace", "pathfinder", "fullrank", "meanfield", "none")
 _DRAWS = 64  # draws from a Gaussian to estimate its ELBO or to improve it; more if there are many latents
@@ -57,7 +57,7 @@ def find_init(
     inits: list[GaussianInit] = []
     generator = torch.Generator().manual_seed(seed)
     if method in ("auto", "laplace", "pathfinder"):
-        paths = _distinct(_climb(log_joint, _starting_points(log_joint, generator)))
+        paths = _distinct(climb(log_joint, _starting_points(log_joint, generator)))
         if method != "laplace":
             inits += [_best_of_path(log_joint, path, generator) for path in paths]
         if method != "pathfinder":
@@ -104,7 +104,7 @@ def _value_and_score(log_joint: LogJoint, u: Tensor) -> tuple[Tensor, Tensor]:
 _Climb = list[tuple[Tensor, Tensor, Tensor]]  # points, their values, and estimates of the inverse Hessian there
 
 
-def _climb(log_joint: LogJoint, x: Tensor) -> list[_Climb]:
+def climb(log_joint: LogJoint, x: Tensor) -> list[_Climb]:
     """Climb by BFGS from several points at once, ``(starts, dim)``; return the path of each that moved."""
     value, score = _value_and_score(log_joint, x)
     eye = torch.eye(x.shape[-1]).to(x)

@@ -150,6 +150,12 @@ def is_deterministic(site: Any) -> bool:
     )
 
 
+def _is_factor(node: Any) -> bool:
+    if not is_deterministic(node):
+        return isinstance(node["fn"], dist.Unit)
+    return "_deterministic" not in node["infer"] and bool((node["fn"].log_prob(node["value"]) != 0).any())
+
+
 def initial_value(site: Any, like: Tensor | None = None) -> Tensor:
     """Return an initial value of a latent site: its prior median, or a feasible point of an improper prior."""
     fn = site["fn"]
@@ -184,11 +190,22 @@ class ModelStructure:
     initial: Tensor = field(default_factory=lambda: torch.empty(0))  # their values, as a point of unconstrained space
     discrete: dict[str, bool] = field(default_factory=dict)  # the discrete ones; whether the model enumerates each
     observations: dict[str, Tensor] = field(default_factory=dict)
+    observed_nodes: dict[str, dict[str, Any]] = field(default_factory=dict)  # also of factors and deterministic sites
     fixed: dict[str, Tensor] = field(default_factory=dict)  # the rows of each plate, the same in every run
     subsampled: list[str] = field(default_factory=list)  # the plates that take only some of their rows
     parameters: list[str] = field(default_factory=list)  # of ``pyro.param`` statements
     shapes: dict[str, Size] = field(default_factory=dict)  # of values, and of the observations' log-densities
     max_plate_nesting: int = 0
+
+    @property
+    def deterministic(self) -> list[str]:
+        """The names of deterministic sites."""
+        return [name for name, node in self.observed_nodes.items() if is_deterministic(node)]
+
+    @property
+    def factors(self) -> list[str]:
+        """The names of ``pyro.factor`` statements, and of observed points with a log-density, which are factors too."""
+        return [name for name, node in self.observed_nodes.items() if _is_factor(node)]
 
     @classmethod
     def of(cls, model: Model, args: Sequence[Any], kwargs: Mapping[str, Any]) -> "ModelStructure":
@@ -227,6 +244,7 @@ class ModelStructure:
 
     def _read_observed(self, name: str, node: Any) -> None:
         deterministic = is_deterministic(node)
+        self.observed_nodes[name] = {key: node[key] for key in _SITE_KEYS}
         self.shapes[name] = node["value" if deterministic else "log_prob"].shape
         if not deterministic and not isinstance(node["fn"], dist.Unit):
             self.observations[name] = node["value"]
