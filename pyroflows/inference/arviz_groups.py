@@ -210,6 +210,7 @@ class ArvizGroups:
                 coords[kept] = self.coords[dims[0]][entries] if site.batch_ndim == 1 else entries
                 dims = [kept, *dims[site.batch_ndim :]]
             array = value.detach().cpu()
+            array = array.long() if array.dtype == torch.bool else array  # of which ArviZ takes quantiles
             if sample_dims:
                 array = array.unflatten(0, (self.num_chains, -1))
                 coords |= {dim: np.arange(size) for dim, size in zip(sample_dims, array.shape, strict=False)}

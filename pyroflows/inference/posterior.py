@@ -21,7 +21,7 @@ from pyroflows.inference.diagnosis import Weights
 from pyroflows.inference.guide import AutoFlow, Builder
 from pyroflows.inference.log_joint import LogJoint
 from pyroflows.inference.neutra import run_chains
-from pyroflows.inference.sites import Model
+from pyroflows.inference.sites import LatentSite, Model, ModelStructure, check_model
 from pyroflows.recipe import describe, is_plain, restore
 from pyroflows.training import FitResult
 
@@ -376,7 +376,7 @@ def _write(posterior: Posterior, path: str | Path) -> None:
         "recipe": recipe,
         "options": {name: value for name, value in posterior.guide.options.items() if is_plain(value)},
         "max_triangular": posterior.guide.max_triangular,
-        "latents": _shapes(posterior.guide),
+        "latents": _shapes(posterior.guide.latents),
         "notes": posterior.notes,
         "seconds": posterior.seconds,
     }
@@ -391,6 +391,13 @@ def _read_guide(
     header, tensors = read(path, "posterior")
     if missing := {"recipe", "options", "max_triangular", "latents", "notes", "seconds"} - header.keys():
         raise ValueError(f"expected a posterior written by save; got {path}, whose header lacks {min(missing)}")
+    check_model(model)
+    latents = _shapes(ModelStructure.of(config_enumerate(model), args, kwargs).latents)
+    if latents != header["latents"]:
+        expected, got = (
+            ", ".join(f"{n} {tuple(shape)}" for n, shape in sites) for sites in (header["latents"], latents)
+        )
+        raise ValueError(f"expected the model of the posterior in {path}, with the latents {expected}; got {got}")
     options = {}
     if flow is None and header["recipe"] is None:
         reason = "the posterior was fitted with a flow or a builder of the user's own"
@@ -404,8 +411,6 @@ def _read_guide(
         options = header["options"]
     options["max_triangular"] = header["max_triangular"]
     guide = AutoFlow(config_enumerate(model), flow, "none", args=args, kwargs=kwargs, **options)
-    if _shapes(guide) != header["latents"]:
-        raise ValueError(f"expected a model with the latents {header['latents']}; got {_shapes(guide)}")
     state = {name.removeprefix("state."): value for name, value in tensors.items() if name.startswith("state.")}
     whole: Flow = guide.require_flow()
     try:
@@ -420,8 +425,8 @@ def _read_guide(
     return guide, draws, header
 
 
-def _shapes(guide: AutoFlow) -> list[list[Any]]:
-    return [[site.name, list(site.shape)] for site in guide.latents]
+def _shapes(latents: Sequence[LatentSite]) -> list[list[Any]]:
+    return [[site.name, list(site.shape)] for site in latents]
 
 
 def _few_of(tensors: Mapping[str, Tensor]) -> Tensor:

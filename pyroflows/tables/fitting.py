@@ -1,5 +1,6 @@
 """The flow of a table, a named flow in the units of its columns: built from the rows, and trained on a part of them."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
@@ -61,7 +62,7 @@ def fit_table(
         flow, context, weights, columns, integer_columns, standardize: as for :func:`table_flow`.
         validation: share of the rows, or of their weight, to hold out, to choose the best epoch and when to stop, 0 for
             none; or rows, their context and their weights, both of which may be None.
-        flow_options: options of the flow, such as ``{"num_layers": 4}``.
+        flow_options: options of :func:`table_flow`, such as ``{"num_layers": 4}`` or an ``embedding``.
         dtype: precision of training.
         batch_size: rows a step, or all rows if there are fewer.
         min_steps: least number of steps in an epoch, unless ``options`` has a number.
@@ -99,7 +100,7 @@ def fit_table(
             integer_columns=integer_columns,
             standardize=standardize,
             columns=columns,
-            **flow_options or {},
+            **copy.deepcopy(dict(flow_options or {})),  # a fit trains its own networks
         )
     if on_start is not None:
         on_start(built)
@@ -159,8 +160,8 @@ def _training_form(
         *layers, scale = layers
         x, log_scale = scale.inverse_and_log_det(x)[0], float(scale.std.log().sum())
     if context is not None and context.is_floating_point():
-        context, embedding = flow.embed(context), None
-        context = None if context is None else context.to(dtype)
+        parts: list[Any] = list(embedding) if isinstance(embedding, nn.Sequential) else [embedding, None]
+        context, embedding = parts[0](context).to(dtype), parts[1]
     trained = Flow(flow.prior, layers, embedding=embedding, dequantizer=flow.dequantizer).to(dtype)
     return trained, x.to(dtype), context, log_scale
 
@@ -226,6 +227,7 @@ def table_flow(
     flow: str | Callable[..., Flow] = "nsf",
     *,
     context: Tensor | None = None,
+    embedding: nn.Module | None = None,
     weights: Tensor | None = None,
     integer_columns: Sequence[int] = (),
     standardize: bool = True,
@@ -247,6 +249,8 @@ def table_flow(
         flow: the name of a flow, or a function such as :func:`nsf`, called as
             ``flow(features, context_features=..., **options)``.
         context: of each row, for a conditional flow: numbers, or labels from 0, which are integers.
+        embedding: a network from the standardized numbers, or from the one-hot vectors, to the context of the layers,
+            trained with them; by default they are the context.
         weights: a weight above 0 for each row, for all that is read from the rows; by default all are equal.
         integer_columns: positions of the columns of whole numbers, for which the flow gets a
             :class:`ColumnDequantizer`.
@@ -290,15 +294,25 @@ def table_flow(
     if standardize:
         outer = [Standardize(*_mean_and_std(rows, shares))]
         rows = outer[0].inverse_and_log_det(rows)[0]
-    embedding = embedded = None
+    if context is None and embedding is not None:
+        raise ValueError(f"expected a context for the embedding; got none for {type(embedding).__name__}")
+    embedded = None
     if context is not None:
-        embedding = _embedding(context, shares).to(x)
-        embedded = embedding(context)
+        scale = _embedding(context, shares).to(x)
+        embedding = scale if embedding is None else nn.Sequential(scale, embedding.to(x))
+        with torch.no_grad():
+            embedded = embedding(context)
+        if not isinstance(embedded, Tensor) or embedded.dim() != 2:
+            got = f"shape {tuple(embedded.shape)}" if isinstance(embedded, Tensor) else type(embedded).__name__
+            raise ValueError(f"expected an embedding that returns (rows, context_features); got {got}")
     outer = [*_normal_layers(rows, embedded, shares), *outer]
     inner = flow(features, context_features=0 if embedded is None else embedded.shape[1], **options)
     if not isinstance(inner, Flow) or tuple(inner.event_shape) != (features,):
         got = f"one of {tuple(inner.event_shape)}" if isinstance(inner, Flow) else type(inner).__name__
         raise ValueError(f"expected the builder to return a flow of {features} features; got {got}")
+    if inner.embedding is not None:
+        got = f"one with a {type(inner.embedding).__name__}: pass it as embedding= of table_flow"
+        raise ValueError(f"expected the builder to return a flow without an embedding; got {got}")
     return Flow(inner.prior, [*inner.layers, *outer], embedding=embedding, dequantizer=dequantizer).to(x)
 
 
