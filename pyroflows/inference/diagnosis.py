@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from pyroflows.diagnostics.weights import importance_ess, psis
+from pyroflows.flow import Flow
 from pyroflows.inference.guide import AutoFlow
 from pyroflows.inference.init import climb
 from pyroflows.inference.log_joint import LogJoint
+from pyroflows.priors import StandardNormal
 
 __all__ = [
     "Weights",
@@ -31,6 +33,8 @@ _COLUMNS = 500  # of draws, compared at once
 _NUMBERS = 5_000_000  # of deterministic sites, held at once
 _EVEN = 0.8  # share of effective draws from which on the weights are even, whatever k-hat
 _DIP = 0.5  # nats by which the density falls between two modes
+_TAIL_DRAWS, _TAIL_WIDTH = 4000, 3.0  # to look for a tail with, and how much wider a coordinate of theirs is
+_TAIL_SHARE = 0.02  # smallest share of the posterior in a tail to report
 _UNCOVERED = 20.0  # ratio of the posterior's density to the guide's above which a point counts as not covered
 
 
@@ -50,6 +54,7 @@ class Weights:
             comparison with the reweighted draws; NaN if values of sites are beyond the range of their dtype.
         sd_error: the largest relative error of a standard deviation, likewise; in constrained space only what exceeds
             its own error, since a deviation may be infinite there.
+        tail: the share of the posterior in a tail that the guide does not reach, if there is one.
     """
 
     u: Tensor
@@ -63,6 +68,7 @@ class Weights:
     infinite: float
     mean_error: float
     sd_error: float
+    tail: float = 0.0
 
     @property
     def ess_ratio(self) -> float:
@@ -102,6 +108,9 @@ class Weights:
             modes = "1 other mode" if len(missed) == 1 else f"{len(missed)} other modes"
             advice = "refine() runs Markov chains, from there too"
             return "do not trust", f"{modes} with a share of the posterior not covered by the guide: {advice}"
+        if self.tail:
+            reason = f"about {self.tail:.0%} of the posterior is in a tail that the guide does not reach"
+            return "do not trust", f"{reason}: train for longer, or run refine()"
         if self.infinite > 0.01:
             reason = f"{self.infinite:.1%} of the draws have no finite density"
             return "do not trust", f"{reason}: declare the support by the priors, or run refine()"
@@ -120,7 +129,7 @@ class Weights:
 
     def evidence_error(self, missed: Sequence[Tensor]) -> tuple[float, str]:
         """Return the standard error of the log evidence, given the modes that the guide misses, and what is wrong."""
-        if missed:
+        if missed or self.tail:
             return math.inf, "a lower bound, since the draws are from a part of the posterior only"
         if self.is_uneven and (self.median_khat >= 0.7 or self.ess < 100):
             return math.inf, "not to be trusted, and without a standard error, since the weights are too uneven"
@@ -136,7 +145,31 @@ def importance_sample(guide: AutoFlow, log_joint: LogJoint, num_draws: int) -> W
     flow = guide.require_flow()
     parts = [flow.rsample_and_log_prob(min(_CHUNK, num_draws - begin)) for begin in range(0, num_draws, _CHUNK)]
     u, log_q = torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts])
-    return summarize_weights(log_joint, u, (log_joint.value(u) - log_q).double())
+    weights = summarize_weights(log_joint, u, (log_joint.value(u) - log_q).double())
+    return replace(weights, tail=_missed_tail(flow, log_joint, weights))
+
+
+def _missed_tail(flow: Flow, log_joint: LogJoint, weights: Weights) -> float:
+    """Return the share of the posterior in a tail that the guide's draws do not show, and that wider ones do, or 0.
+
+    In the flow's latent space half of these are the guide's, and half have one coordinate three times as wide: their
+    weights are at most twice as large, and their mean estimates the same evidence if the guide leaves out nothing.
+    """
+    if not isinstance(flow.prior, StandardNormal) or not math.isfinite(weights.log_evidence):
+        return 0.0
+    number, wide = min(_TAIL_DRAWS, len(weights.u)), math.log(_TAIL_WIDTH)
+    z = flow.prior.sample((number,))
+    rows = torch.arange(number // 2, device=z.device)
+    z[rows, torch.randint(z.shape[1], (len(rows),), device=z.device)] *= _TAIL_WIDTH
+    stretched = (z.square() * (1 - _TAIL_WIDTH**-2) / 2 - wide).logsumexp(-1) - math.log(z.shape[1])
+    log_q = flow.prior.log_prob(z) + torch.logaddexp(stretched, torch.zeros_like(stretched)) - math.log(2)
+    u, log_det = flow.bijection.forward_and_log_det(z)
+    log_w = (log_joint.value(u) - log_q + log_det).double()
+    log_evidence = float(log_w.logsumexp(0)) - math.log(number)
+    error = float((log_w - log_evidence).exp().std()) / number**0.5
+    share = 1 - math.exp(min(weights.log_evidence - log_evidence, 0.0))
+    beyond_error = log_evidence - weights.log_evidence > 3 * math.hypot(error, weights.log_evidence_error)
+    return share if share > _TAIL_SHARE and beyond_error else 0.0
 
 
 @torch.no_grad()
@@ -157,7 +190,7 @@ def summarize_weights(log_joint: LogJoint, u: Tensor, log_w: Tensor) -> Weights:
         elbo_error=float(finite.std()) / len(finite) ** 0.5,
         log_evidence=log_mean,
         log_evidence_error=float((log_w - log_mean).exp().std()) / draws**0.5,
-        khat=tuple(psis(part)[1] for part in log_w.chunk(_NUM_SETS)),
+        khat=tuple(psis(part)[1] if part.isfinite().any() else math.inf for part in log_w.chunk(_NUM_SETS)),
         ess=importance_ess(log_w),
         infinite=1 - len(finite) / draws,
         mean_error=mean_error,

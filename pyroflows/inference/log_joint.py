@@ -225,6 +225,7 @@ class LogJoint:
                 return
         got = f"{value} there" if given else f"{value} there, and none at other points: pass init={{site: value}}"
         explain_by_arguments(self.args, self.kwargs, f"a log joint density of {value} at {place}")
+        got += f". {self.structure.problem}" if self.structure.problem else ""
         raise ValueError(f"expected a finite log joint density near {place}; got {got}")
 
     @torch.no_grad()

@@ -4,6 +4,7 @@ import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +291,7 @@ class Posterior:
         weights = None
         if chains is None:
             weights = diagnosis.summarize_weights(require_log_joint(guide), draws["u"], draws["log_weights"])
+            weights = replace(weights, tail=header.get("tail", 0.0))
         posterior = Posterior(guide, (), header["notes"], chains=chains, weights=weights, missed=missed)
         posterior.seconds = header["seconds"]
         return posterior
@@ -379,6 +381,7 @@ def _write(posterior: Posterior, path: str | Path) -> None:
         "latents": _shapes(posterior.guide.latents),
         "notes": posterior.notes,
         "seconds": posterior.seconds,
+        "tail": weights.tail if weights else 0.0,
     }
     # The density at some draws verifies model and data on load.
     write(path, "posterior", header, {**tensors, **draws, "log_joint": posterior.log_joint.value(_few_of(draws))})

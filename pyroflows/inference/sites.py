@@ -8,6 +8,7 @@ from numbers import Number
 from typing import Any, cast
 
 import numpy as np
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -201,6 +202,7 @@ class ModelStructure:
     parameters: list[str] = field(default_factory=list)  # of ``pyro.param`` statements
     shapes: dict[str, Size] = field(default_factory=dict)  # of values, and of the observations' log-densities
     max_plate_nesting: int = 0
+    problem: str = ""  # why there is no density at the initial values
 
     @property
     def deterministic(self) -> list[str]:
@@ -215,8 +217,9 @@ class ModelStructure:
     @classmethod
     def of(cls, model: Model, args: Sequence[Any], kwargs: Mapping[str, Any]) -> "ModelStructure":
         """Run a model with each latent at its initial value, and read the trace."""
-        trace = _first_run(model, args, kwargs)
-        structure = cls(parameters=[name for name, node in trace.nodes.items() if node["type"] == "param"])
+        trace, problem = _first_run(model, args, kwargs)
+        parameters = [name for name, node in trace.nodes.items() if node["type"] == "param"]
+        structure = cls(parameters=parameters, problem=problem)
         samples = {name: node for name, node in trace.nodes.items() if node["type"] == "sample"}
         for name, node in samples.items():
             structure._read_plates(name, node)
@@ -335,19 +338,30 @@ def explain_by_arguments(args: Sequence[Any], kwargs: Mapping[str, Any], problem
             raise TypeError(f"expected tensors as arguments of the model, by torch.as_tensor; got {got}")
 
 
-def _first_run(model: Model, args: Sequence[Any], kwargs: Mapping[str, Any]) -> poutine.Trace:
-    """Run a model, as the user has it, with each latent at its initial value."""
+def _run_at_median(model: Model, args: Any, kwargs: Any, like: Tensor) -> poutine.Trace:
+    with poutine.block(), torch.no_grad(), _CheckData(), InitMessenger(partial(initial_value, like=like)):
+        trace = poutine.trace(model).get_trace(*args, **kwargs)
+        trace.compute_log_prob()
+    return trace
+
+
+def _first_run(model: Model, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[poutine.Trace, str]:
+    """Run a model, as the user has it, with each latent at its initial value.
+
+    The data may be outside the support that they have there, and inside it elsewhere; the text then says so.
+    """
     likes = [*_floating_tensors((args, kwargs)), torch.empty(()), torch.empty((), dtype=torch.float64)]
     unique = list({(like.dtype, like.device): like for like in likes}.values())
     for like in unique:
         try:
-            with poutine.block(), torch.no_grad(), _CheckData(), InitMessenger(partial(initial_value, like=like)):
-                trace = poutine.trace(model).get_trace(*args, **kwargs)
-                trace.compute_log_prob()
-            return trace
+            return _run_at_median(model, args, kwargs, like), ""
         except Exception as error:
             if not str(error).startswith("expected data"):  # a sentence already
                 explain_by_arguments(args, kwargs, f"{type(error).__name__} in the model: {str(error).splitlines()[0]}")
+                with suppress(Exception), pyro.validation_enabled(False):
+                    trace = _run_at_median(model, args, kwargs, like)
+                    if isinstance(error, ValueError) and not trace.log_prob_sum().isfinite():
+                        return trace, " ".join(str(error).splitlines()[:2])
             # An improper prior's value of another dtype than the data in a closure.
             if like is unique[-1] or not isinstance(error, RuntimeError):
                 raise
