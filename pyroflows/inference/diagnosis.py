@@ -146,7 +146,7 @@ def importance_sample(guide: AutoFlow, log_joint: LogJoint, num_draws: int) -> W
     parts = [flow.rsample_and_log_prob(min(_CHUNK, num_draws - begin)) for begin in range(0, num_draws, _CHUNK)]
     u, log_q = torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts])
     weights = summarize_weights(log_joint, u, (log_joint.value(u) - log_q).double())
-    return replace(weights, tail=_missed_tail(flow, log_joint, weights))
+    return weights if weights.is_uneven else replace(weights, tail=_missed_tail(flow, log_joint, weights))
 
 
 def _missed_tail(flow: Flow, log_joint: LogJoint, weights: Weights) -> float:

@@ -115,13 +115,13 @@ def fit_posterior(
         guide_fit.run_stages(max_steps)
         evaluations = log_joint.evaluations
         weights = importance_sample(guide, log_joint, guide_fit.affordable_draws())
-        posterior = Posterior(guide, guide_fit.results, [*_notes_on(log_joint), *guide_fit.notes], weights=weights)
+        posterior = Posterior(guide, guide_fit.results, [*notes_on(log_joint), *guide_fit.notes], weights=weights)
         posterior.evaluations = evaluations
         posterior.seconds = watch.seconds()
         return posterior
 
 
-def _notes_on(log_joint: LogJoint) -> list[str]:
+def notes_on(log_joint: LogJoint) -> list[str]:
     """Return what a verdict should mention of a model."""
     notes = []
     if not log_joint.structure.observations and not log_joint.structure.factors:

@@ -164,18 +164,6 @@ class AutoFlow(AutoContinuous):
         self.flow = Flow(inner.prior, [*inner.layers, whitening]).to(log_joint.device, log_joint.dtype)
         whitening.start_at(inits[0].loc, inits[0].scale_tril)
 
-    def _check_sites(self, args: Any, kwargs: Any) -> None:
-        """Refuse arguments with which the model observes or lacks a latent, by a run for each pattern of None."""
-        pattern = _pattern_of_none(args, kwargs)
-        if pattern in self._patterns or self.model is None or not _can_call(self.model, args, kwargs):
-            return
-        with poutine.block(), torch.random.fork_rng(devices=[]), torch.no_grad():
-            nodes = ModelStructure.of(self.model, args, kwargs).latent_nodes
-        if lacking := [repr(site.name) for site in self.latents if site.name not in nodes]:
-            got = f"some with which {', '.join(lacking)} is observed or missing: build a guide from these, by setup"
-            raise ValueError(f"expected arguments with which the model has the latents of the guide; got {got}")
-        self._patterns.add(pattern)
-
     def require_flow(self) -> Flow:
         """Return the flow; refuse a guide that is not built."""
         if self.prototype_trace is None:
@@ -198,7 +186,7 @@ class AutoFlow(AutoContinuous):
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         if self.prototype_trace is None:
             self.setup(*args, **kwargs)
-        self._check_sites(args, kwargs)
+        _check_sites(self, args, kwargs)
         self._register_parameters()
         vector = self.sample_latent(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
@@ -310,6 +298,19 @@ class AutoFlow(AutoContinuous):
             nodes = self.prototype_trace.nodes.items()
             state["prototype_trace"] = _trace_of({name: {**node, "fn": _shape_of(node["fn"])} for name, node in nodes})
         return state
+
+
+def _check_sites(guide: "AutoFlow", args: Any, kwargs: Any) -> None:
+    """Refuse arguments with which the model observes or lacks a latent, by a run for each pattern of None."""
+    pattern = _pattern_of_none(args, kwargs)
+    if pattern in guide._patterns or guide.model is None or not _can_call(guide.model, args, kwargs):
+        return
+    with poutine.block(), torch.random.fork_rng(devices=[]), torch.no_grad():
+        nodes = ModelStructure.of(guide.model, args, kwargs).latent_nodes
+    if lacking := [repr(site.name) for site in guide.latents if site.name not in nodes]:
+        got = f"some with which {', '.join(lacking)} is observed or missing: build a guide from these, by setup"
+        raise ValueError(f"expected arguments with which the model has the latents of the guide; got {got}")
+    guide._patterns.add(pattern)
 
 
 def start_of(init: str | Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -1,5 +1,6 @@
 """The log joint density of a Pyro model over one unconstrained vector, for many points at once."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -132,8 +133,7 @@ class LogJoint:
     one by one; ``vectorize="auto"`` takes the fastest way that agrees with single runs. Discrete latents are summed
     out; a subsampled plate keeps the rows that it drew in the first run. Points have the shape ``(points, dim)``.
 
-    ``initial`` is the prior median, the point that ``start`` gives by sites, or one of the prior's draws, if the
-    density is zero at the median.
+    ``initial`` is the prior median, the point that ``start`` gives by sites, or a prior draw, if these have no density.
     """
 
     def __init__(
@@ -156,11 +156,10 @@ class LogJoint:
         self._of_discrete: set[str] = set()  # deterministic sites with a value for each of a discrete latent's
         self._find_dependent_supports()
         if start is not None:
-            self._start_at(start)
+            self.initial = _start_at(self, start)
         if vectorize == "auto":
-            self._find_density(given=start is not None)
-            vectorize = self._fastest_mode()
-        self.vectorize = vectorize
+            self.initial = _with_density(self, "the prior median" if start is None else "the start")
+        self.vectorize = self._fastest_mode() if vectorize == "auto" else vectorize
         self._refuse_flat_latents()
 
     @property
@@ -194,39 +193,6 @@ class LogJoint:
             if equals_single_runs(partial(self._read_all, mode, points), single, (len(points), 2)):
                 return mode
         return "loop"
-
-    @torch.no_grad()
-    def _start_at(self, start: Mapping[str, Any]) -> None:
-        """Set the initial point to that of the sites' values, or of those given and the prior medians of others."""
-        if unknown := ", ".join(map(repr, sorted(start.keys() - set(self.names)))):
-            raise ValueError(f"expected a start for sites among {', '.join(map(repr, self.names))}; got {unknown}")
-        medians = {name: self.structure.latent_nodes[name]["value"] for name in self.names}
-        given = {name: torch.as_tensor(value).to(medians[name]) for name, value in start.items()}
-        for name, value in given.items():
-            if value.shape != medians[name].shape:
-                expected = f"a start of shape {tuple(medians[name].shape)} at site {name!r}"
-                raise ValueError(f"expected {expected}; got {tuple(value.shape)}")
-        self.initial = self.unconstrain({name: value[None] for name, value in (medians | given).items()})[0][0]
-        if not self.initial.isfinite().all():
-            raise ValueError(f"expected a start within the sites' supports; got {dict(start)!r}")
-
-    @torch.no_grad()
-    def _find_density(self, *, given: bool) -> None:
-        """Move the initial point, if there is no density around it, to one that has: the best of prior draws."""
-        if _one_by_one(self, self._points_nearby(8)).isfinite().any():
-            return
-        place = "the start" if given else "the prior median"
-        value = float(_one_by_one(self, self.initial[None]))
-        wide = [self.initial + width * (self._points_nearby(64, seed=2) - self.initial) for width in (10.0, 30.0)]
-        for points in () if given else (self.prior_draws(64), *wide, self.prior_draws(512, seed=1)):
-            values = _one_by_one(self, points)
-            if values.isfinite().any():
-                self.initial = points[values.argmax()]
-                return
-        got = f"{value} there" if given else f"{value} there, and none at other points: pass init={{site: value}}"
-        explain_by_arguments(self.args, self.kwargs, f"a log joint density of {value} at {place}")
-        got += f". {self.structure.problem}" if self.structure.problem else ""
-        raise ValueError(f"expected a finite log joint density near {place}; got {got}")
 
     @torch.no_grad()
     def _read_all(self, mode: str, points: Tensor, n: int) -> dict[str, Tensor]:
@@ -419,6 +385,45 @@ def _guarded(evaluate: Callable[[Tensor], tuple[Tensor, Tensor]], u: Tensor) -> 
             return u.new_full((1,), -torch.inf), torch.zeros_like(u)
         first, second = (_guarded(evaluate, half) for half in u.detach().chunk(2))
         return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]])
+
+
+@torch.no_grad()
+def _start_at(log_joint: LogJoint, start: Mapping[str, Any]) -> Tensor:
+    """Return the point of the sites' values, or of those given and the prior medians of others."""
+    names = ", ".join(map(repr, log_joint.names))
+    if unknown := ", ".join(map(repr, sorted(start.keys() - set(log_joint.names)))):
+        raise ValueError(f"expected a start for sites among {names}; got {unknown}")
+    medians = {name: node["value"] for name, node in log_joint.structure.latent_nodes.items()}
+    given = {name: torch.as_tensor(value).to(medians[name]) for name, value in start.items()}
+    for name, value in given.items():
+        if value.shape != medians[name].shape:
+            expected = f"a start of shape {tuple(medians[name].shape)} at site {name!r}"
+            raise ValueError(f"expected {expected}; got {tuple(value.shape)}")
+    point = log_joint.unconstrain({name: value[None] for name, value in (medians | given).items()})[0][0]
+    if not point.isfinite().all():
+        raise ValueError(f"expected a start within the sites' supports; got {dict(start)!r}")
+    return point.to(log_joint.initial)
+
+
+@torch.no_grad()
+def _with_density(log_joint: LogJoint, place: str) -> Tensor:
+    """Return the initial point or, if there is no density around it, one that has: the best of prior draws."""
+    initial = log_joint.initial
+
+    def value(point: Tensor) -> tuple[Tensor, Tensor]:
+        return log_joint._read(point, lambda run: run.log_prob, "loop"), point
+
+    here = float(_guarded(value, initial[None])[0])  # not by _one_by_one, so that errors of the model come through
+    if math.isfinite(here) or _one_by_one(log_joint, log_joint._points_nearby(8)).isfinite().any():
+        return initial
+    wide = [initial + width * (log_joint._points_nearby(64, seed=2) - initial) for width in (10.0, 30.0)]
+    for points in (log_joint.prior_draws(64), *wide, log_joint.prior_draws(512, seed=1)):
+        if len(points) and (values := _one_by_one(log_joint, points)).isfinite().any():
+            return points[values.argmax()]
+    explain_by_arguments(log_joint.args, log_joint.kwargs, f"a log joint density of {here} at {place}")
+    got = f"{here} there, and none at other points: pass init={{site: value}}"
+    problem = f". {log_joint.structure.problem}" if log_joint.structure.problem else ""
+    raise ValueError(f"expected a finite log joint density near {place}; got {got}{problem}")
 
 
 def _one_by_one(log_joint: LogJoint, u: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         context = self._learn_targets(x, y, is_used)
         x, weights = x[is_used], weights[is_used]
         groups = None if groups is None else np.asarray(groups)[is_used]
-        (x, context, weights), validation = self._hold_out(x, context, weights, groups)
+        (x, context, weights), validation = _hold_out(self, x, context, weights, groups)
         flow_options = {"num_layers": self.num_layers, "hidden_features": self.hidden_features}
         flow_options = {name: value for name, value in flow_options.items() if value is not None}
         shared = ("batch_size", "epochs", "learning_rate", "max_seconds", "patience", "standardize")
@@ -210,33 +210,6 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         else:
             self._numbers_of_y = targets.shape[1]
         return targets
-
-    def _hold_out(self, x: np.ndarray, context: np.ndarray | None, weights: np.ndarray, groups: Any) -> tuple[Any, Any]:
-        """Return rows, context and weights to train on, and the share or those to hold out."""
-        columns, validation = (x, context, weights), self.validation
-        is_splitter = hasattr(validation, "get_n_splits")
-        if groups is not None and not is_splitter:
-            raise ValueError(f"expected groups only with a splitter as validation; got validation={validation!r}")
-        if isinstance(validation, Real):
-            check_number("validation", validation, "[0, 1)")
-            return columns, float(validation)
-        if is_splitter:
-            *_, (training, held_out) = validation.split(x, context, groups)
-            missing = np.array([]) if context is None else np.setdiff1d(context, context[training])
-            if self.conditional == "class" and len(missing):
-                got = f"none of {self.classes_[missing[0]]!r} in the last split of {validation!r}"
-                raise ValueError(f"expected rows of every class to train on; got {got}")
-            train, held = (
-                (x[rows], None if context is None else context[rows], weights[rows]) for rows in (training, held_out)
-            )
-            return train, held
-        given = validation if isinstance(validation, tuple) else (validation, None)
-        if validation is None or isinstance(validation, str) or len(given) != 2:
-            expected = "validation as a share, rows, (X, y) or a splitter of scikit-learn"
-            raise TypeError(f"expected {expected}; got {validation!r}")
-        rows = self._rows(given[0])
-        targets = self._context(given[1], len(rows))
-        return columns, (rows, None if targets is None else targets.numpy(), None)
 
     def _targets(self, y: Any) -> np.ndarray:
         """Return class labels, ``(rows,)``, or numbers, ``(rows, numbers)``."""
@@ -360,6 +333,36 @@ class FlowClassifier(ClassifierMixin, BaseEstimator):
         """Return the most probable class of each row."""
         best = self.predict_log_proba(X).argmax(axis=1)  # first, since it checks that there are classes
         return self.classes_[best]
+
+
+def _hold_out(
+    density: "FlowDensity", x: np.ndarray, context: np.ndarray | None, weights: np.ndarray, groups: Any
+) -> tuple[Any, Any]:
+    """Return rows, context and weights to train on, and the share or those to hold out."""
+    columns, validation = (x, context, weights), density.validation
+    is_splitter = hasattr(validation, "get_n_splits")
+    if groups is not None and not is_splitter:
+        raise ValueError(f"expected groups only with a splitter as validation; got validation={validation!r}")
+    if isinstance(validation, Real):
+        check_number("validation", validation, "[0, 1)")
+        return columns, float(validation)
+    if is_splitter:
+        *_, (training, held_out) = validation.split(x, context, groups)
+        missing = np.array([]) if context is None else np.setdiff1d(context, context[training])
+        if density.conditional == "class" and len(missing):
+            got = f"none of {density.classes_[missing[0]]!r} in the last split of {validation!r}"
+            raise ValueError(f"expected rows of every class to train on; got {got}")
+        train, held = (
+            (x[rows], None if context is None else context[rows], weights[rows]) for rows in (training, held_out)
+        )
+        return train, held
+    given = validation if isinstance(validation, tuple) else (validation, None)
+    if validation is None or isinstance(validation, str) or len(given) != 2:
+        expected = "validation as a share, rows, (X, y) or a splitter of scikit-learn"
+        raise TypeError(f"expected {expected}; got {validation!r}")
+    rows = density._rows(given[0])
+    targets = density._context(given[1], len(rows))
+    return columns, (rows, None if targets is None else targets.numpy(), None)
 
 
 def _device(name: str) -> torch.device:

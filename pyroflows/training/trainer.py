@@ -105,7 +105,7 @@ class Trainer:
         checked_steps = 1 if self.device.type == "cpu" else 50
         for batch in self.train.epoch(self.epoch_step):
             elapsed = time.perf_counter() - self.began if self.max_seconds is None else self._seconds()
-            self._set_learning_rate(elapsed)
+            _set_learning_rate(self, elapsed)
             with distributed.rank_rng():
                 loss, norm, bad = self._step(batch)
             self.sums += torch.where(bad > 0, 0, torch.stack([loss, norm, torch.ones_like(loss)]).float())
@@ -129,26 +129,6 @@ class Trainer:
         self.epoch_step = 0
         self.sums.zero_()
         return (loss / steps, norm / steps) if steps else (math.nan, math.nan)
-
-    def _set_learning_rate(self, elapsed: float) -> None:
-        """Set the rate by the share of the steps taken, if their number is known, or of the time that has elapsed."""
-        steps, total, warmup = self.result.steps, self.total_steps, self.options.warmup
-        done = steps / total if total else 0.0
-        if self.max_seconds is not None:
-            # The schedule ends with a limit that will be reached; one that will not be changes nothing.
-            share = elapsed / self.max_seconds
-            planned = done if total else 1 / self.epochs  # in the first epoch of a stream
-            self.ends_by_time |= share > max(_TIME_SURE, _TIME_MARGIN * planned)
-            done = min(max(done, share if self.ends_by_time else 0.0), 1.0)
-        factor = 1.0
-        if warmup >= 1:
-            factor = min(1.0, (steps + 1) / warmup)
-        elif warmup:  # until the number of steps is known, a hundred warm up
-            factor = min(1.0, (done + (1 / total if total else warmup * (steps + 1) / 100)) / warmup)
-        if self.options.schedule == "cosine":
-            factor = factor * (1 + math.cos(math.pi * done)) / 2
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * factor
 
     def _step(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Take a step; return the loss, the norm of the gradient, and 1 if either is not finite, else 0."""
@@ -300,6 +280,27 @@ class Trainer:
             self.checkpoint.written = self.result.seconds, self.result.steps
         if not self.epoch_step:
             self.result.stopped = self._stop_reason()
+
+
+def _set_learning_rate(trainer: "Trainer", elapsed: float) -> None:
+    """Set the rate by the share of the steps taken, if their number is known, or of the time that has elapsed."""
+    steps, total, warmup = trainer.result.steps, trainer.total_steps, trainer.options.warmup
+    done = steps / total if total else 0.0
+    if trainer.max_seconds is not None:
+        # The schedule ends with a limit that will be reached; one that will not be changes nothing.
+        share = elapsed / trainer.max_seconds
+        planned = done if total else 1 / trainer.epochs  # in the first epoch of a stream
+        trainer.ends_by_time |= share > max(_TIME_SURE, _TIME_MARGIN * planned)
+        done = min(max(done, share if trainer.ends_by_time else 0.0), 1.0)
+    factor = 1.0
+    if warmup >= 1:
+        factor = min(1.0, (steps + 1) / warmup)
+    elif warmup:  # until the number of steps is known, a hundred warm up
+        factor = min(1.0, (done + (1 / total if total else warmup * (steps + 1) / 100)) / warmup)
+    if trainer.options.schedule == "cosine":
+        factor = factor * (1 + math.cos(math.pi * done)) / 2
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = trainer.learning_rate * factor
 
 
 @torch.no_grad()
