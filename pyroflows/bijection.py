@@ -24,7 +24,7 @@ from pyroflows.arguments import (
 from pyroflows.caching import EvaluatedOnce
 from pyroflows.gradients import pull_back_score
 from pyroflows.recipe import Recorded
-from pyroflows.supports import event_constraint
+from pyroflows.supports import common_event_dim, event_constraint
 
 __all__ = ["Bijection", "Conditioned", "Inverse"]
 
@@ -134,7 +134,6 @@ class Bijection(Recorded, EvaluatedOnce, TransformModule):
             Fast and Unified Path Gradient Estimators for Normalizing Flows, Vaitl et al., 2024 (arXiv:2403.15881).
 
         Example:
-            >>> import torch
             >>> from pyroflows.layers import Coupling
             >>> x = torch.ones(3, 2)
             >>> Coupling(2).forward_and_score(x, -x)[2].shape  # of a standard normal
@@ -164,6 +163,7 @@ class Bijection(Recorded, EvaluatedOnce, TransformModule):
         return context if self.context_features else None
 
     # Pyro's protocol
+    event_dim = property(common_event_dim)
 
     @property
     def inv(self) -> "Bijection":

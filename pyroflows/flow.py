@@ -169,26 +169,26 @@ class Flow(Recorded, nn.Module):
             context = self.embed(context)
             narrowed = {} if temperature == 1.0 else {"temperature": temperature}
             z = self.prior.sample(self._sample_shape(shape, context), **narrowed)
-            return self.bijection.forward_and_log_det(z, context)[0]
+            return self.bijection.forward_and_log_det(z, context)[0].contiguous()
 
     def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the latent of data, shape ``(*batch, *latent_shape)``; NaN for data outside the flow's support."""
         self.check_input(data=x)
         z, log_det = self.bijection.inverse_and_log_det(x, self.embed(context))
         outside = log_det.isneginf().reshape(log_det.shape + (1,) * len(self.prior.event_shape))
-        return z.masked_fill(outside, math.nan)
+        return z.masked_fill(outside, math.nan).contiguous()
 
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the data of a latent, shape ``(*batch, *event_shape)``."""
         self.check_input(latent=z)
-        return self.bijection.forward_and_log_det(z, self.embed(context))[0]
+        return self.bijection.forward_and_log_det(z, self.embed(context))[0].contiguous()
 
     def rsample_and_log_prob(self, shape: Shape = (), context: Tensor | None = None) -> Pair:
         """Draw data with gradients, and return it with its log-density, in one pass."""
         context = self.embed(context)
         z = self.prior.rsample(self._sample_shape(shape, context))
         x, log_det = self.bijection.forward_and_log_det(z, context)
-        return x, self.prior.log_prob(z) - log_det
+        return x.contiguous(), self.prior.log_prob(z) - log_det
 
     def rsample_and_score(self, shape: Shape = (), context: Tensor | None = None) -> Triple:
         """Draw data with gradients; return it, its log-density and, detached, its score, which path gradients need."""
@@ -199,7 +199,7 @@ class Flow(Recorded, nn.Module):
             log_prob = self.prior.log_prob(z)
         score = vjp(log_prob, None, z, torch.ones_like(log_prob))
         x, log_det, score = self.bijection.forward_and_score(z, score, context)
-        return x, log_prob - log_det, score
+        return x.contiguous(), log_prob - log_det, score
 
     @contextmanager
     def cached(self) -> Iterator[None]:
@@ -327,6 +327,7 @@ class FlowDistribution(TransformedDistribution):
     def _draw(self, sample_prior: Callable[..., Tensor], sample_shape: Sequence[int]) -> Tensor:
         z = sample_prior(Size(sample_shape) + self.batch_shape)
         x, log_det = self.flow.bijection.forward_and_log_det(z, self.context)
+        x = x.contiguous()  # for callers that view it in another shape
         self.flow.last_draw = None if x is z else Record(self.flow, "last_draw", z, x, log_det, self.context)
         return x
 
