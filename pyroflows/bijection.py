@@ -18,6 +18,7 @@ from pyroflows.arguments import (
     check_context,
     check_counts,
     check_event,
+    check_log_det,
     check_score,
     check_type,
 )
@@ -33,11 +34,14 @@ Triple = tuple[Tensor, Tensor, Tensor]
 
 
 def _checked(method: Callable[..., Any], side: str) -> Callable[..., Any]:
-    """Check the input of a method, and broadcast it with the context."""
+    """Check the input of a method, broadcast it with the context, and check the log-determinant."""
 
     @functools.wraps(method)
     def checked(self: "Bijection", x: Tensor, context: Tensor | None = None) -> Any:
-        return method(self, self._check(x, getattr(self, side), context), context)
+        x = self._check(x, getattr(self, side), context)
+        results = method(self, x, context)
+        check_log_det(self, results[1], x.shape[: x.dim() - len(getattr(self, side))])
+        return results
 
     @functools.wraps(method)
     def score_checked(self: "Bijection", x: Tensor, score: Tensor, context: Tensor | None = None) -> Any:
@@ -163,8 +167,6 @@ class Bijection(Recorded, EvaluatedOnce, TransformModule):
         """Return the context if this map takes one: a stack hands its own to all layers."""
         return context if self.context_features else None
 
-    # Pyro's protocol
-
     @property
     def inv(self) -> "Bijection":
         """The inverse, a module that shares this one's parameters."""
@@ -192,8 +194,8 @@ class Bijection(Recorded, EvaluatedOnce, TransformModule):
     __repr__ = nn.Module.__repr__
 
     def extra_repr(self) -> str:
-        context = f", context_features={self.context_features}" if self.context_features else ""
-        return f"{brief_shape(self.latent_shape)}{context}"
+        shape, context = brief_shape(self.latent_shape), self.context_features
+        return f"{shape}, context_features={context}" if context else shape
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_inverse_reference": None, "_record": None}
@@ -217,9 +219,8 @@ class Inverse(Bijection):
 
     def __init__(self, bijection: Bijection):
         check_type("a Bijection", bijection, Bijection)
-        super().__init__(
-            bijection.data_shape, data_shape=bijection.latent_shape, context_features=bijection.context_features
-        )
+        data_shape, context_features = bijection.latent_shape, bijection.context_features
+        super().__init__(bijection.data_shape, data_shape=data_shape, context_features=context_features)
         self.bijection = bijection
         self.domain, self.codomain = bijection.codomain, bijection.domain
         self.forward_passes, self.inverse_passes = bijection.inverse_passes, bijection.forward_passes
