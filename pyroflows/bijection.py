@@ -36,17 +36,19 @@ Triple = tuple[Tensor, Tensor, Tensor]
 def _checked(method: Callable[..., Any], side: str) -> Callable[..., Any]:
     """Check the input of a method, broadcast it with the context, and check the log-determinant."""
 
-    @functools.wraps(method)
-    def checked(self: "Bijection", x: Tensor, context: Tensor | None = None) -> Any:
+    def evaluated(self: "Bijection", x: Tensor, context: Tensor | None, *scores: Tensor) -> Any:
         x = self._check(x, getattr(self, side), context)
-        results = method(self, x, context)
+        results = method(self, x, *[check_score(score, x) for score in scores], context)
         check_log_det(self, results[1], x.shape[: x.dim() - len(getattr(self, side))])
         return results
 
     @functools.wraps(method)
+    def checked(self: "Bijection", x: Tensor, context: Tensor | None = None) -> Any:
+        return evaluated(self, x, context)
+
+    @functools.wraps(method)
     def score_checked(self: "Bijection", x: Tensor, score: Tensor, context: Tensor | None = None) -> Any:
-        x = self._check(x, getattr(self, side), context)
-        return method(self, x, check_score(score, x), context)
+        return evaluated(self, x, context, score)
 
     return score_checked if method.__name__.endswith("score") else checked
 
@@ -54,11 +56,9 @@ def _checked(method: Callable[..., Any], side: str) -> Callable[..., Any]:
 class Bijection(Recorded, EvaluatedOnce, TransformModule):
     r"""An invertible map from latent to data: two methods that return the image and the log-determinant.
 
-    A layer defines ``forward_and_log_det(x, context=None)`` (latent to data) and
-    ``inverse_and_log_det(y, context=None)`` (data to latent). Pyro's protocol (call, ``inv``,
-    ``log_abs_det_jacobian``, ``condition``, shapes) is derived from them here; by
-    :class:`~pyroflows.caching.EvaluatedOnce` a layer is evaluated once where Pyro asks twice. Inputs are checked once
-    a call: a stack checks its own, and calls its layers by the methods whose names begin with ``unchecked_``.
+    A layer defines ``forward_and_log_det(x, context=None)``, latent to data, and ``inverse_and_log_det``. Pyro's
+    protocol is derived from them; by :class:`~pyroflows.caching.EvaluatedOnce` a layer is evaluated once where Pyro
+    asks twice. A call is checked once: a stack calls its layers by the methods whose names begin with ``unchecked_``.
 
     Args:
         latent_shape: event shape of the latent side, or its number of features.
@@ -155,9 +155,8 @@ class Bijection(Recorded, EvaluatedOnce, TransformModule):
     def _check(self, x: Tensor, shape: Size, context: Tensor | None) -> Tensor:
         """Return ``x``, expanded to the batch shape that it has together with the context."""
         check_event(x, shape)
-        if context is None and not self.context_features:
-            return x
-        return x.expand(self.broadcast_batch(x.shape[: x.dim() - len(shape)], context) + shape)
+        batch, given = x.shape[: x.dim() - len(shape)], context is not None or self.context_features
+        return x.expand(self.broadcast_batch(batch, context) + shape) if given else x
 
     def broadcast_batch(self, batch: Size, context: Tensor | None) -> Size:
         """Return the batch shape of an input together with its context, which is checked."""
@@ -194,8 +193,8 @@ class Bijection(Recorded, EvaluatedOnce, TransformModule):
     __repr__ = nn.Module.__repr__
 
     def extra_repr(self) -> str:
-        shape, context = brief_shape(self.latent_shape), self.context_features
-        return f"{shape}, context_features={context}" if context else shape
+        context = f", context_features={self.context_features}" if self.context_features else ""
+        return f"{brief_shape(self.latent_shape)}{context}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_inverse_reference": None, "_record": None}
