@@ -313,12 +313,15 @@ def check_placement(name: str, tensor: Any, number: Tensor) -> None:
         raise ValueError(f"expected {name} on the flow's device, {number.device}; got {tensor.device}")
 
 
-def check_log_det(layer: Any, log_det: Tensor, batch: Size) -> None:
+def check_log_det(layer: Any, log_det: Any, batch: Size) -> None:
     """Refuse a layer's log-determinant that is not one number for each point, which would broadcast."""
-    if log_det.shape != batch:
+    if not isinstance(log_det, Tensor) or log_det.shape != batch:
+        while hasattr(layer, "bijection"):  # what an inverse or a fixed context wraps
+            layer = layer.bijection
+        got = tuple(log_det.shape) if isinstance(log_det, Tensor) else type(log_det).__name__
         raise ValueError(
             f"expected {type(layer).__name__} to return a log-determinant of shape {tuple(batch)}, one number for each "
-            f"point, summed over its features; got {tuple(log_det.shape)}"
+            f"point, summed over its features; got {got}"
         )
 
 

@@ -174,14 +174,12 @@ class Flow(Recorded, nn.Module):
     def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the latent of data, shape ``(*batch, *latent_shape)``; NaN for data outside the flow's support."""
         self.check_input(data=x)
-        z, log_det = self.bijection.inverse_and_log_det(x, self.embed(context))
-        outside = log_det.isneginf().reshape(log_det.shape + (1,) * len(self.prior.event_shape))
-        return z.masked_fill(outside, math.nan).contiguous()
+        return _nan_outside(*self.bijection.inverse_and_log_det(x, self.embed(context)))
 
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        """Return the data of a latent, shape ``(*batch, *event_shape)``."""
+        """Return the data of a latent, shape ``(*batch, *event_shape)``; NaN where the layers take no such latent."""
         self.check_input(latent=z)
-        return self.bijection.forward_and_log_det(z, self.embed(context))[0].contiguous()
+        return _nan_outside(*self.bijection.forward_and_log_det(z, self.embed(context)))
 
     def rsample_and_log_prob(self, shape: Shape = (), context: Tensor | None = None) -> Pair:
         """Draw data with gradients, and return it with its log-density, in one pass."""
@@ -341,6 +339,13 @@ class FlowDistribution(TransformedDistribution):
         self.flow.check_input(data=value)
         log_prob = self.flow.log_prob_embedded(value, self.context)
         return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
+
+
+def _nan_outside(point: Tensor, log_det: Tensor) -> Tensor:
+    """Return the image of a point, NaN where the point is outside of what the map takes."""
+    outside = log_det.isneginf()
+    outside = outside.reshape(outside.shape + (1,) * (point.dim() - outside.dim()))
+    return point.masked_fill(outside, math.nan).contiguous()
 
 
 def _checked_notes(notes: Any) -> dict[str, Any]:

@@ -17,8 +17,10 @@ __all__ = [
     "DispatchMode",
     "check_prototype",
     "contents",
+    "inside_forward_mode",
     "inside_functorch",
     "inside_pyro_call",
+    "is_mapped",
     "make_plates",
     "name_in_store",
     "registries",
@@ -30,6 +32,18 @@ def inside_functorch() -> bool:
     """Whether ``torch.func`` is transforming the call, so that no buffer may be written; False while compiling."""
     # torch.func has no public way to ask.
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def inside_forward_mode() -> bool:
+    """Whether derivatives are carried forward, as by ``torch.autograd.forward_ad.dual_level``."""
+    # The public way asks each tensor.
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether a tensor stands for many, of ``torch.func.vmap`` or of ``autograd.grad(is_grads_batched=True)``."""
+    # Neither has a public way to ask; the second is not one of torch.func's transforms, which the call above sees.
+    return torch._C._functorch.is_batchedtensor(tensor) or torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 def version(tensor: Tensor) -> int:

@@ -1,85 +1,114 @@
-"""Second derivatives of every layer and named flow: those of finite differences, however they are asked for."""
+"""Second derivatives of every layer and named flow against finite differences, in each way that torch has to ask."""
 
 from __future__ import annotations
 
-import contract
 import pytest
 import torch
+from contract import FLOWS, IMAGE_LAYERS, LAYERS, contexts, data, latents, make, make_flow, make_image_layer
+from torch.func import functional_call
 
+SHAPE = (2, 2, 2)
 STEP = 1e-5
-LAYERS = [pytest.param(lambda name=name: contract.make(name, 3), id=name) for name in contract.LAYERS]
-FLOWS = [pytest.param(lambda name=name: contract.make_flow(name, 3), id=name) for name in contract.FLOWS]
 
 
-def differences(function, x):
-    """Return the Hessian of a function of a vector, by central differences of its gradient."""
+class Method(torch.nn.Module):
+    """One method of a module as a call, so that ``functional_call`` can hand it other weights."""
 
-    def gradient(point):
-        point = point.detach().requires_grad_()
-        return torch.autograd.grad(function(point), point)[0]
+    def __init__(self, module, name):
+        super().__init__()
+        self.module, self.name = module, name
 
-    steps = STEP * torch.eye(len(x), dtype=x.dtype)
-    return torch.stack([(gradient(x + step) - gradient(x - step)) / (2 * STEP) for step in steps])
-
-
-def assert_second_derivatives(function, x):
-    wanted = differences(function, x)
-    found = torch.autograd.functional.hessian(function, x)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
-    leaf = x.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(function(leaf), leaf, create_graph=True)
-    if gradient.requires_grad:  # a gradient penalty
-        (penalty,) = torch.autograd.grad(gradient.square().sum() / 2, inputs=[leaf], allow_unused=True)
-        penalty = torch.zeros_like(x) if penalty is None else penalty
-        torch.testing.assert_close(penalty, wanted @ gradient.detach(), rtol=1e-4, atol=1e-5)
+    def forward(self, *arguments):
+        return getattr(self.module, self.name)(*arguments)
 
 
-@pytest.mark.parametrize("direction", ["forward_and_log_det", "inverse_and_log_det"])
-@pytest.mark.parametrize("build", LAYERS)
-def test_second_derivatives_of_a_layer_are_those_of_finite_differences(build, direction):
-    torch.manual_seed(0)
-    layer = build()
-    x = (contract.latents if direction.startswith("forward") else contract.data)(layer)
-    weights = torch.randn(3, dtype=torch.float64)
+def scalar(module, name):
+    """A number of a method's results, as a function of the input, the context and all parameters."""
+    method = Method(module, name)
+    names = [name for name, _ in method.named_parameters()]
 
-    def function(point):
-        y, log_det = getattr(layer, direction)(point)
-        return (weights * y).sum() + log_det
+    def function(x, context, *parameters):
+        results = functional_call(method, dict(zip(names, parameters, strict=True)), (x, context))
+        results = results if isinstance(results, tuple) else (results,)
+        return sum((result * torch.linspace(1, 2, result.numel()).double().view_as(result)).sum() for result in results)
 
-    assert_second_derivatives(function, x)
+    return function, [parameter.detach() for parameter in method.parameters()]
 
 
-@pytest.mark.parametrize("build", FLOWS)
-def test_second_derivatives_of_a_flow_are_those_of_finite_differences(build):
-    torch.manual_seed(0)
-    flow = build()
-    x = flow.sample(())
-    weights = torch.randn(3, dtype=torch.float64)
-    assert_second_derivatives(flow.log_prob, x)
-    assert_second_derivatives(lambda z: (weights * flow.decode(z)).sum(), flow.encode(x))
-    assert_second_derivatives(lambda v: (weights * flow.encode(v)).sum(), x)
+def assert_second_derivatives(module, name, x, context):
+    """Compare the gradient of a gradient penalty with its difference along one direction of everything."""
+    function, parameters = scalar(module, name)
+    inputs = [x, *([] if context is None else [context]), *parameters]
 
+    def slopes(inputs):
+        inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+        arguments = inputs if context is not None else [inputs[0], None, *inputs[1:]]
+        gradients = torch.autograd.grad(function(*arguments), inputs, create_graph=True, allow_unused=True)
+        return inputs, [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, gradients, strict=True)]
 
-@pytest.mark.parametrize("build", FLOWS)
-def test_a_gradient_penalty_reaches_the_parameters(build):
-    torch.manual_seed(0)
-    flow = build()
-    x = flow.sample((2,)).requires_grad_()
-    parameters = [p for p in flow.parameters() if p.requires_grad]
-
-    def penalty():
-        return torch.autograd.grad(flow.log_prob(x).sum(), x, create_graph=True)[0].square().sum()
-
-    found = torch.autograd.grad(penalty(), parameters, allow_unused=True)
-    directions = [torch.randn_like(p) for p in parameters]
-    slope = sum(float((g * d).sum()) for g, d in zip(found, directions, strict=True) if g is not None)
-    values = []
+    leaves, first = slopes(inputs)
+    torch.manual_seed(1)
+    weights, directions = ([torch.randn_like(tensor) for tensor in inputs] for _ in range(2))
+    product = sum((gradient * weight).sum() for gradient, weight in zip(first, weights, strict=True))
+    found = 0
+    if product.requires_grad:
+        second = torch.autograd.grad(product, leaves, allow_unused=True)
+        found = sum((g * d).sum() for g, d in zip(second, directions, strict=True) if g is not None)
+    ends = []
     for sign in (1, -1):
-        with torch.no_grad():
-            for p, d in zip(parameters, directions, strict=True):
-                p += sign * STEP * d
-        values.append(float(penalty().detach()))
-        with torch.no_grad():
-            for p, d in zip(parameters, directions, strict=True):
-                p -= sign * STEP * d
-    assert slope == pytest.approx((values[0] - values[1]) / (2 * STEP), rel=1e-3, abs=1e-4)
+        _, moved = slopes([i + sign * STEP * d for i, d in zip(inputs, directions, strict=True)])
+        ends.append(sum((gradient * weight).sum() for gradient, weight in zip(moved, weights, strict=True)).detach())
+    expected = (ends[0] - ends[1]) / (2 * STEP)
+    torch.testing.assert_close(torch.as_tensor(found).double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def assert_hessians(function, x):
+    """Compare the Hessian by x, asked in every way, with the difference of gradients."""
+    steps = STEP * torch.eye(x.numel()).double().view(-1, *x.shape)
+
+    def slope(x):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(function(x), x)[0]
+
+    expected = torch.stack([(slope(x + step) - slope(x - step)) / (2 * STEP) for step in steps]).view(*x.shape * 2)
+    ways = {
+        "functional": torch.autograd.functional.hessian,
+        "vectorized": lambda f, x: torch.autograd.functional.hessian(f, x, vectorize=True),
+        "forward mode": lambda f, x: torch.autograd.functional.hessian(
+            f, x, vectorize=True, outer_jacobian_strategy="forward-mode"
+        ),
+        "func": lambda f, x: torch.func.hessian(f)(x),
+        "func, reverse": lambda f, x: torch.func.jacrev(torch.func.jacrev(f))(x),
+    }
+    for way, hessian in ways.items():
+        torch.testing.assert_close(
+            hessian(function, x), expected, rtol=1e-5, atol=1e-6, msg=lambda m, w=way: f"{w}: {m}"
+        )
+
+
+@pytest.mark.parametrize("context_features", [0, 2])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_have_right_second_derivatives_through_input_context_and_weights(name, context_features):
+    layer = make(name, 3, context_features)
+    if context_features and not layer.context_features:
+        return
+    context = contexts(layer, 2)
+    assert_second_derivatives(layer, "forward_and_log_det", latents(layer, 2), context)
+    assert_second_derivatives(layer, "inverse_and_log_det", data(layer, 2), context)
+
+
+@pytest.mark.parametrize("name", IMAGE_LAYERS)
+def test_layers_of_images_have_right_second_derivatives(name):
+    layer = make_image_layer(name, SHAPE, 2)
+    context = contexts(layer, 2)
+    assert_second_derivatives(layer, "forward_and_log_det", latents(layer, 2), context)
+    assert_second_derivatives(layer, "inverse_and_log_det", data(layer, 2), context)
+
+
+@pytest.mark.parametrize("method", ["log_prob", "encode", "decode"])
+@pytest.mark.parametrize("name", FLOWS)
+def test_flows_have_right_second_derivatives_in_every_way_of_asking(name, method):
+    flow = make_flow(name, 3, 2, scale=0.2)
+    context, x = contexts(flow, 2), torch.randn(2, 3).double()
+    assert_second_derivatives(flow, method, x, context)
+    assert_hessians(lambda x: (getattr(flow, method)(x, context[0]) ** 2).sum(), x[0])

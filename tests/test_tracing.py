@@ -1,55 +1,94 @@
-"""torch.jit.trace of every named flow: values and gradients of eager, before and after the weights move."""
+"""``torch.jit.trace`` of every layer and named flow, against eager values and gradients as rows and weights change."""
 
 from __future__ import annotations
 
-import contract
 import pytest
 import torch
-from torch import nn
+from contract import (
+    FLOWS,
+    IMAGE_FLOWS,
+    IMAGE_LAYERS,
+    LAYERS,
+    contexts,
+    data,
+    latents,
+    make,
+    make_flow,
+    make_image_flow,
+    make_image_layer,
+)
 
-FLOWS = [
-    *(pytest.param(lambda name=name: contract.make_flow(name, 3), id=name) for name in contract.FLOWS),
-    *(
-        pytest.param(lambda name=name: contract.make_image_flow(name, (2, 4, 4)), id=f"image {name}")
-        for name in contract.IMAGE_FLOWS
-    ),
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated"),
 ]
+SHAPE = (2, 2, 2)
 
 
-class Method(nn.Module):
-    def __init__(self, flow, name):
+class Method(torch.nn.Module):
+    """One method of a module as a call, which torch can trace."""
+
+    def __init__(self, module, name):
         super().__init__()
-        self.flow, self.name = flow, name
+        self.module, self.name = module, name
 
-    def forward(self, x):
-        return getattr(self.flow, self.name)(x)
-
-
-def values_and_gradients(module, flow, x):
-    flow.zero_grad()
-    x = x.detach().requires_grad_()
-    result = module(x)
-    (result * torch.linspace(0.5, 1.5, result.numel(), dtype=x.dtype).view_as(result)).sum().backward()
-    return result.detach(), x.grad, [None if p.grad is None else p.grad.clone() for p in flow.parameters()]
+    def forward(self, *arguments):
+        return getattr(self.module, self.name)(*arguments)
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["log_prob", "decode", "encode"])
-@pytest.mark.parametrize("build", FLOWS)
-def test_a_traced_flow_has_the_values_and_gradients_of_eager_also_once_its_weights_move(build, name):
-    torch.manual_seed(0)
-    flow = build().eval()
-    points = [flow.encode(flow.sample((2,))) if name == "decode" else flow.sample((2,)) for _ in range(2)]
-    eager = Method(flow, name)
-    traced = torch.jit.trace(eager, (points[0],), check_trace=False)
-    for moved in (False, True):
-        if moved:
-            with torch.no_grad():
-                for parameter in flow.parameters():
-                    parameter += 0.02 * torch.randn_like(parameter)
-        for x in points:
-            wanted, found = values_and_gradients(eager, flow, x), values_and_gradients(traced, flow, x)
-            for a, b in zip((*found[:2], *found[2]), (*wanted[:2], *wanted[2]), strict=True):
-                assert (a is None or not a.any()) if b is None else True
-                if a is not None and b is not None:
-                    torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+def assert_traced(module, name, points, labels=None):
+    """Trace with four rows, and compare with other rows, and other numbers of them, as the weights move."""
+    method = Method(module, name)
+
+    def arguments(rows):
+        inputs = [points(rows), contexts(module, rows) if labels is None else labels[:rows]]
+        return [t.detach().requires_grad_(t.is_floating_point()) for t in inputs if t is not None]
+
+    traced = torch.jit.trace(method, tuple(arguments(4)), check_trace=False)
+    for rows in (4, 1):
+        inputs = arguments(rows)
+        found = []
+        for function in (traced, method):
+            with torch.jit.optimized_execution(False):  # optimizing a graph takes far longer than running it twice
+                results = function(*inputs)
+            results = results if isinstance(results, tuple) else (results,)
+            loss = sum(result.square().sum() for result in results)
+            leaves = [leaf for leaf in [*inputs, *method.parameters()] if leaf.requires_grad]
+            slopes = torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else []
+            found.append((results, [torch.zeros(()) if slope is None else slope for slope in slopes]))
+        torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
+        with torch.no_grad():
+            for parameter in method.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("context_features", [0, 2])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_traced_layer_is_the_layer(name, context_features):
+    layer = make(name, 3, context_features)
+    if context_features and not layer.context_features:
+        return
+    assert_traced(layer, "forward_and_log_det", lambda rows: latents(layer, rows))
+    assert_traced(layer, "inverse_and_log_det", lambda rows: data(layer, rows))
+
+
+@pytest.mark.parametrize("name", IMAGE_LAYERS)
+def test_a_traced_layer_of_images_is_the_layer(name):
+    layer = make_image_layer(name, SHAPE, 2)
+    assert_traced(layer, "forward_and_log_det", lambda rows: latents(layer, rows))
+    assert_traced(layer, "inverse_and_log_det", lambda rows: data(layer, rows))
+
+
+@pytest.mark.parametrize("method", ["log_prob", "encode", "decode"])
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_traced_flow_is_the_flow(name, method):
+    flow = make_flow(name, 3, 2)
+    assert_traced(flow, method, lambda rows: torch.randn(rows, 3).double())
+
+
+@pytest.mark.parametrize("name", IMAGE_FLOWS)
+def test_a_traced_flow_of_images_is_the_flow(name):
+    flow = make_image_flow(name, (1, 4, 4), 2)
+    labels = torch.tensor([0, 1, 1, 0]) if flow.embedding is not None else None
+    assert_traced(flow, "log_prob", lambda rows: data(flow.bijection, rows), labels)
+    assert_traced(flow, "decode", lambda rows: latents(flow.bijection, rows), labels)

@@ -89,7 +89,7 @@ class LULinear(Bijection):
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> Pair:
         y = x if self.bias is None else x - self.bias
-        y = y[..., self.permutation.argsort()].reshape(-1, x.shape[-1])
+        y = y.index_select(-1, self.permutation.argsort()).reshape(-1, x.shape[-1])
         y = torch.linalg.solve_triangular(self.lower.T, y, upper=True, left=False, unitriangular=True)
         y = torch.linalg.solve_triangular(self._upper().T, y, upper=False, left=False)
         # Contiguous, since Pyro views draws in other shapes; a solver returns a transposed matrix.

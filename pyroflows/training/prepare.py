@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyroflows import distributed
 from pyroflows.arguments import as_tensor, check_finite, check_number, check_sizes, check_varying
+from pyroflows.contexts import evaluating
 from pyroflows.flow import Flow
 from pyroflows.networks.one_hot import OneHot
 from pyroflows.training.batches import Batches, MappedArray, Rows, Steps
@@ -212,14 +213,28 @@ def _as_tensor(values: Any, name: str) -> Tensor:
 def _check_support(flow: Flow, data: Tensor, name: str, first_row: int) -> None:
     """Refuse data outside the flow's support, such as pixels outside [0, 1] for a flow with a logit."""
     support = getattr(flow.bijection.codomain, "base_constraint", flow.bijection.codomain)
-    inside = support.check(data)
-    if not inside.all():
-        places = (~inside).nonzero()
+    outside = ~support.check(data)
+    outside = outside | _at_dead_end(flow, data, outside, support)
+    if outside.any():
+        places = outside.nonzero()
         row, *place = places[0].tolist()
         raise ValueError(
-            f"expected {name} in the flow's support, {support}; got {float(data[(row, *place)]):.6g} "
-            f"in row {first_row + row} ({len(places)} such numbers in all)"
+            f"expected {name} in the flow's support, {support}; got {float(data[(row, *place)]):.6g} in row "
+            f"{first_row + row}, column {', '.join(map(str, place))} ({len(places)} such numbers in all)"
         )
+
+
+def _at_dead_end(flow: Flow, data: Tensor, outside: Tensor, support: Any) -> Tensor:
+    """Return which numbers lie on an end of an interval where the density is zero, though the constraint holds it."""
+    ends = [getattr(support, f"{side}_bound", math.nan) for side in ("lower", "upper")]
+    at_end = ((data == ends[0]) | (data == ends[1])) & ~outside
+    rows = at_end.flatten(1).any(1) & ~outside.flatten(1).any(1)
+    if rows.any():
+        context = data.new_zeros(flow.context_features) if flow.context_features else None
+        with evaluating(flow), torch.no_grad():
+            _, log_det = flow.bijection.inverse_and_log_det(data[rows], context)
+        at_end[rows] &= log_det.isneginf().reshape(-1, *[1] * (data.dim() - 1))
+    return at_end
 
 
 def _rows_at_once(shape: tuple[int, ...]) -> int:
