@@ -15,7 +15,7 @@ from posteriors import tensor
 from scipy import integrate, stats
 
 from pyroflows import AutoFlow, fit_posterior
-from pyroflows.inference import fitting
+from pyroflows.inference import fitting, watch
 from pyroflows.inference.init import find_init
 from pyroflows.inference.log_joint import LogJoint
 
@@ -80,7 +80,7 @@ def test_draws_without_a_density_cost_something_in_the_choice_of_weights():
     elbos = []
     for loc, scale in ((1.35, 0.03), (1.3, 0.1)):  # the second has a fifth of its draws beyond the edge
         guide.require_flow().layers[-1].start_at(tensor([loc]), tensor([[scale]]))
-        fit = fitting.GuideFit(guide, guide.log_joint, 64, fitting.Watch(None, False))
+        fit = fitting.GuideFit(guide, guide.log_joint, 64, watch.Watch(None, False))
         elbos.append(fit._evaluate(2000)[0])
     assert elbos[1] < elbos[0] - 5
     before = guide.require_flow().log_prob(tensor([1.0])).item()
@@ -206,10 +206,20 @@ def test_a_limit_of_time_ends_the_search_for_a_start(monkeypatch):
 
 def test_a_limit_of_time_bounds_the_whole_call_and_the_log_says_what_is_done(monkeypatch, caplog):
     clock = iter(range(10**9))
-    monkeypatch.setattr(fitting.time, "perf_counter", lambda: 0.5 * next(clock))
+    monkeypatch.setattr(watch.time, "perf_counter", lambda: 0.5 * next(clock))
     with caplog.at_level(logging.INFO, logger="pyroflows"):
         posterior = fit_posterior(line, torch.ones(5), torch.zeros(5), max_seconds=60, seed=0)
     assert "the fit ended at max_seconds=60" in posterior.reason
     assert posterior.seconds < 90  # of this clock, which goes on by half a second whenever it is read
     assert 1 <= len(caplog.records) <= 9
     assert caplog.records[0].getMessage().startswith("posterior: 1")
+
+
+def test_a_limit_of_time_bounds_refine():
+    posterior = fitting.Posterior(AutoFlow(line, args=(torch.ones(5), torch.zeros(5))))
+    refined = posterior.refine(num_chains=2, num_draws=100_000, num_warmup=5, max_seconds=2.0, seed=0)
+    assert refined.seconds < 4
+    assert len(refined.chains) >= 1
+    assert 4 <= refined.chains.shape[1] < 100_000
+    with pytest.raises(ValueError, match="expected time for 4 draws of a chain after its 100000 steps of warm-up"):
+        posterior.refine(num_chains=1, num_warmup=100_000, max_seconds=0.3)

@@ -2,9 +2,7 @@
 
 import functools
 import inspect
-import logging
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -22,6 +20,7 @@ from pyroflows.inference.guide import AutoFlow, Builder, start_of
 from pyroflows.inference.log_joint import LogJoint, refuse_randomness
 from pyroflows.inference.posterior import Posterior, require_log_joint
 from pyroflows.inference.sites import Model, check_model, device_of
+from pyroflows.inference.watch import Watch
 from pyroflows.models import realnvp
 from pyroflows.priors import Prior
 from pyroflows.training import FitOptions, FitResult, fit
@@ -33,10 +32,8 @@ _CONVERGED = 0.1  # nats; the spread of the log weights at which a fit ends, wit
 _GRADIENTS = 8  # of each kind, to compare their variances
 _START_SHARE = 0.4  # of the time, for the search of a Gaussian to start at
 _VERDICT_SHARE = 0.25  # of the time, at most, to compute the weights from draws
-_NUM_DRAWS, _MIN_DRAWS = 10_000, 1000  # to compute them from, and the least if time is short
-_LOG_SECONDS = 10.0  # between lines in the log
+_NUM_DRAWS, _MIN_DRAWS = 10_000, 200  # to compute them from, and the least if time is short
 _OFF_SUPPORT = 100.0  # nats that a draw without a density costs
-_log = logging.getLogger("pyroflows")
 
 
 def fit_posterior(
@@ -144,48 +141,6 @@ def _check_argument_names(model: Model) -> None:
         raise ValueError(f"expected a model whose arguments have other names than fit_posterior's options; got {got}")
 
 
-class Watch:
-    """The time of a fit: its limit, and what a bar and a log say of it.
-
-    Args:
-        max_seconds: the limit of wall time, from now on; None for none.
-        progress: whether to show a bar; None for on a terminal only.
-    """
-
-    def __init__(self, max_seconds: float | None, progress: bool | None):
-        self.max_seconds, self.progress = max_seconds, progress
-        self.began = self.logged = time.perf_counter()
-        disable = True if distributed.rank() else None if progress is None else not progress
-        from tqdm.auto import tqdm
-
-        self.bar = tqdm(bar_format="{desc}{elapsed}", disable=disable, leave=False)
-
-    def __enter__(self) -> "Watch":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.hide()
-
-    def hide(self) -> None:
-        """Take the bar away."""
-        self.bar.close()
-
-    def seconds(self) -> float:
-        """Return the time since the start, by the first rank's clock."""
-        return float(distributed.broadcast(time.perf_counter() - self.began))
-
-    def says(self, what: str, share: float = 1.0) -> bool:
-        """Show and log what is being done; return whether a share of the time is over."""
-        now = time.perf_counter()
-        if not self.bar.disable:
-            self.bar.set_description(f"{what}, ", refresh=False)
-            self.bar.update()
-        if now - self.logged >= _LOG_SECONDS and not distributed.rank():
-            self.logged = now
-            _log.info("posterior: %.0f s, %s", now - self.began, what)
-        return self.max_seconds is not None and self.seconds() >= share * self.max_seconds
-
-
 class _RankSlice(Prior):
     """A prior of which each process draws its slice of the latents that all processes draw alike."""
 
@@ -284,7 +239,7 @@ class GuideFit:
         if self.watch.max_seconds is None or not self.seconds_per_draw:
             return _NUM_DRAWS
         left = max(self.watch.max_seconds - self.watch.seconds(), 0.0)
-        return int(min(max(left / self.seconds_per_draw / 2, _MIN_DRAWS), _NUM_DRAWS))
+        return int(min(max(left / self.seconds_per_draw / 4, _MIN_DRAWS), _NUM_DRAWS))
 
     def _fit(self, steps: int, learning_rate: float, label: str) -> None:
         self.watch.hide()  # the fit shows a bar of its own

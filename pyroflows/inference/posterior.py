@@ -1,7 +1,6 @@
 """A fitted posterior: draws, a verdict, ArviZ, predictions, Markov chains, files."""
 
 import math
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +11,7 @@ import torch
 from pyro.infer.enum import config_enumerate
 from torch import Tensor
 
-from pyroflows.arguments import check_sizes
+from pyroflows.arguments import check_number, check_sizes
 from pyroflows.contexts import seeded
 from pyroflows.files import read, write
 from pyroflows.flow import Flow
@@ -23,6 +22,7 @@ from pyroflows.inference.guide import AutoFlow, Builder
 from pyroflows.inference.log_joint import LogJoint
 from pyroflows.inference.neutra import run_chains
 from pyroflows.inference.sites import LatentSite, Model, ModelStructure, check_model
+from pyroflows.inference.watch import Watch
 from pyroflows.recipe import describe, is_plain, restore
 from pyroflows.training import FitResult
 
@@ -244,6 +244,7 @@ class Posterior:
         num_chains: int = 4,
         num_draws: int = 250,
         num_warmup: int = 200,
+        max_seconds: float | None = None,
         seed: int | None = None,
         progress: bool | None = None,
     ) -> "Posterior":
@@ -253,16 +254,22 @@ class Posterior:
             num_chains: number of chains, run one after the other, each from a draw of the guide or a mode it misses.
             num_draws: of each chain.
             num_warmup: steps of each chain that adapt it.
+            max_seconds: a limit of wall time, of which each chain has an equal share.
             seed: seeds the chains, and restores torch's generator afterwards; None uses the global generator.
-            progress: whether to show Pyro's bars; by default only on a terminal.
+            progress: whether to show Pyro's bars; by default only on a terminal. A line at most every ten seconds goes
+                to the logger "pyroflows".
+
+        Raises:
+            ValueError: there was no time for draws.
         """
         check_sizes(num_chains=num_chains, num_draws=num_draws, num_warmup=num_warmup)
-        began = time.perf_counter()
-        with seeded(seed):
+        check_number("max_seconds", max_seconds, "(0, inf)", optional=True)
+        with seeded(seed), Watch(max_seconds, progress) as watch:
+            watch.hide()  # Pyro shows a bar of its own
             starts = torch.cat([*(mode[None] for mode in self.missed), self._draw(num_chains)])[:num_chains]
-            chains = run_chains(self.guide, self.log_joint, starts, num_draws, num_warmup, progress)
+            chains = run_chains(self.guide, self.log_joint, starts, num_draws, num_warmup, watch)
         refined = Posterior(self.guide, self.results, self.notes, chains=chains)
-        refined.seconds = time.perf_counter() - began
+        refined.seconds = watch.seconds()
         return refined
 
     def save(self, path: str | Path) -> None:
@@ -297,16 +304,7 @@ class Posterior:
         return posterior
 
     def __repr__(self) -> str:
-        if self.weights is None:
-            return f"Posterior by chains ({self.verdict}: {self.reason})"
-        seconds = f", {self.seconds:.1f} s" if math.isfinite(self.seconds) else ""
-        error = f" +- {self.log_evidence_error:.3f}" if math.isfinite(self.log_evidence_error) else ""
-        error += f" ({self.log_evidence_note})" if self.log_evidence_note else ""
-        return (
-            f"Posterior of {self.guide.latent_dim} latents: {self.verdict}, since {self.reason}\n"
-            f"ELBO {self.elbo:.3f} +- {self.elbo_error:.3f}, log evidence {self.log_evidence:.3f}{error}, "
-            f"ESS {self.ess:.0f} of {len(self.weights.u)}{seconds}"
-        )
+        return _describe(self)
 
 
 def _chain_statistics(posterior: Posterior) -> tuple[float, float]:
@@ -363,6 +361,19 @@ def _cautions(posterior: Posterior, resampled: bool) -> list[str]:
     if posterior.verdict == "resample" and not resampled:
         return [f"these are the guide's own draws, which should be resampled: {posterior.reason}"]
     return []
+
+
+def _describe(posterior: Posterior) -> str:
+    if posterior.weights is None:
+        return f"Posterior by chains ({posterior.verdict}: {posterior.reason})"
+    seconds = f", {posterior.seconds:.1f} s" if math.isfinite(posterior.seconds) else ""
+    error = f" +- {posterior.log_evidence_error:.3f}" if math.isfinite(posterior.log_evidence_error) else ""
+    error += f" ({posterior.log_evidence_note})" if posterior.log_evidence_note else ""
+    return (
+        f"Posterior of {posterior.guide.latent_dim} latents: {posterior.verdict}, since {posterior.reason}\n"
+        f"ELBO {posterior.elbo:.3f} +- {posterior.elbo_error:.3f}, log evidence {posterior.log_evidence:.3f}{error}, "
+        f"ESS {posterior.ess:.0f} of {len(posterior.weights.u)}{seconds}"
+    )
 
 
 def _write(posterior: Posterior, path: str | Path) -> None:

@@ -1,6 +1,7 @@
 """The named flows: functions that build a Flow with good defaults."""
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, ParamSpec, Protocol, Unpack, cast, overload
 
@@ -66,6 +67,18 @@ def _or_for_images(
         return cast(_Builder[P, Q], recorded(build))
 
     return decorate
+
+
+def _with_options(builder: Callable[P, Flow]) -> Callable[P, Flow]:
+    """Decorate a builder of flows of vectors, so that its recipe is kept, and all its options are named in errors."""
+    network = NetworkOptions.__annotations__ if "network" in inspect.signature(builder).parameters else ()
+
+    @functools.wraps(builder)
+    def build(*args: P.args, **options: P.kwargs) -> Flow:
+        check_names(options, builder, exclude=("network",), also=network)
+        return builder(*args, **options)
+
+    return recorded(build)
 
 
 def _flow(prior: Prior | None, embedding: nn.Module | None, features: int, layers: Sequence[Bijection]) -> Flow:
@@ -241,7 +254,7 @@ def glow(
     return _flow(prior, embedding, features, _stack(layer, features, num_steps, permutation, "actnorm"))
 
 
-@recorded
+@_with_options
 def nice(
     features: int,
     *,
@@ -281,7 +294,7 @@ def nice(
     return _flow(prior, embedding, features, [ElementwiseAffine(features), *couplings, ActNorm(features)])
 
 
-@recorded
+@_with_options
 def maf(
     features: int,
     *,
@@ -327,7 +340,7 @@ def maf(
     return _flow(prior, embedding, features, _stack(layer, features, num_layers, permutation, norm))
 
 
-@recorded
+@_with_options
 def iaf(
     features: int,
     *,
@@ -364,7 +377,7 @@ def iaf(
     return _flow(prior, embedding, features, layers)
 
 
-@recorded
+@_with_options
 def nsf(
     features: int,
     *,
@@ -409,7 +422,7 @@ def nsf(
     return _flow(prior, embedding, features, _stack(layer, features, num_layers, permutation, norm))
 
 
-@recorded
+@_with_options
 def planar(
     features: int,
     *,
@@ -445,7 +458,7 @@ def planar(
     return _flow(prior, embedding, features, [*layers, ActNorm(features)])
 
 
-@recorded
+@_with_options
 def radial(
     features: int,
     *,

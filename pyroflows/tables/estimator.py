@@ -237,7 +237,9 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         is_unknown = ~np.isin(targets, self.classes_)
         if is_unknown.any():
             labels = ", ".join(map(str, self.classes_))
-            raise ValueError(f"expected class labels among {labels}; got {targets[is_unknown][0]}")
+            others = list(map(str, np.unique(targets[is_unknown])))
+            got = ", ".join(others[:10]) + (f" and {len(others) - 10} others" if len(others) > 10 else "")
+            raise ValueError(f"expected class labels among {labels}; got {got}")
         return as_tensor(np.searchsorted(self.classes_, targets))
 
     def _broadcast(self, y: Any, rows: int) -> np.ndarray:

@@ -115,6 +115,9 @@ class Trainer:
             bar.update()
             if elapsed - shown > 0.5 and not bar.disable:
                 shown = elapsed
+                if self.max_seconds is not None and self.total_steps:  # so that the bar's end is that of the fit
+                    possible = int(self.result.steps * self.max_seconds / elapsed)
+                    bar.total = max(min(self.total_steps, possible), self.result.steps)
                 bar.set_postfix(loss=f"{float(loss):.3f}")
             if self.max_seconds is not None and elapsed >= self.max_seconds:
                 break
