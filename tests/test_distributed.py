@@ -25,6 +25,7 @@ from pyroflows.data import ParquetBatches
 from pyroflows.dequantizers import UniformDequantizer
 from pyroflows.inference.fitting import GuideFit
 from pyroflows.inference.posterior import require_log_joint
+from pyroflows.inference.watch import Watch
 from pyroflows.training import negative_log_likelihood
 from pyroflows.training.batches import MappedArray
 
@@ -96,7 +97,7 @@ def guide(dtype):
         torch.manual_seed(0)
         guide = AutoFlow(likelihood, init="none", args=(observations(dtype),))
         moved(guide.flow, dtype)
-        training = GuideFit(guide, require_log_joint(guide), 64, None, False)
+        training = GuideFit(guide, require_log_joint(guide), 64, Watch(None, False))
         options = {"epochs": 5, "steps_per_epoch": 5, **OPTIONS, "batch_size": None}
         for objective in (training.total, training.path):
             fit(guide.flow, objective=objective, **options)

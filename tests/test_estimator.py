@@ -538,3 +538,33 @@ def test_a_splitter_chooses_the_rows_to_validate_on():
     labels = np.where(groups == 5, "late", "early")
     with pytest.raises(ValueError, match="every class to train on; got none of .*late"):
         FlowDensity("maf", validation=TimeSeriesSplit(5), conditional="class", **options).fit(x, labels)
+
+
+def test_a_splitter_gets_the_labels_of_a_density_without_condition():
+    x, labels = np.random.RandomState(0).randn(60, 2), np.arange(60) % 3
+    options = {"num_layers": 1, "hidden_features": (4,), "epochs": 1, "random_state": 0}
+    density = FlowDensity("maf", validation=StratifiedKFold(3), **options).fit(x, labels)
+    assert len(density.result_.history["validation"]) == 1
+
+
+def test_groups_reach_the_splitter_of_a_classifier_and_are_checked():
+    x, labels, groups = np.random.RandomState(0).randn(60, 2), np.arange(60) % 2, np.arange(60) // 10
+    options = {"num_layers": 1, "hidden_features": (4,), "epochs": 1, "random_state": 0}
+    density = FlowDensity("maf", validation=GroupKFold(3), **options)
+    assert FlowClassifier(density).fit(x, labels, groups=groups.tolist()).predict(x).shape == (60,)
+    with pytest.raises(ValueError, match=r"expected groups of length 60, one for each row; got shape \(50,\)"):
+        density.fit(x, groups=groups[:50])
+
+
+def test_a_column_that_varies_only_in_the_held_out_split_is_named():
+    x = pd.DataFrame(np.random.RandomState(0).randn(60, 2), columns=["day", "sales"]).assign(shop=1.0)
+    x.loc[59, "shop"] = 2.0
+    with pytest.raises(ValueError, match="in the rows to train on; got column 'shop', which is constant there, in the"):
+        FlowDensity("maf", validation=TimeSeriesSplit(3), epochs=1).fit(x)
+
+
+def test_validation_none_holds_nothing_out():
+    x = np.random.RandomState(0).randn(60, 2)
+    options = {"num_layers": 1, "hidden_features": (4,), "epochs": 2, "random_state": 0}
+    scores = [FlowDensity("maf", validation=none, **options).fit(x).score(x) for none in (None, 0)]
+    assert scores[0] == scores[1]

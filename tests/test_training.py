@@ -8,6 +8,8 @@ import math
 import pickle
 import subprocess
 import sys
+from itertools import count
+from types import SimpleNamespace
 
 import numpy as np
 import pandas
@@ -102,6 +104,25 @@ def test_a_limit_of_time_that_is_not_reached_changes_nothing(kind):
         fit(models[-1], x, validation=None, **options)
     for model in models[1:]:
         assert all(map(torch.equal, model.parameters(), models[0].parameters()))
+
+
+def test_a_limit_of_time_changes_nothing_where_patience_ends_the_fit_before_it(monkeypatch):
+    torch.manual_seed(0)
+    x, results, models = torch.randn(200, 2), [], []
+    for share in (None, 1.2, 2.0, 5.0, 0.5):  # of the time that the first takes
+        clock = SimpleNamespace(perf_counter=count().__next__)  # a second a call
+        monkeypatch.setattr("pyroflows.training.trainer.time", clock)
+        limit = None if share is None else share * results[0].seconds
+        torch.manual_seed(1)
+        models.append(small())
+        options = {"epochs": 2000, "batch_size": 18, "patience": 5, "learning_rate": 0.02, "warmup": 0.0, "seed": 0}
+        results.append(fit(models[-1], x, max_seconds=limit, **options))
+    assert {result.stopped for result in results[:-1]} == {"no better validation loss in 5 epochs"}
+    for model in models[1:-1]:
+        assert all(map(torch.equal, model.parameters(), models[0].parameters()))
+    assert results[-1].stopped.startswith("max_seconds")
+    assert results[-1].history["learning_rate"][-1] < 0.002  # it falls in the last tenth of the time
+    assert results[-1].history["learning_rate"][-3] > 0.0199
 
 
 def test_a_limit_of_time_that_is_reached_ends_the_schedule():

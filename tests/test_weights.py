@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyroflows import ActNorm, BatchNorm, Flow, FlowDensity, StandardNormal, fit, glow, maf
+from pyroflows import ActNorm, BatchNorm, FitOptions, Flow, FlowDensity, StandardNormal, fit, glow, maf, realnvp
 from pyroflows.distributed import var_mean, weighted_rows
 from pyroflows.layers import LULinear
 from pyroflows.tables import table_flow
@@ -113,3 +113,50 @@ def test_a_share_of_the_weight_is_held_out():
         result = fit(flow, x, weights=weights, validation=0.2, epochs=1, seed=seed, objective=objective)
         assert result.steps > 0
         assert 20 < sum(seen) < 600  # about a fifth of the rows, with about a fifth of the twenty heavy ones
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_start_does_not_depend_on_a_first_batch_without_weight(seed):
+    torch.manual_seed(seed)
+    near = torch.randn(100, 2) + 3
+    x = torch.cat([near, 1000 * torch.randn(1000, 2)])
+    weights = torch.cat([torch.ones(100), torch.full((1000,), 1e-12)])
+    layer = ActNorm(2)
+    options = {"batch_size": 8, "epochs": 1, "learning_rate": 1e-9, "validation": None, "seed": seed}
+    fit(Flow(StandardNormal(2), [layer]), x, weights=weights, **options)
+    torch.testing.assert_close(layer.shift.data, near.mean(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.log_scale.data.exp(), near.std(0, correction=0), rtol=1e-4, atol=1e-4)
+
+
+def test_the_start_of_many_weighted_rows_is_read_from_rows_drawn_by_weight():
+    torch.manual_seed(0)
+    x = torch.cat([torch.randn(400, 1) + 3, 1000 * torch.randn(40_000, 1)])
+    weights = torch.cat([torch.ones(400), torch.full((40_000,), 1e-12)])
+    layer = ActNorm(1)
+    options = {"batch_size": 8, "epochs": 1, "learning_rate": 1e-9, "validation": None, "seed": 0}
+    fit(Flow(StandardNormal(1), [layer]), x, weights=weights, options=FitOptions(steps_per_epoch=2), **options)
+    assert layer.shift.item() == pytest.approx(3, abs=0.2)
+    assert layer.log_scale.exp().item() == pytest.approx(1, abs=0.2)
+
+
+def test_a_row_of_weight_two_is_a_row_that_comes_twice():
+    x, times = torch.randn(60, 2, dtype=torch.float64), 1 + torch.arange(60) % 3
+    flows = []
+    for rows, weights in ((x, times.double()), (x.repeat_interleave(times, 0), None)):
+        torch.manual_seed(0)
+        flows.append(realnvp(2, num_layers=2, hidden_features=(8,), norm="batchnorm").double())
+        fit(flows[-1], rows, weights=weights, epochs=5, batch_size=len(rows), validation=None, seed=0)
+    for (name, found), wanted in zip(flows[0].state_dict().items(), flows[1].state_dict().values(), strict=True):
+        torch.testing.assert_close(found, wanted, msg=lambda text, name=name: name + text)
+
+
+def test_layers_that_run_again_for_the_gradient_count_the_weights_again():
+    x, weights = torch.randn(64, 2, dtype=torch.float64), torch.arange(64) % 7 + 0.1
+    flows = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        flows.append(realnvp(2, num_layers=3, hidden_features=(8,), norm="batchnorm").double())
+        options = FitOptions(activation_checkpointing=again)
+        fit(flows[-1], x, weights=weights, epochs=4, batch_size=64, validation=None, seed=0, options=options)
+    for found, wanted in zip(flows[1].parameters(), flows[0].parameters(), strict=True):
+        torch.testing.assert_close(found, wanted)

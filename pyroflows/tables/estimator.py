@@ -47,9 +47,9 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
             ``y``; "number" for that given one number or several.
         standardize: whether the flow standardizes the columns.
         batch_size: rows a step, or all rows if there are fewer.
-        validation: share of the rows, or of their weight, to hold out, to choose the best epoch and when to stop, 0 for
-            none; or rows, or ``(X, y)``; or a splitter of scikit-learn, of which the last split is used, such as
-            ``TimeSeriesSplit()`` for rows in the order of time, or ``GroupKFold()`` with ``fit(X, groups=...)``.
+        validation: share of the rows, or of their weight, to hold out, to choose the best epoch and when to stop, 0 or
+            None for none; or rows, or ``(X, y)``; or a splitter of scikit-learn, of which the last split is used, such
+            as ``TimeSeriesSplit()`` for rows in the order of time, or ``GroupKFold()`` with ``fit(X, groups=...)``.
         epochs, learning_rate, patience, max_seconds: as for :func:`fit`; an epoch has at least ten steps.
         fit_options: fields of :class:`FitOptions`, such as ``{"weight_decay": 1e-5}``.
         device: "cpu", "cuda" (also "cuda:1"), or "auto" for a GPU if there is one.
@@ -113,8 +113,10 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         is_used = weights > 0
         context = self._learn_targets(x, y, is_used)
         x, weights = x[is_used], weights[is_used]
-        groups = None if groups is None else np.asarray(groups)[is_used]
-        (x, context, weights), validation = _hold_out(self, x, context, weights, groups)
+        for_splitter = context, _subset("groups", groups, is_used)
+        if context is None and hasattr(self.validation, "get_n_splits"):  # such as StratifiedKFold
+            for_splitter = _subset("y", y, is_used), for_splitter[1]
+        (x, context, weights), validation = _hold_out(self, x, context, weights, *for_splitter)
         flow_options = {"num_layers": self.num_layers, "hidden_features": self.hidden_features}
         flow_options = {name: value for name, value in flow_options.items() if value is not None}
         shared = ("batch_size", "epochs", "learning_rate", "max_seconds", "patience", "standardize")
@@ -298,14 +300,14 @@ class FlowClassifier(ClassifierMixin, BaseEstimator):
     _: KW_ONLY
     priors: Sequence[float] | None = None
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "FlowClassifier":
-        """Train the density of rows given their class, and count the classes."""
+    def fit(self, X: Any, y: Any, sample_weight: Any = None, groups: Any = None) -> "FlowClassifier":
+        """Train the density of rows given their class, and count the classes; groups are as for the density."""
         if self.density is not None and not isinstance(self.density, FlowDensity):
             raise TypeError(f"expected density as a FlowDensity; got {type(self.density).__name__}")
         rows, labels = validate_data(self, X, y, dtype=np.float64, ensure_all_finite=False, ensure_min_samples=2)
         check_classification_targets(labels)
         density = FlowDensity() if self.density is None else clone(self.density)
-        self.density_ = density.set_params(conditional="class").fit(X, labels, sample_weight)
+        self.density_ = density.set_params(conditional="class").fit(X, labels, sample_weight, groups)
         self.classes_ = self.density_.classes_
         weights = _sample_weights(sample_weight, rows)
         is_used = weights > 0
@@ -338,33 +340,50 @@ class FlowClassifier(ClassifierMixin, BaseEstimator):
 
 
 def _hold_out(
-    density: "FlowDensity", x: np.ndarray, context: np.ndarray | None, weights: np.ndarray, groups: Any
+    density: "FlowDensity", x: np.ndarray, context: np.ndarray | None, weights: np.ndarray, y: Any, groups: Any
 ) -> tuple[Any, Any]:
-    """Return rows, context and weights to train on, and the share or those to hold out."""
+    """Return rows, context and weights to train on, and the share or those to hold out; ``y`` is for a splitter."""
     columns, validation = (x, context, weights), density.validation
     is_splitter = hasattr(validation, "get_n_splits")
     if groups is not None and not is_splitter:
         raise ValueError(f"expected groups only with a splitter as validation; got validation={validation!r}")
+    if validation is None:
+        return columns, 0.0
     if isinstance(validation, Real):
         check_number("validation", validation, "[0, 1)")
         return columns, float(validation)
     if is_splitter:
-        *_, (training, held_out) = validation.split(x, context, groups)
+        *_, (training, held_out) = validation.split(x, y, groups)
         missing = np.array([]) if context is None else np.setdiff1d(context, context[training])
         if density.conditional == "class" and len(missing):
             got = f"none of {density.classes_[missing[0]]!r} in the last split of {validation!r}"
             raise ValueError(f"expected rows of every class to train on; got {got}")
+        constant = (x[training] == x[training][:1]).all(0) & (x != x[:1]).any(0)
+        if constant.any():
+            name = repr(getattr(density, "feature_names_in_", np.arange(len(constant)))[constant].tolist()[0])
+            got = f"column {name}, which is constant there, in the last split of {validation!r}"
+            raise ValueError(f"expected columns that vary in the rows to train on; got {got}")
         train, held = (
             (x[rows], None if context is None else context[rows], weights[rows]) for rows in (training, held_out)
         )
         return train, held
     given = validation if isinstance(validation, tuple) else (validation, None)
-    if validation is None or isinstance(validation, str) or len(given) != 2:
+    if isinstance(validation, str) or len(given) != 2:
         expected = "validation as a share, rows, (X, y) or a splitter of scikit-learn"
         raise TypeError(f"expected {expected}; got {validation!r}")
     rows = density._rows(given[0])
     targets = density._context(given[1], len(rows))
     return columns, (rows, None if targets is None else targets.numpy(), None)
+
+
+def _subset(name: str, values: Any, is_used: np.ndarray) -> np.ndarray | None:
+    """Return the values, one of each row, of the rows that are used."""
+    if values is None:
+        return None
+    values = np.asarray(values)
+    if values.shape[:1] != is_used.shape:
+        raise ValueError(f"expected {name} of length {len(is_used)}, one for each row; got shape {values.shape}")
+    return values[is_used]
 
 
 def _device(name: str) -> torch.device:

@@ -24,8 +24,8 @@ __all__ = ["Adam", "Adamax", "Trainer"]
 _SAVED = ("epoch_step", "sums", "skipped", "best_weights")  # attributes of a trainer
 _STATISTICS_ROWS = 2**17  # of data in a file
 _MIN_EPOCH = 10  # steps of an epoch of patience
-_TIME_SURE = 0.1  # share of max_seconds from which on it is judged whether the fit will reach it
-_TIME_MARGIN = 1.1  # by how much the share of the time must exceed that of the steps
+_EARLY, _LATE = 0.02, 0.9  # shares of max_seconds from which on it is judged whether the fit will reach it
+_PACE_STEPS = 10  # from which the time of the steps left is told
 
 
 def _without_compiler(optimizer: type[torch.optim.Optimizer]) -> Any:
@@ -72,7 +72,8 @@ class Trainer:
         self.skipped = torch.zeros(2, device=self.device)  # steps, in all and in a row
         self.sums = torch.zeros(3, device=self.device)  # of this epoch: losses, gradient norms, steps not skipped
         self.epoch_step = 0
-        self.ends_by_time = False
+        self.pace_start: tuple[int, float] | None = None  # steps and seconds after the first, which may compile
+        self.ends_by_time: tuple[float, float] | None = None  # shares of time and schedule when that was sure
         self.best_weights = self._weights()  # the initial ones, until an epoch is the best
         self.began = time.perf_counter()
 
@@ -140,13 +141,13 @@ class Trainer:
         for part in parts_of(batch, self.options):
             with distributed.weighted_rows(part.weights):
                 loss = self.objective(self.trained, *part.inputs)
-            if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
-                got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-                raise TypeError(f"expected an objective that returns a scalar tensor with a gradient; got {got}")
-            share = part.share * batch.share
-            loss = loss if share == 1 else loss * share
-            # FSDP averages gradients over the ranks.
-            (loss * distributed.world_size() if self.sharded else loss).backward()
+                if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
+                    got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                    raise TypeError(f"expected an objective that returns a scalar tensor with a gradient; got {got}")
+                share = part.share * batch.share
+                loss = loss if share == 1 else loss * share
+                # FSDP averages gradients over the ranks. Checkpointed layers run again, so within the block.
+                (loss * distributed.world_size() if self.sharded else loss).backward()
             losses.append(loss.detach())
         loss = torch.stack(losses).sum()
         if distributed.world_size() > 1:
@@ -213,7 +214,7 @@ class Trainer:
         epoch = len(self.result.history["train"]) - 1
         waited = epoch - (self.result.best_epoch or 0)
         steps = self.result.steps / (epoch + 1)  # of an epoch
-        if self.patience is not None and self.held_out is not None:
+        if self.patience is not None and self.held_out is not None and self.ends_by_time is None:
             patience = self.patience if steps >= _MIN_EPOCH else math.ceil(self.patience * _MIN_EPOCH / steps)
             if waited >= patience:
                 return f"no better validation loss in {patience} epochs"
@@ -286,16 +287,9 @@ class Trainer:
 
 
 def _set_learning_rate(trainer: "Trainer", elapsed: float) -> None:
-    """Set the rate by the share of the steps taken, if their number is known, or of the time that has elapsed."""
+    """Set the rate by the share of the schedule that is done."""
     steps, total, warmup = trainer.result.steps, trainer.total_steps, trainer.options.warmup
-    done = steps / total if total else 0.0
-    if trainer.max_seconds is not None:
-        # The schedule ends with a limit that will be reached; one that will not be changes nothing.
-        share = elapsed / trainer.max_seconds
-        planned = done if total else 1 / trainer.epochs  # in the first epoch of a stream
-        trainer.ends_by_time |= share > max(_TIME_SURE, _TIME_MARGIN * planned)
-        done = min(max(done, share if trainer.ends_by_time else 0.0), 1.0)
-    factor = 1.0
+    done, factor = _share_done(trainer, elapsed), 1.0
     if warmup >= 1:
         factor = min(1.0, (steps + 1) / warmup)
     elif warmup:  # until the number of steps is known, a hundred warm up
@@ -304,6 +298,33 @@ def _set_learning_rate(trainer: "Trainer", elapsed: float) -> None:
         factor = factor * (1 + math.cos(math.pi * done)) / 2
     for group in trainer.optimizer.param_groups:
         group["lr"] = trainer.learning_rate * factor
+
+
+def _share_done(trainer: "Trainer", elapsed: float) -> float:
+    """Return the share of the steps taken, if their number is known, until it is sure that a limit of time comes first.
+
+    A limit that is not reached changes nothing. That it will be is sure soon where only it or the last step ends the
+    fit; where patience may, only late, and patience then no longer ends it. What is left of the schedule takes the time
+    that is left.
+    """
+    steps, limit = trainer.result.steps, trainer.max_seconds
+    done = steps / trainer.total_steps if trainer.total_steps else 0.0
+    if limit is None or not steps:
+        return done
+    if trainer.pace_start is None:
+        trainer.pace_start = steps, elapsed
+    share, counted = min(elapsed / limit, 1.0), steps - trainer.pace_start[0]
+    if trainer.ends_by_time is None and counted and share > _EARLY:
+        steps_left = (trainer.total_steps or trainer.epochs * steps) - steps  # of a stream there may be more
+        needed = steps_left * (elapsed - trainer.pace_start[1]) / counted
+        is_patient = trainer.patience is not None and trainer.held_out is not None
+        is_sure = not is_patient and counted >= _PACE_STEPS and needed > 2 * (limit - elapsed)
+        if is_sure or (share > _LATE and needed > limit - elapsed):
+            trainer.ends_by_time = share, done
+    if trainer.ends_by_time is not None:
+        share_then, done_then = trainer.ends_by_time
+        done = done_then + (1 - done_then) * (share - share_then) / max(1 - share_then, 1e-9)
+    return done
 
 
 @torch.no_grad()
