@@ -401,3 +401,21 @@ def test_an_elbo_by_the_tracing_compiler_meets_a_conjugate_posterior():
     draws = guide.draws(4000)["mean"]
     assert float(draws.mean()) == pytest.approx(18 / 13, abs=0.2)
     assert float(draws.std()) == pytest.approx(13**-0.5, rel=0.35)
+
+
+@pytest.mark.parametrize("name", ["realnvp", "maf", "nsf", "iaf", "planar", "radial", "glow", "nice"])
+def test_parameters_from_pyros_store_give_a_newly_built_flow_the_same_density(name, tmp_path):
+    x, densities = torch.randn(5, 4), []
+    for seed in (0, 1):
+        pyro.clear_param_store()
+        torch.manual_seed(seed)
+        flow = getattr(pyroflows, name)(4).eval()
+        if seed == 0:
+            perturb(flow, 0.1)
+            pyro.module("flow", flow)
+            pyro.get_param_store().save(tmp_path / "store")
+        else:
+            pyro.get_param_store().load(tmp_path / "store")
+            pyro.module("flow", flow, update_module_params=True)
+        densities.append(flow.log_prob(x).detach())
+    torch.testing.assert_close(*densities)

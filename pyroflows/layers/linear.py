@@ -35,7 +35,7 @@ class LULinear(Bijection):
 
     .. math:: x = W y + b, \quad W = P L (U + \mathrm{diag}(s)), \quad \log|\det dy/dx| = -\sum_i \log|s_i|
 
-    The permutation :math:`P` and the signs of :math:`s` are fixed. Data to latent is a product, and latent to data two
+    The permutation :math:`P` and the signs of :math:`s` are fixed; new layers have none. Data to latent is a product, and latent to data two
     triangular solves.
 
     Args:
@@ -65,9 +65,13 @@ class LULinear(Bijection):
 
     def __init__(self, features: int, *, init: str = "orthogonal", bias: bool = True):
         super().__init__(features)
-        p, lower, upper = torch.linalg.lu(_initial_matrix(features, init))
-        self.register_buffer("permutation", p.argmax(-1))  # row i of W is row permutation[i] of L U
-        self.register_buffer("signs", upper.diagonal().sign())
+        _, lower, upper = torch.linalg.lu(_initial_matrix(features, init))
+        # Rows reordered and negated such that the factors need no permutation and no signs: an orthogonal matrix stays
+        # one, and nothing is drawn but parameters, which alone Pyro's store holds.
+        signs = upper.diagonal().sign()
+        lower, upper = signs[:, None] * lower * signs, signs[:, None] * upper
+        self.register_buffer("permutation", torch.arange(features))  # row i of W is row permutation[i] of L U
+        self.register_buffer("signs", torch.ones(features))
         self.register_buffer("eye", torch.eye(features), persistent=False)
         self.lower = nn.Parameter(lower.tril(-1))
         self.upper = nn.Parameter(upper.triu(1))
