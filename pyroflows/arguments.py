@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
 from inspect import signature
 from numbers import Integral, Real
 from typing import Any
@@ -199,7 +200,9 @@ def check_names(
     names = [name for name in (*signature(function).parameters, *also) if name not in (*exclude, "self")]
     for name in arguments:
         if name not in names:
-            raise TypeError(f"expected options among {', '.join(names)}; got {name!r}")
+            near = get_close_matches(name, names, 1, 0.5)
+            hint = f": perhaps {near[0]!r}" if near else ""
+            raise TypeError(f"expected options among {', '.join(names)}; got {name!r}{hint}")
 
 
 def check_finite(

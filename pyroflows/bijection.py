@@ -138,7 +138,6 @@ class Bijection(Recorded, EvaluatedOnce, TransformModule):
             Fast and Unified Path Gradient Estimators for Normalizing Flows, Vaitl et al., 2024 (arXiv:2403.15881).
 
         Example:
-            >>> import torch
             >>> from pyroflows.layers import Coupling
             >>> x = torch.ones(3, 2)
             >>> Coupling(2).forward_and_score(x, -x)[2].shape  # of a standard normal

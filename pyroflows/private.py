@@ -23,6 +23,7 @@ __all__ = [
     "is_mapped",
     "make_plates",
     "name_in_store",
+    "registries",
     "version",
 ]
 
@@ -63,6 +64,17 @@ def contents(module: nn.Module) -> tuple[list[bool], list[Tensor]]:
         tensors += [tensor for tensor in part._buffers.values() if tensor is not None]
         parts += [child for child in part._modules.values() if child is not None]
     return modes, tensors
+
+
+def registries(module: nn.Module) -> dict[str, Any]:
+    """Return what a module has registered, by the attribute that holds it, which unpickling sets."""
+    # The public iterators leave out what is None and what occurs twice, and do not say which buffers are not saved.
+    return {
+        "_parameters": module._parameters,
+        "_buffers": module._buffers,
+        "_non_persistent_buffers_set": module._non_persistent_buffers_set,
+        "_modules": module._modules,
+    }
 
 
 def name_in_store(module: PyroModule, name: str) -> str:

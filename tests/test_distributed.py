@@ -396,7 +396,7 @@ def test_two_processes_come_to_what_one_comes_to(two, folder, case):
 def test_the_cases_are_what_they_say(two):
     found = two[0]
     assert found["actnorm float64"]["steps"] == 50
-    assert found["stopped early float64"]["stopped"] == "no better validation loss in 2 epochs"
+    assert found["stopped early float64"]["stopped"] == "no better validation loss in 3 epochs"
     assert found["skipped float64"]["skipped"] in range(3, 6)
 
 

@@ -92,7 +92,8 @@ class LULinear(Bijection):
         y = y.index_select(-1, self.permutation.argsort()).reshape(-1, x.shape[-1])
         y = torch.linalg.solve_triangular(self.lower.T, y, upper=True, left=False, unitriangular=True)
         y = torch.linalg.solve_triangular(self._upper().T, y, upper=False, left=False)
-        return y.reshape(x.shape), -self.log_det().expand(x.shape[:-1])
+        # Contiguous, since Pyro views draws in other shapes; a solver returns a transposed matrix.
+        return y.contiguous().view(x.shape), -self.log_det().expand(x.shape[:-1])
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> Pair:
         with _full_precision(y):

@@ -74,8 +74,9 @@ class MappedArray:
         self.dtype = dtype if empty.is_floating_point() else empty.dtype
 
     def subset(self, rows: Tensor) -> "MappedArray":
-        """Return a view of these rows of the whole array, without reading them."""
-        return MappedArray(self.array, self.dtype, self.device, rows.cpu())
+        """Return a view of these rows, without reading them."""
+        rows = rows.cpu() if self.rows is None else self.rows[rows.cpu()]
+        return MappedArray(self.array, self.dtype, self.device, rows)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -88,16 +88,19 @@ def fit(
             ``DistributedSampler``. Or None for an objective without data (an ELBO).
         context: a context for each row, if the flow takes one and ``x`` is an array.
         weights: a weight of at least 0 for each row, if ``x`` is an array, scaled to mean 1 over the training rows. A
-            loss is the mean over rows of weight times negative log-density, for the held-out rows too.
-        validation: the share of rows to hold out (none of batches of the user's own); or data, ``(data, context)`` or
+            loss is the mean over rows of weight times negative log-density, for the held-out rows too; norms weigh the
+            rows in the same way, and a row of weight 0 is left out.
+        validation: the share of rows, or of their weights, to hold out (none of batches of the user's own), but for
+            rows without which a column would be constant; or data, ``(data, context)`` or
             ``(data, context, weights)``, where context may be None; or 0 or None for none: then there is no patience,
             and the last epoch's weights are kept.
         epochs: passes through the data.
         batch_size: rows of a step, over all processes; by default 256, or all rows if they are fewer. The rows left
             over by the last batch of an epoch wait for another epoch's shuffle.
         learning_rate: the highest learning rate.
-        patience: epochs without a better validation loss before the fit ends; None for no such end.
-        max_seconds: limit of wall time; the schedule then ends with it.
+        patience: epochs without a better validation loss before the fit ends, each counted as ten steps if it has
+            fewer: 30 are 300 steps at least. None for no such end.
+        max_seconds: limit of wall time, with which the schedule ends if the fit is about to reach it.
         objective: returns the loss from the flow, a batch, its context and, with ``weights``, the weights of its rows.
         checkpoint: a file to which the state of the fit is written after each epoch, or as the options say.
         seed: seed of split, shuffles and dropout (not of the flow's initial weights); None uses the global generator.
