@@ -344,8 +344,9 @@ class FlowDistribution(TransformedDistribution):
 def _nan_outside(point: Tensor, log_det: Tensor) -> Tensor:
     """Return the image of a point, NaN where the point is outside of what the map takes."""
     outside = log_det.isneginf()
-    outside = outside.reshape(outside.shape + (1,) * (point.dim() - outside.dim()))
-    return point.masked_fill(outside, math.nan).contiguous()
+    return point.masked_fill(
+        outside.reshape(outside.shape + (1,) * (point.dim() - outside.dim())), math.nan
+    ).contiguous()
 
 
 def _checked_notes(notes: Any) -> dict[str, Any]:

@@ -35,8 +35,8 @@ class LULinear(Bijection):
 
     .. math:: x = W y + b, \quad W = P L (U + \mathrm{diag}(s)), \quad \log|\det dy/dx| = -\sum_i \log|s_i|
 
-    The permutation :math:`P` and the signs of :math:`s` are fixed; new layers have none. Data to latent is a product, and latent to data two
-    triangular solves.
+    The permutation :math:`P` and the signs of :math:`s` are fixed; a new layer has none. Data to latent is a product,
+    and latent to data two triangular solves.
 
     Args:
         features: number of features.
