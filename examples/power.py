@@ -46,6 +46,7 @@ def main() -> None:
             table.train,
             validation=table.validation,
             epochs=1000,
+            patience=None,
             batch_size=options.batch_size,
             learning_rate=options.learning_rate,
             max_seconds=60 * options.minutes,

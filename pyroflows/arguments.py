@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
 from inspect import signature
 from numbers import Integral, Real
 from typing import Any
@@ -199,7 +200,9 @@ def check_names(
     names = [name for name in (*signature(function).parameters, *also) if name not in (*exclude, "self")]
     for name in arguments:
         if name not in names:
-            raise TypeError(f"expected options among {', '.join(names)}; got {name!r}")
+            near = get_close_matches(name, names, 1, 0.5)
+            hint = f": perhaps {near[0]!r}" if near else ""
+            raise TypeError(f"expected options among {', '.join(names)}; got {name!r}{hint}")
 
 
 def check_finite(
@@ -310,12 +313,15 @@ def check_placement(name: str, tensor: Any, number: Tensor) -> None:
         raise ValueError(f"expected {name} on the flow's device, {number.device}; got {tensor.device}")
 
 
-def check_log_det(layer: Any, log_det: Tensor, batch: Size) -> None:
+def check_log_det(layer: Any, log_det: Any, batch: Size) -> None:
     """Refuse a layer's log-determinant that is not one number for each point, which would broadcast."""
-    if log_det.shape != batch:
+    if not isinstance(log_det, Tensor) or log_det.shape != batch:
+        while hasattr(layer, "bijection"):  # what an inverse or a fixed context wraps
+            layer = layer.bijection
+        got = tuple(log_det.shape) if isinstance(log_det, Tensor) else type(log_det).__name__
         raise ValueError(
             f"expected {type(layer).__name__} to return a log-determinant of shape {tuple(batch)}, one number for each "
-            f"point, summed over its features; got {tuple(log_det.shape)}"
+            f"point, summed over its features; got {got}"
         )
 
 

@@ -18,6 +18,7 @@ from pyroflows.arguments import (
     check_context,
     check_counts,
     check_event,
+    check_log_det,
     check_score,
     check_type,
 )
@@ -33,16 +34,21 @@ Triple = tuple[Tensor, Tensor, Tensor]
 
 
 def _checked(method: Callable[..., Any], side: str) -> Callable[..., Any]:
-    """Check the input of a method, and broadcast it with the context."""
+    """Check the input of a method, broadcast it with the context, and check the log-determinant."""
+
+    def evaluated(self: "Bijection", x: Tensor, context: Tensor | None, *scores: Tensor) -> Any:
+        x = self._check(x, getattr(self, side), context)
+        results = method(self, x, *[check_score(score, x) for score in scores], context)
+        check_log_det(self, results[1], x.shape[: x.dim() - len(getattr(self, side))])
+        return results
 
     @functools.wraps(method)
     def checked(self: "Bijection", x: Tensor, context: Tensor | None = None) -> Any:
-        return method(self, self._check(x, getattr(self, side), context), context)
+        return evaluated(self, x, context)
 
     @functools.wraps(method)
     def score_checked(self: "Bijection", x: Tensor, score: Tensor, context: Tensor | None = None) -> Any:
-        x = self._check(x, getattr(self, side), context)
-        return method(self, x, check_score(score, x), context)
+        return evaluated(self, x, context, score)
 
     return score_checked if method.__name__.endswith("score") else checked
 
@@ -50,11 +56,9 @@ def _checked(method: Callable[..., Any], side: str) -> Callable[..., Any]:
 class Bijection(Recorded, EvaluatedOnce, TransformModule):
     r"""An invertible map from latent to data: two methods that return the image and the log-determinant.
 
-    A layer defines ``forward_and_log_det(x, context=None)`` (latent to data) and
-    ``inverse_and_log_det(y, context=None)`` (data to latent). Pyro's protocol (call, ``inv``,
-    ``log_abs_det_jacobian``, ``condition``, shapes) is derived from them here; by
-    :class:`~pyroflows.caching.EvaluatedOnce` a layer is evaluated once where Pyro asks twice. Inputs are checked once
-    a call: a stack checks its own, and calls its layers by the methods whose names begin with ``unchecked_``.
+    A layer defines ``forward_and_log_det(x, context=None)``, latent to data, and ``inverse_and_log_det``. Pyro's
+    protocol is derived from them; by :class:`~pyroflows.caching.EvaluatedOnce` a layer is evaluated once where Pyro
+    asks twice. A call is checked once: a stack calls its layers by the methods whose names begin with ``unchecked_``.
 
     Args:
         latent_shape: event shape of the latent side, or its number of features.
@@ -151,9 +155,8 @@ class Bijection(Recorded, EvaluatedOnce, TransformModule):
     def _check(self, x: Tensor, shape: Size, context: Tensor | None) -> Tensor:
         """Return ``x``, expanded to the batch shape that it has together with the context."""
         check_event(x, shape)
-        if context is None and not self.context_features:
-            return x
-        return x.expand(self.broadcast_batch(x.shape[: x.dim() - len(shape)], context) + shape)
+        batch, given = x.shape[: x.dim() - len(shape)], context is not None or self.context_features
+        return x.expand(self.broadcast_batch(batch, context) + shape) if given else x
 
     def broadcast_batch(self, batch: Size, context: Tensor | None) -> Size:
         """Return the batch shape of an input together with its context, which is checked."""
@@ -162,8 +165,6 @@ class Bijection(Recorded, EvaluatedOnce, TransformModule):
     def context_for(self, context: Tensor | None) -> Tensor | None:
         """Return the context if this map takes one: a stack hands its own to all layers."""
         return context if self.context_features else None
-
-    # Pyro's protocol
 
     @property
     def inv(self) -> "Bijection":
@@ -217,9 +218,8 @@ class Inverse(Bijection):
 
     def __init__(self, bijection: Bijection):
         check_type("a Bijection", bijection, Bijection)
-        super().__init__(
-            bijection.data_shape, data_shape=bijection.latent_shape, context_features=bijection.context_features
-        )
+        data_shape, context_features = bijection.latent_shape, bijection.context_features
+        super().__init__(bijection.data_shape, data_shape=data_shape, context_features=context_features)
         self.bijection = bijection
         self.domain, self.codomain = bijection.codomain, bijection.domain
         self.forward_passes, self.inverse_passes = bijection.inverse_passes, bijection.forward_passes

@@ -224,6 +224,13 @@ class EvaluatedOnce:
         """Not defined for maps of several features; an AttributeError, since torch asks for it by ``hasattr``."""
         raise AttributeError(f"{type(self).__name__} has no sign, since it may map several features at once")
 
+    @property
+    def event_dim(self) -> int:
+        """The number of dimensions of an event, if both sides have the same; otherwise an AttributeError, as above."""
+        if len(self.latent_shape) != len(self.data_shape):
+            raise AttributeError(f"{type(self).__name__} maps between events of different dimensions")
+        return len(self.data_shape)
+
     def with_cache(self, cache_size: int = 1) -> Self:
         """Return the map itself: its record serves every cache size."""
         return self

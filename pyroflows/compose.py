@@ -100,21 +100,17 @@ class Compose(Bijection):
         forward = name.startswith("forward")
         layers = layers if forward else layers[::-1]
         checkpointing = self.activation_checkpointing and torch.is_grad_enabled() and name.endswith("log_det")
-        log_dets = []
+        x, total = inputs[0], None
+        batch = x.shape[: x.dim() - len(self.latent_shape if forward else self.data_shape)]
         for layer in layers:
             method = getattr(layer, f"unchecked_{name}")
             if checkpointing and not _checkpoints_within(layer):
                 method = _checkpointed(layer, method)
             x, log_det, *score = method(*inputs, layer.context_for(context))
+            check_log_det(layer, log_det, batch)
             inputs = (x, *score)
-            log_dets.append(log_det)
-        total: Tensor = sum(log_dets[1:], start=log_dets[0])
-        point, *score = inputs
-        batch = point.shape[: point.dim() - len(self.data_shape if forward else self.latent_shape)]
-        if total.shape != batch:
-            for layer, log_det in zip(layers, log_dets, strict=True):
-                check_log_det(layer, log_det, batch)
-        return (point, total, *score)
+            total = log_det if total is None else total + log_det
+        return (x, total, *score)
 
 
 def _checkpoints_within(layer: Bijection) -> bool:

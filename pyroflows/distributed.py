@@ -30,6 +30,7 @@ __all__ = [
     "synchronize",
     "together",
     "var_mean",
+    "weighted_rows",
     "world_size",
 ]
 
@@ -37,6 +38,7 @@ __all__ = [
 # the others would never answer.
 _together = False
 _streams: "_Streams | None" = None
+_row_weights: Tensor | None = None
 
 
 def choose_device(name: str | torch.device = "auto", near: torch.device | None = None) -> torch.device:
@@ -187,18 +189,36 @@ class _AllReduce(torch.autograd.Function):
         return _AllReduce.apply(gradient)
 
 
+@contextmanager
+def weighted_rows(weights: Tensor | None) -> Iterator[None]:
+    """Weigh the rows of a batch, ``(rows,)``, in the statistics that :func:`var_mean` computes from it in a block."""
+    global _row_weights
+    outer, _row_weights = _row_weights, weights
+    try:
+        yield
+    finally:
+        _row_weights = outer
+
+
 def var_mean(x: Tensor, dims: list[int] | tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Compute variance and mean over dimensions and ranks, as ``torch.var_mean`` does without Bessel's correction."""
-    if not _together or inside_functorch():
+    """Compute variance and mean over dimensions and ranks, as ``torch.var_mean`` does without Bessel's correction.
+
+    The dimensions include the first, that of the rows; within :func:`weighted_rows` each counts by its weight.
+    """
+    weights = None if _row_weights is None or len(_row_weights) != len(x) else _row_weights
+    if inside_functorch() or (weights is None and not _together):
         return torch.var_mean(x, dims, correction=0)
-    return _var_mean_uncompiled(x, tuple(dims))
+    return _var_mean_uncompiled(x, tuple(dims), weights)
 
 
-def _var_mean(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    sums = x.sum(dims, keepdim=True)
-    totals = _AllReduce.apply(torch.cat([sums.flatten(), x.new_tensor([x.numel() / max(1, sums.numel())])]))
+def _var_mean(x: Tensor, dims: tuple[int, ...], weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    shares = x.new_ones(len(x)) if weights is None else weights.to(x)
+    shares = shares.view(-1, *(1,) * (x.dim() - 1))
+    sums = (shares * x).sum(dims, keepdim=True)
+    count = shares.sum() * (x.numel() / max(1, sums.numel() * len(x)))
+    totals = _AllReduce.apply(torch.cat([sums.flatten(), count.reshape(1)]))
     mean = (totals[:-1] / totals[-1]).view_as(sums)
-    variance = _AllReduce.apply((x - mean).square().sum(dims, keepdim=True)) / totals[-1]
+    variance = _AllReduce.apply((shares * (x - mean).square()).sum(dims, keepdim=True)) / totals[-1]
     return variance.squeeze(dims), mean.squeeze(dims)
 
 

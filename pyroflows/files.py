@@ -15,8 +15,9 @@ from pyroflows._version import __version__
 
 __all__ = ["FORMAT", "read", "replacing", "write"]
 
-FORMAT = 4
-"""The version of the format, in which files are written and read."""
+FORMAT = 5
+"""The version of the format in which files are written."""
+_READ = (4, FORMAT)  # a file of format 4 holds no part by its attributes
 
 
 def write(path: str | os.PathLike[str], kind: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -26,34 +27,68 @@ def write(path: str | os.PathLike[str], kind: str, header: Mapping[str, Any], te
 
     versions = {"pyroflows": __version__, "torch": torch.__version__, "pyro": pyro.__version__}
     stored, seen = {}, set()
+    is_complex = [name for name, tensor in tensors.items() if tensor.is_complex()]
     for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
+        if tensor.layout is not torch.strided or tensor.is_quantized:
+            raise ValueError(f"expected dense tensors; got {name} of layout {tensor.layout}")
+        tensor = tensor.detach().resolve_conj()
+        tensor = (torch.view_as_real(tensor) if name in is_complex else tensor).cpu().contiguous()
         memory = tensor.untyped_storage().data_ptr()
         stored[name] = tensor.clone() if memory in seen else tensor  # the file shares no memory between tensors
         seen.add(memory)
-    full_header = {"format": FORMAT, "kind": kind, "versions": versions, **header}
+    full_header = {"format": FORMAT, "kind": kind, "versions": versions, **header, "complex": is_complex}
     text = json.dumps({**full_header, "sha256": _checksum(full_header, stored)})
     with replacing(path) as file:
         file.write(to_bytes(stored, {"pyroflows": text}))
 
 
 def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the header and the tensors of a file of a kind, "flow" or "posterior".
+    """Return the header and the tensors of a file of a kind: "flow", "posterior" or "amortized posterior".
 
     Raises:
         FileNotFoundError: there is no such file.
+        TypeError: the path is none.
         ValueError: the file is of another kind, damaged, or written in another version of the format.
     """
-    expected = f"expected a {kind} written by save; got {path}"
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"{expected}, which is not a file")
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"expected the path of a file; got {type(path).__name__}")
+    expected = f"expected {_named(kind)} written by save; got {path}"
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{expected}, which does not exist")
+    if not os.path.isfile(path):
+        raise ValueError(f"{expected}, which is {'a folder' if os.path.isdir(path) else 'not a file'}")
     metadata, tensors = _contents(path, expected)
     header = _header(metadata.get("pyroflows", metadata.get("posterior", "null")), expected)
     if header.pop("sha256", None) != _checksum(header, tensors):
         raise ValueError(f"{expected}, which is damaged: its checksum is not that of its contents")
     if header.get("kind") != kind:
-        raise ValueError(f"{expected}, which holds a {str(header.get('kind'))[:40]}")
+        held = str(header.get("kind"))[:40]
+        advice = f": read it by {_READERS[held]}" if held in _READERS else ""
+        raise ValueError(f"{expected}, which holds {_named(held)}{_maker(header)}{advice}")
+    try:
+        for name in header.pop("complex", ()):
+            tensors[name] = torch.view_as_complex(tensors[name])
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{expected}, whose header makes no sense: {error}") from None
     return header, tensors
+
+
+_READERS = {
+    "flow": "pyroflows.load",
+    "posterior": "pyroflows.Posterior.load",
+    "amortized posterior": "pyroflows.AmortizedPosterior.load",
+}
+
+
+def _named(kind: str) -> str:
+    return f"an {kind}" if kind[:1] in "aeiou" else f"a {kind}"
+
+
+def _maker(header: Mapping[str, Any]) -> str:
+    """Return what the recipe in a header builds, in parentheses."""
+    recipe = header.get("recipe")
+    name = recipe.get("make") if isinstance(recipe, dict) else None
+    return f" ({name[:40]})" if isinstance(name, str) else ""
 
 
 def _contents(path: str | os.PathLike[str], expected: str) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -66,7 +101,45 @@ def _contents(path: str | os.PathLike[str], expected: str) -> tuple[dict[str, st
             # Copies, since mapped memory changes with the file.
             return file.metadata() or {}, {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except Exception:  # its class depends on what the file is, or where it is truncated
-        raise ValueError(f"{expected}, which is not a valid safetensors file") from None
+        raise ValueError(f"{expected}, which is not a valid safetensors file{_reason(path)}") from None
+
+
+_BEGINNINGS = {
+    b"PK": "a zip archive, as torch.save or NumPy writes it",
+    b"\x80": "a pickle, which could run code",
+    b"PAR1": "a table in Parquet",
+    b"\x93NUMPY": "a NumPy array",
+    b"\x1f\x8b": "compressed by gzip",
+    b"\x89HDF": "an HDF5 file",
+}
+
+
+def _reason(path: str | os.PathLike[str]) -> str:
+    """Return why a file is not a valid safetensors file, as the end of a sentence, where its beginning shows it."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if not head:
+        return ": it is empty"
+    if head[8:9] == b"{" and (length := int.from_bytes(head[:8], "little")) < 2**32:
+        try:
+            ends = [entry["data_offsets"][1] for entry in _offsets(path, length)]
+            is_short = size < 8 + length + max(ends, default=0)
+        except (ValueError, LookupError, TypeError, RecursionError):
+            is_short = size < 8 + length
+        return ": it is cut short" if is_short else ""
+    for beginning, what in _BEGINNINGS.items():
+        if head.startswith(beginning):
+            return f": it is {what}"
+    is_text = head.decode("utf-8", "replace")[:400].replace("\n", "").replace("\r", "").replace("\t", "").isprintable()
+    return ": it is a text, such as a table" if is_text else ""
+
+
+def _offsets(path: str | os.PathLike[str], length: int) -> list[dict[str, Any]]:
+    with open(path, "rb") as file:
+        file.seek(8)
+        entries = json.loads(file.read(length))
+    return [entry for name, entry in entries.items() if name != "__metadata__"]
 
 
 def _header(text: str, expected: str) -> dict[str, Any]:
@@ -77,7 +150,7 @@ def _header(text: str, expected: str) -> dict[str, Any]:
     version = header.get("format") if isinstance(header, dict) else None
     if not isinstance(version, int):
         raise ValueError(f"{expected}, which is not a file of pyroflows, or is damaged")
-    if version != FORMAT:
+    if version not in _READ:
         age, advice = ("an older", "save it again") if version < FORMAT else ("a newer", "update pyroflows")
         raise ValueError(
             f"{expected}, which was written by {age} version, in format {version}: pyroflows {__version__} reads "

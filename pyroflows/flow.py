@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import isfunction
 from itertools import chain
 from typing import Any
 
@@ -168,26 +169,24 @@ class Flow(Recorded, nn.Module):
             context = self.embed(context)
             narrowed = {} if temperature == 1.0 else {"temperature": temperature}
             z = self.prior.sample(self._sample_shape(shape, context), **narrowed)
-            return self.bijection.forward_and_log_det(z, context)[0]
+            return self.bijection.forward_and_log_det(z, context)[0].contiguous()
 
     def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the latent of data, shape ``(*batch, *latent_shape)``; NaN for data outside the flow's support."""
         self.check_input(data=x)
-        z, log_det = self.bijection.inverse_and_log_det(x, self.embed(context))
-        outside = log_det.isneginf().reshape(log_det.shape + (1,) * len(self.prior.event_shape))
-        return z.masked_fill(outside, math.nan)
+        return _nan_outside(*self.bijection.inverse_and_log_det(x, self.embed(context)))
 
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        """Return the data of a latent, shape ``(*batch, *event_shape)``."""
+        """Return the data of a latent, shape ``(*batch, *event_shape)``; NaN where the layers take no such latent."""
         self.check_input(latent=z)
-        return self.bijection.forward_and_log_det(z, self.embed(context))[0]
+        return _nan_outside(*self.bijection.forward_and_log_det(z, self.embed(context)))
 
     def rsample_and_log_prob(self, shape: Shape = (), context: Tensor | None = None) -> Pair:
         """Draw data with gradients, and return it with its log-density, in one pass."""
         context = self.embed(context)
         z = self.prior.rsample(self._sample_shape(shape, context))
         x, log_det = self.bijection.forward_and_log_det(z, context)
-        return x, self.prior.log_prob(z) - log_det
+        return x.contiguous(), self.prior.log_prob(z) - log_det
 
     def rsample_and_score(self, shape: Shape = (), context: Tensor | None = None) -> Triple:
         """Draw data with gradients; return it, its log-density and, detached, its score, which path gradients need."""
@@ -198,7 +197,7 @@ class Flow(Recorded, nn.Module):
             log_prob = self.prior.log_prob(z)
         score = vjp(log_prob, None, z, torch.ones_like(log_prob))
         x, log_det, score = self.bijection.forward_and_score(z, score, context)
-        return x, log_prob - log_det, score
+        return x.contiguous(), log_prob - log_det, score
 
     @contextmanager
     def cached(self) -> Iterator[None]:
@@ -219,7 +218,9 @@ class Flow(Recorded, nn.Module):
     def save(self, path: str | os.PathLike[str], notes: Mapping[str, Any] | None = None) -> None:
         """Write the flow to a safetensors file, from which :func:`pyroflows.load` builds an equal one.
 
-        The file holds the tensors, how the flow was built, and a checksum. It is replaced atomically.
+        The file holds the tensors, how the flow was built, and a checksum. It is replaced atomically. Parts of the
+        user's own classes, such as an embedding or a conditioner, are saved by their attributes, whatever their
+        constructors take.
 
         Args:
             path: path of the file.
@@ -227,13 +228,10 @@ class Flow(Recorded, nn.Module):
 
         Raises:
             TypeError: the notes are not JSON values.
-            ValueError: a part of the flow is of a class that a file cannot name, or the folder does not exist.
+            ValueError: a file cannot hold an attribute of one of the flow's parts, such as a function of the user's own
+                outside the embedding, or the folder does not exist.
         """
-        notes = _checked_notes(self.notes if notes is None else notes)
-        recipe, tensors = describe(self)
-        frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
-        dtype = str(self.dtype).removeprefix("torch.")
-        write(path, "flow", {"dtype": dtype, "notes": notes, "frozen": frozen, "recipe": recipe}, tensors)
+        write(path, "flow", *header_of(self, self.notes if notes is None else notes, ("embedding",)))
 
     def export(self, x: Tensor, context: Tensor | None = None) -> torch.export.ExportedProgram:
         """Return the log-density as a program that runs without this package, for any number of rows.
@@ -327,6 +325,7 @@ class FlowDistribution(TransformedDistribution):
     def _draw(self, sample_prior: Callable[..., Tensor], sample_shape: Sequence[int]) -> Tensor:
         z = sample_prior(Size(sample_shape) + self.batch_shape)
         x, log_det = self.flow.bijection.forward_and_log_det(z, self.context)
+        x = x.contiguous()  # for callers that view it in another shape
         self.flow.last_draw = None if x is z else Record(self.flow, "last_draw", z, x, log_det, self.context)
         return x
 
@@ -342,6 +341,14 @@ class FlowDistribution(TransformedDistribution):
         return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
 
 
+def _nan_outside(point: Tensor, log_det: Tensor) -> Tensor:
+    """Return the image of a point, NaN where the point is outside of what the map takes."""
+    outside = log_det.isneginf()
+    return point.masked_fill(
+        outside.reshape(outside.shape + (1,) * (point.dim() - outside.dim())), math.nan
+    ).contiguous()
+
+
 def _checked_notes(notes: Any) -> dict[str, Any]:
     check_type("notes as a dict of JSON values", notes, Mapping)
     try:
@@ -353,19 +360,37 @@ def _checked_notes(notes: Any) -> dict[str, Any]:
     return dict(notes)
 
 
-def load(path: str | os.PathLike[str], device: str | torch.device = "cpu", *, classes: Sequence[type] = ()) -> Flow:
+def check_own(classes: Any, embedding: Any) -> None:
+    """Refuse classes that are no list of classes and functions, and an embedding that is no module."""
+    if not isinstance(classes, Sequence) or not all(isinstance(kind, type) or isfunction(kind) for kind in classes):
+        raise TypeError(f"expected classes as a list of classes, and functions; got {classes!r}")
+    if embedding is not None and not isinstance(embedding, nn.Module):
+        got = f"the class {embedding.__name__}" if isinstance(embedding, type) else type(embedding).__name__
+        raise TypeError(f"expected an embedding that is built, a torch module; got {got}")
+
+
+def load(
+    path: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    *,
+    classes: Sequence[type] = (),
+    embedding: nn.Module | None = None,
+) -> Flow:
     """Read a flow that :meth:`Flow.save` wrote, in evaluation mode, without running code from the file.
 
     Args:
         path: path of the file.
         device: device of the flow.
-        classes: the user's own classes, such as a layer, from which the flow in the file was built.
+        classes: the user's own classes, such as a layer or a network, from which the flow in the file was built, and
+            functions, such as an activation. They are known by their names; their constructors are not called.
+        embedding: the embedding, built as the flow's was, to take the weights in the file. Without it, the classes of
+            an embedding must be among ``classes``, and its attributes such as a file can hold.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        TypeError: ``classes`` is not a list of classes.
+        TypeError: ``classes`` is not a list of classes, or ``embedding`` is not a module.
         ValueError: the file does not hold a flow, is damaged, was written by another version of the format, or names
-            an unknown class or builder.
+            an unknown class or builder; or the embedding is not the one in the file.
 
     Example:
         >>> import tempfile
@@ -374,12 +399,42 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu", *, cl
         ...     maf(3, num_layers=2).save(f"{folder}/flow.safetensors", notes={"rows": 1000})
         ...     load(f"{folder}/flow.safetensors").notes
         {'rows': 1000}
+        >>> class Summary(nn.Module):  # of the numbers in a row
+        ...     def forward(self, x):
+        ...         return torch.stack([x.mean(-1), x.std(-1)], -1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     maf(3, context_features=2, embedding=Summary()).save(f"{folder}/flow.safetensors")
+        ...     load(f"{folder}/flow.safetensors", classes=[Summary]).sample((5,), torch.zeros(100)).shape
+        torch.Size([5, 3])
     """
-    if not isinstance(classes, Sequence) or not all(isinstance(kind, type) for kind in classes):
-        raise TypeError(f"expected classes as a list of classes; got {classes!r}")
-    header, tensors = read(path, "flow")
+    check_own(classes, embedding)
+    return flow_of(*read(path, "flow"), path, classes, ("embedding",), embedding).to(device)
+
+
+def header_of(flow: Flow, notes: Any, place: Sequence[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the header and the tensors of a file of a flow, one part of which, in a place, the user may build."""
+    checked_notes = _checked_notes(notes)
+    recipe, tensors = describe(flow, given=place)
+    frozen = [name for name, parameter in flow.named_parameters() if not parameter.requires_grad]
+    dtype = str(flow.dtype).removeprefix("torch.")
+    return {"dtype": dtype, "notes": checked_notes, "frozen": frozen, "recipe": recipe}, tensors
+
+
+def flow_of(
+    header: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    classes: Sequence[type],
+    place: Sequence[str],
+    part: nn.Module | None,
+) -> Flow:
+    """Return the flow of a header and tensors, on the CPU, given the user's classes, or the part that the user built.
+
+    Raises:
+        ValueError: they make no sense, or the classes or the part are not those of the flow.
+    """
     try:
-        flow = restore(header["recipe"], tensors, _DTYPES[header["dtype"]], classes)
+        flow = restore(header["recipe"], tensors, _DTYPES[header["dtype"]], classes, place, part)
         if not isinstance(flow, Flow) or not isinstance(header["notes"], dict):
             raise ValueError(f"expected a Flow; got {type(flow).__name__}")
         for name in header["frozen"]:
@@ -389,7 +444,7 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu", *, cl
     except ValueError as error:
         raise ValueError(f"{error}, in {path}") from None
     flow.notes = header["notes"]
-    return flow.to(device)
+    return flow
 
 
 class _LogProb(nn.Module):

@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Size, Tensor, nn
+from torch.distributions import transform_to
 from torch.distributions.utils import broadcast_all
 
 from pyroflows.arguments import (
@@ -71,7 +72,7 @@ class Prior(Recorded, nn.Module):
     def log_prob(self, z: Tensor) -> Tensor:
         """Return the log-density of ``z``, shape ``(*batch,)``."""
         self._check(z)
-        return self().log_prob(z)
+        return _log_prob_anywhere(self(), z)
 
     def sample(self, sample_shape: Sequence[int] = (), *, temperature: float = 1.0) -> Tensor:
         """Draw latents of shape ``(*sample_shape, *event_shape)``, without gradients.
@@ -152,7 +153,8 @@ class StandardNormal(Prior):
 
     def log_prob(self, z: Tensor) -> Tensor:
         self._check(z)
-        return -0.5 * self._sum(z.square()) - self.loc.numel() * _HALF_LOG_TWO_PI
+        # Not the tensor's number of elements, which a trace takes for a tensor of single precision.
+        return -0.5 * self._sum(z.square()) - self.event_shape.numel() * _HALF_LOG_TWO_PI
 
 
 class DiagonalNormal(Prior):
@@ -405,6 +407,12 @@ class Uniform(Prior):
 class _ClosedUniform(dist.Uniform):
     """A uniform on a closed interval: torch's excludes the upper end, to which a latent may be rounded."""
 
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        # torch's uniform numbers may be 0, where a logit has no value.
+        shape = self._extended_shape(Size(sample_shape))
+        share = torch.rand(shape, dtype=self.low.dtype, device=self.low.device)
+        return self.low + share.clamp(min=torch.finfo(share.dtype).eps / 4) * (self.high - self.low)
+
     def log_prob(self, value: Tensor) -> Tensor:
         return _log_uniform(value, self.low, self.high)
 
@@ -488,6 +496,27 @@ def _as_parameter(name: str, value: Any, shape: Sequence[int], *, positive: bool
     if not tensor.isfinite().all() or (positive and not (tensor > 0).all()):
         raise ValueError(f"expected {name} to be {'positive and ' if positive else ''}finite; got {_brief(tensor)}")
     return parameter
+
+
+def _log_prob_anywhere(distribution: TorchDistribution, z: Tensor) -> Tensor:
+    """Return a distribution's log-density: outside of its support minus infinity, with finite gradients inside."""
+    support = distribution.support
+    if getattr(support, "base_constraint", support) in (constraints.real, constraints.real_vector):
+        return distribution.log_prob(z)
+    try:
+        inner = transform_to(support)(torch.zeros_like(z))
+    except NotImplementedError:  # a support of the user's own
+        return distribution.log_prob(z)
+    outside = ~support.check(torch.where(z.isnan(), inner, z))  # NaN stays NaN
+    z = _replaced(z, outside, inner)
+    with torch.no_grad():  # an end that belongs to the support may have density zero too, and an infinite slope
+        outside = outside | distribution.log_prob(z).isneginf()
+    z = _replaced(z, outside, inner)
+    return distribution.log_prob(z).masked_fill(outside, -math.inf)
+
+
+def _replaced(z: Tensor, rows: Tensor, by: Tensor) -> Tensor:
+    return torch.where(rows.reshape(rows.shape + (1,) * (z.dim() - rows.dim())), by, z)
 
 
 def _log_uniform(z: Tensor, low: Tensor, high: Tensor) -> Tensor:

@@ -17,10 +17,13 @@ __all__ = [
     "DispatchMode",
     "check_prototype",
     "contents",
+    "inside_forward_mode",
     "inside_functorch",
     "inside_pyro_call",
+    "is_mapped",
     "make_plates",
     "name_in_store",
+    "registries",
     "version",
 ]
 
@@ -29,6 +32,18 @@ def inside_functorch() -> bool:
     """Whether ``torch.func`` is transforming the call, so that no buffer may be written; False while compiling."""
     # torch.func has no public way to ask.
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def inside_forward_mode() -> bool:
+    """Whether derivatives are carried forward, as by ``torch.autograd.forward_ad.dual_level``."""
+    # The public way asks each tensor.
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether a tensor stands for many, of ``torch.func.vmap`` or of ``autograd.grad(is_grads_batched=True)``."""
+    # Neither has a public way to ask; the second is not one of torch.func's transforms, which the call above sees.
+    return torch._C._functorch.is_batchedtensor(tensor) or torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 def version(tensor: Tensor) -> int:
@@ -49,6 +64,17 @@ def contents(module: nn.Module) -> tuple[list[bool], list[Tensor]]:
         tensors += [tensor for tensor in part._buffers.values() if tensor is not None]
         parts += [child for child in part._modules.values() if child is not None]
     return modes, tensors
+
+
+def registries(module: nn.Module) -> dict[str, Any]:
+    """Return what a module has registered, by the attribute that holds it, which unpickling sets."""
+    # The public iterators leave out what is None and what occurs twice, and do not say which buffers are not saved.
+    return {
+        "_parameters": module._parameters,
+        "_buffers": module._buffers,
+        "_non_persistent_buffers_set": module._non_persistent_buffers_set,
+        "_modules": module._modules,
+    }
 
 
 def name_in_store(module: PyroModule, name: str) -> str:

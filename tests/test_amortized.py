@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -15,7 +16,8 @@ from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
 from torch import nn
 
-from pyroflows import Flow, MaskedAutoregressive, StandardNormal, iaf, maf, planar, realnvp
+from pyroflows import Flow, MaskedAutoregressive, StandardNormal, iaf, load, maf, planar, realnvp
+from pyroflows.files import read, write
 from pyroflows.inference import AmortizedFlow, AmortizedPosterior, fit_amortized
 
 WEIGHT = torch.tensor([[1.0, 0.5], [-0.3, 1.2], [0.7, 0.7]])
@@ -548,6 +550,109 @@ def test_an_embedding_of_a_set():
     assert fit_amortized(regression, ["y"], flow=ready, **{**QUICK, "epochs": 1}).flow.context_features == 4
 
 
+def in_a_shape(*shape):
+    """The linear regression, with its four data in a matrix or a higher array."""
+
+    def model():
+        theta = pyro.sample("theta", dist.Normal(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 2.0])).to_event(1))
+        loc = (theta @ DESIGN.T).reshape(*theta.shape[:-1], *shape)
+        pyro.sample("y", dist.Normal(loc, NOISE).to_event(len(shape)))
+
+    return model
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (4, 1), (1, 2, 2)])
+def test_data_of_a_matrix_are_its_numbers(shape):
+    posterior = fit_amortized(in_a_shape(*shape), "y", **QUICK)
+    flat = fit_amortized(in_a_shape(4), "y", **QUICK)
+    y = torch.tensor([[1.0, 2.0, -0.5, 3.0], [0.0, 1.0, 1.0, 0.5]])
+    draws, expected = posterior.draws(9, y.reshape(2, *shape), seed=0), flat.draws(9, y, seed=0)
+    assert torch.equal(draws["theta"], expected["theta"])
+    assert torch.equal(posterior.log_prob(draws, y.reshape(2, *shape)), flat.log_prob(draws, y))
+    assert posterior.covers(y.reshape(2, *shape)).tolist() == [True, True]
+    assert posterior.observed["y"] == shape
+    assert posterior.calibrate(20, num_draws=19, seed=0, progress=False).num_draws == 19
+    with pytest.raises(ValueError, match="data of 'y' of shape"):
+        posterior.draws(1, y[0, :3])
+
+
+def test_an_embedding_of_a_matrix_sees_the_matrix():
+    embedding = nn.Sequential(nn.Unflatten(1, (1, 2)), nn.Conv2d(1, 3, 2), nn.Flatten())
+    posterior = fit_amortized(in_a_shape(2, 2), "y", embedding=embedding, **{**QUICK, "epochs": 1})
+    assert posterior.draws(5, torch.zeros(3, 2, 2))["theta"].shape == (5, 3, 2)
+    assert posterior.flow.context_features == 3
+
+
+def test_data_of_integers_booleans_and_mixed_shapes():
+    def model():
+        rate = pyro.sample("rate", dist.Gamma(4.0, 2.0))
+        table = pyro.sample("table", dist.Poisson(rate[..., None, None] * torch.ones(4, 2)).to_event(2))
+        pyro.deterministic("total", table.sum((-2, -1)).long())
+        pyro.deterministic("is_zero", table == 0)
+        pyro.sample("one", dist.Poisson(rate))
+
+    names = ["table", "total", "is_zero", "one"]
+    options = {**QUICK, "latents": "rate", "epochs": 8, "num_simulations": 3000}
+    posterior = fit_amortized(model, names, **options)
+    assert posterior.flow.context_features == 8 + 1 + 8 + 1
+    table = torch.tensor([[2, 1], [0, 3], [1, 1], [4, 2]])
+    values = {"table": table, "total": table.sum(), "is_zero": table == 0, "one": torch.tensor(3)}
+    draws = posterior.draws(2000, values, seed=0)["rate"]
+    exact = dist.Gamma(4.0 + 14 + 3, 2.0 + 8 + 1)
+    assert draws.mean() == pytest.approx(exact.mean.item(), rel=0.1)
+    assert draws.std() == pytest.approx(exact.stddev.item(), rel=0.25)
+    many = {name: value.expand(5, 3, *value.shape) for name, value in values.items()}
+    assert posterior.draws(7, many)["rate"].shape == (7, 5, 3)
+    flags = fit_amortized(model, "is_zero", **{**options, "epochs": 1})
+    assert flags.draws(7, torch.ones(4, 2, dtype=torch.bool))["rate"].shape == (7,)
+
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(3, 4)
+
+    def forward(self, y):
+        return self.table(y).mean(-2)
+
+
+def test_integers_reach_an_embedding_that_takes_them(tmp_path):
+    def model():
+        probs = pyro.sample("probs", dist.Dirichlet(torch.ones(3)))
+        words = dist.Categorical(probs[..., None, :].expand(*probs.shape[:-1], 20, 3))
+        pyro.sample("y", words.to_event(1))
+
+    options = {**QUICK, "num_simulations": 4000, "epochs": 12}
+    posterior = fit_amortized(model, "y", embedding=Words(), **options)
+    y = torch.tensor([0] * 12 + [1] * 6 + [2] * 2)
+    draws = posterior.draws(2000, y, seed=0)["probs"]
+    exact = dist.Dirichlet(torch.tensor([13.0, 7.0, 3.0]))
+    torch.testing.assert_close(draws.mean(0), exact.mean, rtol=0, atol=0.03)
+    torch.testing.assert_close(draws.var(0).sqrt(), exact.variance.sqrt(), rtol=0.2, atol=0)
+    assert posterior.covers(y.double().expand(2, -1)).tolist() == [True, True]
+    posterior.save(tmp_path / "posterior")
+    other = AmortizedPosterior.load(tmp_path / "posterior", classes=[Words])
+    assert torch.equal(other.draws(2000, y, seed=0)["probs"], draws)
+    for each in (posterior, other):
+        with pytest.raises(ValueError, match="expected data of 'y' of dtype int64; got numbers that are not"):
+            each.draws(1, y + 0.5)
+    # A network that takes no integers gets them in units of their spread.
+    scaled = fit_amortized(model, "y", embedding=nn.Linear(20, 3), **{**options, "epochs": 1})
+    assert scaled.draws(3, y)["probs"].shape == (3, 3)
+
+
+def test_data_of_many_numbers():
+    """Torch takes no quantile of more than 2**24 numbers."""
+
+    def model():
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        pyro.deterministic("y", mean[..., None, None].expand(*mean.shape, 30, 300))
+
+    embedding = nn.Sequential(nn.AvgPool2d((30, 300)), nn.Flatten())
+    posterior = fit_amortized(model, "y", embedding=embedding, **{**QUICK, "epochs": 1})
+    assert posterior.draws(3, torch.zeros(30, 300))["mean"].shape == (3,)
+
+
 def one_by_one():
     """A simulator that only runs for one point: it branches."""
     scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
@@ -619,8 +724,127 @@ def test_it_pickles_without_its_model():
     assert isinstance(other, AmortizedPosterior)
     assert torch.equal(*(p.log_prob({"theta": torch.zeros(2)}, torch.zeros(4)).detach() for p in (other, posterior)))
     assert posterior.calibrate(20, num_draws=19, seed=0).num_draws == 19
-    with pytest.raises(ValueError, match="a posterior with its model, which a pickle does not keep"):
+    with pytest.raises(ValueError, match="a posterior with its model; got one without, as neither a pickle nor a file"):
         other.calibrate(20)
+
+
+def many_supports(low=0.5):
+    pyro.sample("real", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
+    scale = pyro.sample("positive", dist.Gamma(2.0, 1.0))
+    pyro.sample("interval", dist.Uniform(low, torch.tensor([2.0, 3.0])).to_event(1))
+    pyro.sample("simplex", dist.Dirichlet(torch.ones(3)))
+    pyro.sample("correlations", dist.LKJCholesky(3, torch.tensor(1.0)))
+    pyro.sample("above", dist.Pareto(1.0, 2.0))
+    base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
+    pyro.sample("ordered", dist.TransformedDistribution(base, [dist.transforms.OrderedTransform()]))
+    pyro.sample("y", dist.Normal(torch.zeros(4, 2), scale[..., None, None]).to_event(2))
+    pyro.deterministic("is_wide", scale > 1)
+
+
+class Flat(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, width), nn.Linear(width, 5)
+
+    def forward(self, y):
+        return self.last(torch.relu(self.first(y.flatten(1))))
+
+
+class FlatWithFunction(Flat):
+    def __init__(self, width):
+        super().__init__(width)
+        self.function = lambda y: y
+
+
+@pytest.mark.parametrize(
+    "embedding, observed, options",
+    [
+        (None, ["y", "is_wide"], {}),
+        (nn.Sequential(nn.Flatten(), nn.Linear(8, 3), nn.Tanh()), ["y"], {}),
+        (Flat(6), ["y"], {"classes": [Flat]}),
+        (Flat(6), ["y"], {"embedding": Flat(6)}),
+        (FlatWithFunction(6), ["y"], {"embedding": FlatWithFunction(6)}),
+    ],
+    ids=["data", "layers of torch", "class", "built", "built, with a function"],
+)
+def test_it_comes_back_from_a_file_with_its_draws_and_densities(embedding, observed, options, tmp_path):
+    path = tmp_path / "posterior"
+    posterior = fit_amortized(many_supports, observed, embedding=embedding, **{**QUICK, "epochs": 1})
+    posterior.save(path)
+    data = {"y": torch.randn(3, 4, 2), "is_wide": torch.tensor([True, False, True])}
+    data = {name: data[name] for name in observed}
+    values = posterior.draws(6, data, seed=1)
+    for _ in range(2):
+        other = AmortizedPosterior.load(path, **copy.deepcopy(options))
+        draws = other.draws(6, data, seed=1)
+        assert draws.keys() == values.keys()
+        assert all(torch.equal(draws[name], value) for name, value in values.items())
+        assert torch.equal(other.log_prob(values, data), posterior.log_prob(values, data))
+        assert torch.equal(other.covers(data), posterior.covers(data))
+        assert torch.equal(copy.deepcopy(other).log_prob(values, data), posterior.log_prob(values, data))
+        assert (repr(other), other.fit) == (repr(posterior), posterior.fit)
+        assert (other.observed, other.latents) == (posterior.observed, posterior.latents)
+        other.save(path)
+
+
+def test_a_file_of_a_posterior_of_doubles_comes_back(tmp_path):
+    def model():
+        theta = pyro.sample("theta", dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(theta, 1.0).to_event(1))
+
+    posterior = fit_amortized(model, "y", **{**QUICK, "epochs": 1})
+    posterior.save(tmp_path / "posterior")
+    other = AmortizedPosterior.load(tmp_path / "posterior")
+    y = torch.randn(3, 2, dtype=torch.float64)
+    assert other.draws(3, y, seed=0)["theta"].dtype == torch.float64
+    assert torch.equal(*(p.draws(3, y, seed=0)["theta"] for p in (other, posterior)))
+
+
+def test_a_loaded_posterior_is_calibrated_with_its_model(tmp_path):
+    path = tmp_path / "posterior"
+    fit_amortized(counts, "y", args=(2.0,), **{**QUICK, "epochs": 1}).save(path)
+    with pytest.raises(ValueError, match=r"a posterior with its model; got one without, .*AmortizedPosterior.load"):
+        AmortizedPosterior.load(path).calibrate(20)
+    posterior = AmortizedPosterior.load(path, model=counts, args=(2.0,))
+    assert posterior.calibrate(20, num_draws=19, seed=0, progress=False).num_draws == 19
+    with pytest.raises(ValueError, match="expected names among the sites 'theta', 'y'; got 'rate'"):
+        AmortizedPosterior.load(path, model=regression)
+    fit_amortized(many_supports, "y", **{**QUICK, "epochs": 1}).save(path)
+    with pytest.raises(ValueError, match=r"'interval' with support .*0.5, .*; got .*0.7"):
+        AmortizedPosterior.load(path, model=many_supports, args=(0.7,))
+
+
+def test_whole_files_of_posteriors_that_make_no_sense_are_refused(tmp_path):
+    path = tmp_path / "posterior"
+    fit_amortized(regression, "y", **{**QUICK, "epochs": 1}).save(path)
+    header, tensors = read(path, "amortized posterior")
+    keys = ("dtype", "recipe", "sites", "supports", "observed", "fit", "integers", "num_simulations", "low")
+    for change in (
+        *({key: ...} for key in keys),
+        {"sites": [1]},
+        {"supports": [{"name": "os.system"}]},
+        {"fit": {"a": 1}},
+    ):
+        changed = {key: value for key, value in {**header, **change}.items() if value is not ...}
+        kept = {name: tensor for name, tensor in tensors.items() if name not in change}
+        write(path, "amortized posterior", changed, kept)
+        with pytest.raises(ValueError, match="expected .*; got") as error:
+            AmortizedPosterior.load(path)
+        assert type(error.value) is ValueError
+
+
+def test_files_of_other_posteriors_are_refused(tmp_path):
+    path = tmp_path / "posterior"
+    fit_amortized(regression, "y", **{**QUICK, "epochs": 1}).save(path)
+    message = "expected a flow written by save; got .*, which holds an amortized posterior .*AmortizedPosterior.load"
+    with pytest.raises(ValueError, match=message):
+        load(path)
+    maf(2, num_layers=1).save(path)
+    message = r"expected an amortized posterior written by save; got .*, which holds a flow \(maf\): read it by pyrof"
+    with pytest.raises(ValueError, match=message):
+        AmortizedPosterior.load(path)
+    with pytest.raises(FileNotFoundError, match="expected an amortized posterior written by save; got .*none, which"):
+        AmortizedPosterior.load(tmp_path / "none")
 
 
 def test_a_seed_repeats_and_leaves_torchs_random_state():
@@ -653,6 +877,14 @@ def drawing_rows():
         pyro.sample("y", dist.Normal(theta, 1.0))
 
 
+def deterministic(value):
+    def model():
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        pyro.deterministic("y", mean[..., None] * value)
+
+    return model
+
+
 @pytest.mark.parametrize(
     "call, error, message",
     [
@@ -674,6 +906,13 @@ def drawing_rows():
             "does not depend on other sites; got site 'b'",
         ),
         (lambda: fit_amortized(regression, ["y"], embedding=3), TypeError, "a torch module; got int"),
+        (
+            lambda: fit_amortized(regression, ["y"], flow=partial(maf, embedding=nn.Linear(4, 4)), num_simulations=50),
+            ValueError,
+            "flows without an embedding; got one whose flow has a Linear: pass it as embedding= of fit_amortized",
+        ),
+        (lambda: fit_amortized(deterministic(torch.zeros(0)), "y"), ValueError, "at least one number; got none"),
+        (lambda: fit_amortized(deterministic(torch.zeros(2) * 1j), "y"), ValueError, "got complex .* site 'y'"),
         (
             lambda: fit_amortized(regression, ["y"], embedding=nn.Unflatten(1, (2, 2)), num_simulations=50),
             ValueError,

@@ -17,6 +17,7 @@ from datasets import Stream
 from sklearn.datasets import load_diabetes, load_iris
 
 from pyroflows.cli import main
+from pyroflows.cli.sample import _values
 from pyroflows.data import open_table, write_table
 from pyroflows.flow import load
 
@@ -415,7 +416,7 @@ def test_failures_are_status_1_and_one_line(capsys, folder, tmp_path):
     (tmp_path / "semi.csv").write_text("a;b\n1,5;2\n")
     for arguments, line in (
         (["fit", data, "-o", tmp_path / "no" / "m"], "in a folder that can be written to"),
-        (["fit", tmp_path / "no.csv", "-o", out], "No such file"),
+        (["fit", tmp_path / "no.csv", "-o", out], "which does not exist"),
         (["fit", data, "-o", out, "--columns", "petal"], "expected a column 'petal' in iris.csv; got 'sepal_length', "),
         (["fit", data, "-o", out, "--columns", "petal_width", "--integer-columns", "petal_width"], "whole numbers"),
         (["score", data, data], "expected a flow written by save"),
@@ -553,3 +554,46 @@ def test_a_log_has_a_line_now_and_then(capsys, folder, tmp_path, monkeypatch):
     assert all(line.startswith("fit: step ") and line.endswith(" nats") for line in lines)
     assert main(["score", f"{tmp_path}/m", f"{folder}/diabetes.csv"]) == 0
     assert capsys.readouterr().err.startswith("scored 442 rows, ")
+
+
+# Texts
+
+
+def test_minutes_end_in_the_words_of_the_command_line(capsys, folder, tmp_path):
+    arguments = ["fit", folder / "diabetes.csv", "-o", tmp_path / "m", "--minutes", 0.005, *SMALL[:4]]
+    arguments += ["--epochs", 100_000]
+    assert "--minutes 0.005 reached" in said(capsys, *arguments)
+
+
+def test_the_same_seed_gives_the_same_file(capsys, folder, tmp_path):
+    files = [tmp_path / name for name in ("first", "second")]
+    for file in files:
+        said(capsys, "fit", folder / "diabetes.csv", "-o", file, "--epochs", 2, "--seed", 3, *SMALL)
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_an_unknown_option_of_a_flow_is_answered_by_those_that_there_are(capsys, folder, tmp_path):
+    text = said(capsys, "fit", folder / "diabetes.csv", "-o", tmp_path / "m", "--set", "bins=8", status=2)
+    assert "num_bins, bound" in text
+    assert "hidden_features" in text
+    assert "got 'bins': perhaps 'num_bins'" in text
+
+
+def test_a_table_that_is_not_there_is_named(capsys, folder, tmp_path):
+    text = said(capsys, "fit", folder / "diabtes.csv", "-o", tmp_path / "m", status=1)
+    assert f"expected the file of a table; got {folder / 'diabtes.csv'}, which does not exist: perhaps" in text
+    assert "diabetes.csv" in text
+
+
+def test_the_first_ragged_row_is_named(capsys, tmp_path):
+    lines = ["x,y", *["1,2"] * 10, "1", *["1,2"] * 10, "1,2,3", "1,2"]
+    (tmp_path / "ragged.csv").write_text("\n".join(lines))
+    text = said(capsys, "fit", tmp_path / "ragged.csv", "-o", tmp_path / "m", status=1)
+    assert "row 11 (line 12)" in text
+
+
+def test_a_label_with_a_comma_is_given():
+    names = ["kind", "size"]
+    assert _values("kind=a,b,size=3", names) == {"kind": "a,b", "size": "3"}
+    assert _values('kind="a,b", size=3', names) == {"kind": "a,b", "size": "3"}
+    assert _values("size=3,kind=x=y,z", names) == {"size": "3", "kind": "x=y,z"}

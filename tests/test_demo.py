@@ -68,7 +68,7 @@ def test_the_posterior_is_judged_beside_exact_numbers(quick):
     assert mean_field["elbo"] < flow["elbo"] < exact["elbo"] + 0.02
     text = (folder / "report.md").read_text()
     assert "| flow |" in text
-    assert "ess_bulk" in text
+    assert "ess_weights" in text
 
 
 def test_the_divergences_on_moons_are_sane(quick):

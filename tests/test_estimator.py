@@ -14,7 +14,15 @@ from sklearn.datasets import load_digits, load_iris, load_wine
 from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.exceptions import NotFittedError
-from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_score, train_test_split
+from sklearn.model_selection import (
+    GridSearchCV,
+    GroupKFold,
+    KFold,
+    StratifiedKFold,
+    TimeSeriesSplit,
+    cross_val_score,
+    train_test_split,
+)
 from sklearn.naive_bayes import GaussianNB
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -269,7 +277,7 @@ def test_weights_reach_the_optimum():
     rng = np.random.RandomState(0)
     x = np.r_[rng.randn(400) * 0.3 - 3, rng.randn(400) * 0.3 + 3][:, None]
     weight = np.repeat([3.0, 1.0], 400)
-    density = FlowDensity("nsf", num_layers=2, hidden_features=(16,), epochs=10, random_state=0)
+    density = FlowDensity("nsf", num_layers=2, hidden_features=(16,), epochs=30, random_state=0)
     drawn = density.fit(x, sample_weight=weight).sample(4000, random_state=0)
     assert (drawn < 0).mean() == pytest.approx(0.75, abs=0.03)
     y = (x[:, 0] > 0) ^ (rng.rand(800) < 0.5)
@@ -477,3 +485,86 @@ ROWS = torch.tensor(X)
 def test_table_flow_refuses(call, message):
     with pytest.raises((ValueError, TypeError), match=message):
         call()
+
+
+# Rows to validate on
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_column_with_one_other_row_can_be_fitted_whatever_the_seed(seed):
+    x = np.random.RandomState(0).randn(60, 2)
+    x[:, 1] = 5.0
+    x[3, 1] = 6.0
+    density = FlowDensity("maf", num_layers=1, hidden_features=(4,), epochs=1, validation=0.5, random_state=seed)
+    assert np.isfinite(density.fit(x).score(x))
+
+
+def test_constant_columns_are_named_by_name_before_rows_are_held_out():
+    frame = pd.DataFrame(np.random.RandomState(0).randn(40, 2), columns=["a", "b"]).assign(height=1.0)
+    with pytest.raises(ValueError, match="height"):
+        FlowDensity(epochs=1).fit(frame)
+
+
+def test_rows_to_validate_on():
+    rng = np.random.RandomState(0)
+    x, y = rng.randn(200, 2), rng.randint(0, 2, 200)
+    held, held_y = 2 * rng.randn(50, 2), rng.randint(0, 2, 50)
+    options = {"num_layers": 1, "hidden_features": (4,), "epochs": 3, "random_state": 0}
+    density = FlowDensity("maf", validation=held, **options).fit(x)
+    assert -density.score(held) == pytest.approx(density.result_.best_loss, abs=1e-4)
+    frame = pd.DataFrame(x, columns=["a", "b"])
+    same = FlowDensity("maf", validation=pd.DataFrame(held, columns=["a", "b"]), **options).fit(frame)
+    assert same.score(frame) == pytest.approx(density.score(x))
+    given = FlowDensity("maf", validation=(held, held_y), conditional="class", **options).fit(x, y)
+    assert -given.score(held, held_y) == pytest.approx(given.result_.best_loss, abs=1e-4)
+    with pytest.raises(ValueError, match="3 features"):
+        FlowDensity("maf", validation=np.zeros((4, 3)), **options).fit(x)
+    with pytest.raises(ValueError, match="class labels among 0, 1; got 7"):
+        FlowDensity("maf", validation=(held, held_y + 7), conditional="class", **options).fit(x, y)
+    with pytest.raises(TypeError, match=r"a share, rows, \(X, y\) or a splitter"):
+        FlowDensity("maf", validation="half", **options).fit(x)
+    with pytest.raises(ValueError, match="groups only with a splitter"):
+        FlowDensity("maf", **options).fit(x, groups=y)
+
+
+def test_a_splitter_chooses_the_rows_to_validate_on():
+    rng = np.random.RandomState(0)
+    x, groups = rng.randn(120, 2), np.repeat(np.arange(6), 20)
+    options = {"num_layers": 1, "hidden_features": (4,), "epochs": 3, "random_state": 0}
+    for splitter, its_groups in ((TimeSeriesSplit(3), None), (GroupKFold(3), groups), (KFold(4), None)):
+        *_, (_, held) = splitter.split(x, None, its_groups)
+        density = FlowDensity("maf", validation=splitter, **options).fit(x, groups=its_groups)
+        assert -density.score(x[held]) == pytest.approx(density.result_.best_loss, abs=1e-4)
+    labels = np.where(groups == 5, "late", "early")
+    with pytest.raises(ValueError, match="every class to train on; got none of .*late"):
+        FlowDensity("maf", validation=TimeSeriesSplit(5), conditional="class", **options).fit(x, labels)
+
+
+def test_a_splitter_gets_the_labels_of_a_density_without_condition():
+    x, labels = np.random.RandomState(0).randn(60, 2), np.arange(60) % 3
+    options = {"num_layers": 1, "hidden_features": (4,), "epochs": 1, "random_state": 0}
+    density = FlowDensity("maf", validation=StratifiedKFold(3), **options).fit(x, labels)
+    assert len(density.result_.history["validation"]) == 1
+
+
+def test_groups_reach_the_splitter_of_a_classifier_and_are_checked():
+    x, labels, groups = np.random.RandomState(0).randn(60, 2), np.arange(60) % 2, np.arange(60) // 10
+    options = {"num_layers": 1, "hidden_features": (4,), "epochs": 1, "random_state": 0}
+    density = FlowDensity("maf", validation=GroupKFold(3), **options)
+    assert FlowClassifier(density).fit(x, labels, groups=groups.tolist()).predict(x).shape == (60,)
+    with pytest.raises(ValueError, match=r"expected groups of length 60, one for each row; got shape \(50,\)"):
+        density.fit(x, groups=groups[:50])
+
+
+def test_a_column_that_varies_only_in_the_held_out_split_is_named():
+    x = pd.DataFrame(np.random.RandomState(0).randn(60, 2), columns=["day", "sales"]).assign(shop=1.0)
+    x.loc[59, "shop"] = 2.0
+    with pytest.raises(ValueError, match="in the rows to train on; got column 'shop', which is constant there, in the"):
+        FlowDensity("maf", validation=TimeSeriesSplit(3), epochs=1).fit(x)
+
+
+def test_validation_none_holds_nothing_out():
+    x = np.random.RandomState(0).randn(60, 2)
+    options = {"num_layers": 1, "hidden_features": (4,), "epochs": 2, "random_state": 0}
+    scores = [FlowDensity("maf", validation=none, **options).fit(x).score(x) for none in (None, 0)]
+    assert scores[0] == scores[1]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import io
 import json
+import math
 import pickle
 import re
 import resource
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pyro
@@ -66,6 +68,7 @@ from pyroflows.dequantizers import ColumnDequantizer, Dequantizer, UniformDequan
 from pyroflows.files import FORMAT, _checksum, read, replacing
 from pyroflows.recipe import Recorded
 
+FILES = Path(__file__).parent / "files"
 SMALL = {"num_layers": 2, "hidden_features": (8,)}
 
 
@@ -290,7 +293,7 @@ def test_notes_and_classes_of_other_types_are_refused(tmp_path):
     with pytest.raises(TypeError, match="expected notes as a dict of JSON values; got str"):
         planar(2).save(tmp_path / "flow", notes="fitted on Monday")
     planar(2).save(tmp_path / "flow")
-    with pytest.raises(TypeError, match="expected classes as a list of classes; got <class"):
+    with pytest.raises(TypeError, match="expected classes as a list of classes, and functions; got <class"):
         load(tmp_path / "flow", classes=Double)
 
 
@@ -347,10 +350,11 @@ class Times(Bijection):
         super().__init__(features)
         self.factor, self.calls = factor, 0
 
+    def forward_and_log_det(self, x, context=None):
+        return self.factor * x, x.new_full(x.shape[:-1], x.shape[-1] * math.log(self.factor))
 
-class Unseen(nn.Module):
-    def forward(self, context):
-        return context
+    def inverse_and_log_det(self, y, context=None):
+        return y / self.factor, y.new_full(y.shape[:-1], -y.shape[-1] * math.log(self.factor))
 
 
 class Around(Bijection):
@@ -358,40 +362,51 @@ class Around(Bijection):
         super().__init__(inside.latent_shape)
         self.other_name = inside
 
+    def forward_and_log_det(self, x, context=None):
+        return self.other_name.forward_and_log_det(x, context)
+
+    def inverse_and_log_det(self, y, context=None):
+        return self.other_name.inverse_and_log_det(y, context)
+
 
 def test_a_class_of_ones_own_is_loaded_when_it_is_given(tmp_path):
     flow = Flow(StandardNormal(2), [Coupling(2, hidden_features=(4,)), Double(2, factor=3.0)])
     assert_comes_back(flow, tmp_path, classes=[Double])
-    with pytest.raises(
-        ValueError, match=r"expected classes=\[Double\], a class of the user's own in this file; got none"
-    ):
+    with pytest.raises(ValueError, match=r"classes=\[Double\], since the file names test_files.Double, .*; got none"):
         load(tmp_path / "flow.safetensors")
 
 
+class Within(nn.Module):
+    """A conditioner with an attribute of any kind."""
+
+    def __init__(self, attribute, out_features=2):
+        super().__init__()
+        self.linear, self.attribute = nn.Linear(1, out_features), attribute
+
+    def forward(self, x, context=None):
+        return self.linear(x)
+
+
 @pytest.mark.parametrize(
-    "build, message",
+    "conditioner, message",
     [
         (
-            lambda: Flow(StandardNormal(2), Coupling(2, context_features=2), embedding=Unseen()),
-            r"expected parts made of the classes of pyroflows and torch.nn; got Unseen as Flow.embedding: keep",
+            lambda: Within(lambda x: x),
+            r"attributes that a file can hold, .*; got the function <lambda> as Flow.layers\[0\].conditioner.at",
         ),
+        (lambda: Within({"a": [torch.Generator()]}), r"got a Generator as .*.conditioner.attribute\['a'\]\[0\]"),
+        (lambda: Within([nn.Linear(1, 2)]), "expected registered modules and parameters; got a Linear as .*ModuleList"),
+        (lambda: Within([nn.Parameter(torch.ones(2))]), r"got a Parameter as .*.conditioner.attribute\[0\], which"),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(1, 2)), "got a hook or a parametrization of the mod"),
         (
-            lambda: Flow(StandardNormal(2), Coupling(2, context_features=2), embedding=nn.Sequential(nn.GRU(2, 2))),
-            r"expected parts whose arguments can be read; got GRU as Flow.embedding.args\[0\]",
-        ),
-        (
-            lambda: Flow(StandardNormal(2), Around(Planar(2))),
-            r"expected the argument 'inside' of Around to be plain, or .* Flow.layers\[0\].inside",
-        ),
-        (
-            lambda: Flow(StandardNormal(2), Coupling(2, conditioner=MLP(1, 2, linear=lambda a, b: nn.Linear(a, b)))),
-            r"expected the argument 'linear' of MLP to be plain, or a module in the attribute",
+            lambda: MLP(1, 2, linear=lambda a, b: nn.Linear(a, b)),
+            "expected the argument 'linear' of MLP to be plain, or to be in the attribute of that name; got another as",
         ),
     ],
 )
-def test_a_part_that_no_file_can_name_is_refused_by_its_place(build, message, tmp_path):
+def test_a_part_that_no_file_can_hold_is_refused_by_its_place(conditioner, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        build().save(tmp_path / "flow")
+        Flow(StandardNormal(2), Coupling(2, conditioner=conditioner())).save(tmp_path / "flow")
     assert not list(tmp_path.iterdir())
 
 
@@ -403,15 +418,13 @@ def test_a_flow_changed_by_hand_is_refused_and_one_made_of_its_parts_saved(tmp_p
     assert_comes_back(Flow(flow.prior, flow.layers), tmp_path)
 
 
-def test_an_argument_changed_by_hand_is_refused(tmp_path):
+def test_attributes_of_a_layer_of_ones_own_come_back_as_they_are(tmp_path):
     layer = Times(2, factor=3.0)
-    layer.calls += 1  # which is no argument
-    flow = Flow(StandardNormal(2), [layer])
-    flow.save(tmp_path / "flow")
-    assert load(tmp_path / "flow", classes=[Times]).layers[0].factor == 3.0
+    layer.calls += 1
     layer.factor = 4.0
-    with pytest.raises(ValueError, match=r"got a change in bijection.layers.0.factor: build a new"):
-        flow.save(tmp_path / "flow")
+    flow = Flow(StandardNormal(2), [layer, Around(Planar(2))])
+    found = assert_comes_back(flow, tmp_path, classes=[Times, Around])
+    assert (found.layers[0].factor, found.layers[0].calls) == (4.0, 1)
 
 
 def test_what_layers_are_made_with_is_remembered_without_modules_and_is_not_what_was_passed():
@@ -496,7 +509,72 @@ def test_foreign_files_are_refused_and_run_nothing(tmp_path):
     refused(path, "which is not a file of pyroflows")
     save_file({"a": torch.ones(2)}, path, {"pyroflows": "[" * 100_000})
     refused(path, "which is not a file of pyroflows")
-    refused(tmp_path, "which is not a file")
+    refused(tmp_path, "which is a folder")
+
+
+def test_a_file_of_another_kind_is_said_to_be_that(tmp_path):
+    flow, path = maf(2, num_layers=1), tmp_path / "file"
+    flow.save(path)
+    whole, file, array = path.read_bytes(), io.BytesIO(), io.BytesIO()
+    torch.save(flow.state_dict(), file)
+    np.save(array, np.ones(3))
+    for content, kind in (
+        (b"", "it is empty"),
+        (b"a,b\n1,2\n" * 100, "it is a text, such as a table"),
+        ("höhe;breite\r\n1;2\r\n".encode(), "it is a text, such as a table"),
+        (pickle.dumps(flow), "it is a pickle, which could run code"),
+        (file.getvalue(), "it is a zip archive, as torch.save or NumPy writes it"),
+        (array.getvalue(), "it is a NumPy array"),
+        (whole[:-5], "it is cut short"),
+        (whole[:200], "it is cut short"),
+    ):
+        path.write_bytes(content)
+        refused(path, f"expected a flow written by save; got .*, which is not a valid safetensors file: {kind}")
+    for other in (3, None, flow):
+        with pytest.raises(TypeError, match="expected the path of a file; got (int|NoneType|Flow)"):
+            load(other)
+    with pytest.raises(FileNotFoundError, match="expected a flow written by save; got .*none, which does not exist"):
+        load(tmp_path / "none")
+
+
+def test_a_file_of_another_class_says_what_it_holds_and_who_reads_it(tmp_path):
+    path = tmp_path / "file"
+    maf(2, num_layers=1).save(path)
+    message = r"expected a posterior written by save; got .*, which holds a flow \(maf\): read it by pyroflows.load"
+    with pytest.raises(ValueError, match=message):
+        Posterior.load(path, line, X, 0.5 + X)
+    guided(num_layers=2, hidden_features=(4,)).save(path)
+    refused(path, r"which holds a posterior \(Flow\): read it by pyroflows.Posterior.load")
+
+
+def test_a_posterior_of_another_model_says_whose_latents_the_file_holds(tmp_path):
+    path = tmp_path / "posterior"
+    guided(num_layers=2, hidden_features=(4,)).save(path)
+
+    def other(x, y):
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x, scale).to_event(1), obs=y)
+
+    message = r"expected the model of the posterior in .*posterior, with the latents b \(2,\); got scale \(\)"
+    with pytest.raises(ValueError, match=message):
+        Posterior.load(path, other, X, 0.5 + X)
+    with pytest.raises(TypeError, match="expected a Pyro model, a callable; got int"):
+        Posterior.load(path, 3, X, 0.5 + X)
+
+
+def test_files_of_format_4_load(tmp_path):
+    x = torch.tensor([[0.5, -1.0], [2.0, 0.3]], dtype=torch.float64)
+    context = torch.tensor([[1.0, 2.0, 3.0], [0.0, -1.0, 0.5]], dtype=torch.float64)
+    flow = load(FILES / "maf_of_format_4.safetensors")
+    expected = torch.tensor([-2.462877062943072, -3.882877056094793], dtype=torch.float64)
+    torch.testing.assert_close(flow.log_prob(x), expected)
+    flow = load(FILES / "flow_of_format_4.safetensors", classes=[Double])
+    expected = torch.tensor([-4.37957070275599, -4.416322203570932], dtype=torch.float64)
+    torch.testing.assert_close(flow.log_prob(x, context), expected)
+    assert flow.notes == {"rows": 10}
+    flow.save(tmp_path / "again")
+    found = load(tmp_path / "again", classes=[Double])
+    torch.testing.assert_close(found.log_prob(x, context), expected)
 
 
 def test_a_newer_format_is_refused_by_its_number(tmp_path):
@@ -527,7 +605,7 @@ def test_a_posterior_of_format_1_is_refused(tmp_path):
         ("fit", "got 'fit'"),
         ("__import__", "got '__import__'"),
         (["maf"], "got \"\\['maf'\\]\""),
-        ("own.Layer", r"expected classes=\[Layer\]"),
+        ("own.Layer", r"expected classes=\[Layer\], since the file names Layer, of the user's own; got none"),
         ("nn.Linear", "cannot be followed: .*unexpected keyword"),
         ("iaf", "expected .* as .*, by the recipe; got"),
         ("Planar", "cannot be followed"),
@@ -540,6 +618,63 @@ def test_what_is_not_to_be_made_is_refused_by_name(make, message, tmp_path):
 
     forge(tmp_path / "flow", planar(2, num_layers=1), change)
     refused(tmp_path / "flow", message)
+
+
+def layer_by_attributes(**parts):
+    names = ("attributes", "parameters", "buffers", "unsaved", "modules")
+    return {"make": "torch.nn.modules.linear.Linear", **{name: parts.get(name, {}) for name in names}}
+
+
+@pytest.mark.parametrize(
+    "node, message",
+    [
+        ({"make": "maf", "attributes": {}}, "expected the attributes of an object of a class of torch; got 'maf'"),
+        (
+            {"make": "Planar", "attributes": {}},
+            "expected the attributes of an object of a class of torch; got 'Planar'",
+        ),
+        ({"make": "subprocess.Popen", "attributes": {"args": "ls"}}, "got 'subprocess.Popen'"),
+        ({"make": "torch.nn.modules.module.functools.partial", "attributes": {}}, "got 'torch.nn.modules.module.func"),
+        ({"make": "torch.distributions.constraints.Any", "attributes": {}}, "got 'torch.distributions.constraints.Any"),
+        (
+            {"make": "own.Net", "from": "a.Net", "attributes": {}},
+            r"expected classes=\[Net\], since the file names a.Net",
+        ),
+        ({"name": "own.Net", "from": "a.Net"}, r"expected classes=\[Net\], since the file names a.Net"),
+        ({"name": "os.system"}, "expected names of pyroflows and torch; got 'os.system'"),
+        ({"name": "torch.load"}, "expected names of pyroflows and torch; got 'torch.load'"),
+        ({"name": "torch.from_file"}, "expected names of pyroflows and torch; got 'torch.from_file'"),
+        ({"name": "nn.functional.torch"}, "expected names of pyroflows and torch; got 'nn.functional.torch'"),
+        ({"name": "maf"}, "cannot be followed"),
+        ({"dtype": "load"}, "cannot be followed"),
+        ({"device": "nonsense"}, "cannot be followed"),
+        ({"dict": [[1, 2], [3]]}, "cannot be followed"),
+        ({"set": [{"list": []}]}, "cannot be followed"),
+        ({"array": "none"}, "cannot be followed"),
+        (layer_by_attributes(parameters={"weight": [[10**12], "float32"]}), "more memory than its tensors account for"),
+        (layer_by_attributes(buffers={"weight": [[10**6, 10**6], "int8"]}), "more memory than its tensors account for"),
+        (layer_by_attributes(parameters={"weight": "a"}), "cannot be followed"),
+        (layer_by_attributes(modules={"a": 3}), "cannot be followed|expected"),
+        (layer_by_attributes(unsaved={"a": {"tensor": "none"}}), "cannot be followed"),
+        (layer_by_attributes(attributes={"forward": 3}), "cannot be followed|expected"),
+    ],
+)
+def test_nothing_else_is_made_by_attributes_or_named(node, message, tmp_path):
+    def change(header):
+        header["recipe"]["with"]["prior"] = node
+
+    forge(tmp_path / "flow", planar(2, num_layers=1), change)
+    refused(tmp_path / "flow", message)
+
+
+@pytest.mark.parametrize("ties", [[["a", "b"]], [["bijection.layers.0.u", "none"]], 3, [[1, 2]]])
+def test_ties_that_make_no_sense_are_refused(ties, tmp_path):
+    forge(
+        tmp_path / "flow",
+        planar(2, num_layers=1),
+        lambda header: {**header, "recipe": {**header["recipe"], "ties": ties}},
+    )
+    refused(tmp_path / "flow", "cannot be followed")
 
 
 GIANTS = [

@@ -55,7 +55,7 @@ from pyroflows import (
     radial,
     realnvp,
 )
-from pyroflows.inference.init import INIT_METHODS, _climb, find_init
+from pyroflows.inference.init import INIT_METHODS, climb, find_init
 from pyroflows.inference.log_joint import LogJoint
 
 BUILDERS = (realnvp, iaf, nsf, maf, planar, radial, glow, nice)
@@ -1055,7 +1055,7 @@ def test_a_start_finds_far_modes_under_a_wide_prior(d, gap):
 
 def test_a_climb_ends_at_the_summit():
     log_joint = LogJoint(gaussian(3)[0])
-    paths = _climb(log_joint, torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).double() * 10)
+    paths = climb(log_joint, torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).double() * 10)
     assert len(paths) == 5
     for path in paths:
         close(path[-1][0], gaussian(3)[1], 1e-3)

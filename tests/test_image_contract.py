@@ -328,9 +328,9 @@ def test_labels_are_checked():
     flow = glow((1, 4, 4), num_levels=1, num_steps=1, hidden_channels=4, num_classes=3)
     x = torch.zeros(2, 1, 4, 4)
     assert flow.log_prob(x, torch.tensor([0, 2], dtype=torch.uint8)).shape == (2,)
-    with pytest.raises(ValueError, match="expected class labels from 0 to 2; got 1 to 3"):
+    with pytest.raises(ValueError, match="expected class labels from 0 to 2; got 3"):
         flow.log_prob(x, torch.tensor([1, 3]))
-    with pytest.raises(ValueError, match="expected class labels from 0 to 2; got -1 to 0"):
+    with pytest.raises(ValueError, match="expected class labels from 0 to 2; got -1"):
         flow.log_prob(x, torch.tensor([-1, 0]))
     with pytest.raises(TypeError, match=r"expected class labels that are integers; got torch.float32"):
         flow.log_prob(x, torch.zeros(2))
@@ -388,7 +388,7 @@ def test_fit_refuses_pixels_outside_the_logits_interval():
     flow = realnvp((1, 4, 4), num_levels=1, num_blocks=1, hidden_channels=4)
     pixels = torch.rand(20, 1, 4, 4)
     pixels[3, 0, 1, 2] = 1.5
-    message = r"expected data in the flow's support, Interval\(.*-0.05.*, .*1.05.*\); got 1.5 in row 3 \(1 such numbers"
+    message = r"expected data in the flow's support, Interval\(.*-0.05.*, .*1.05.*\); got 1.5 in row 3, column .*1 such"
     with pytest.raises(ValueError, match=message):
         fit(flow, pixels, epochs=1, progress=False)
 
@@ -409,7 +409,7 @@ def test_a_flow_of_labels_is_mapped():
     flow = glow((1, 4, 4), num_levels=1, num_steps=1, hidden_channels=4, num_classes=3).eval()
     y, labels = torch.rand(5, 1, 4, 4), torch.tensor([0, 2, 1, 1, 0])
     assert_close(torch.func.vmap(flow.log_prob)(y, labels), flow.log_prob(y, labels), 1e-5)
-    with pytest.raises(ValueError, match=r"expected class labels from 0 to 2; got 1 to 3"):
+    with pytest.raises(ValueError, match=r"expected class labels from 0 to 2; got 3"):
         flow.embedding.check(labels + 1)
     flow.embedding.check(labels[:0])
 

@@ -175,13 +175,14 @@ def test_moment_table(rng):
     assert len(lines) == 4
     assert len(set(map(len, lines))) == 1
     assert moment_table(reference, reference, ["a", "b", "c"]).names == ("a", "b", "c")
+    assert moment_table({"more": reference, **draws}, {"mu": reference[:, 0]}).names == ("mu",)
     assert moment_table(reference, draws).names == ("mu", "theta[0]", "theta[1]")
 
 
 @pytest.mark.parametrize(
     "draws, reference, names, message",
     [
-        ({"a": np.arange(3.0)}, {"b": np.arange(3.0)}, None, "of the same names; got 'a' in one alone"),
+        ({"a": np.arange(3.0)}, {"b": np.arange(3.0)}, None, "every name in the reference; got none of 'b'"),
         (np.ones((3, 2)), np.ones((3, 1)), None, "the reference's 1; got 2"),
         (np.ones((3, 1)), np.ones((3, 1)), None, "the reference that vary; got a constant column 0"),
         (np.ones((1, 1)), np.ones((3, 1)), None, "at least 2 draws; got 1"),

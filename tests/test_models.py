@@ -18,6 +18,7 @@ from pyroflows import (
     Inverse,
     LULinear,
     MaskedAutoregressive,
+    OneHot,
     Permutation,
     Planar,
     Radial,
@@ -175,3 +176,20 @@ def test_every_latent_is_a_nonlinear_function_of_the_data(permutation, mask, fea
     z = [flow.bijection.inverse_and_log_det(x + k * step)[0] for k in (-1, 0, 1)]
     bend = (z[0] - 2 * z[1] + z[2]).abs().amax(0)
     assert (bend > 1e-3).all()
+
+
+@pytest.mark.parametrize(
+    "num_classes, labels, message",
+    [
+        (3, [3], "expected class labels from 0 to 2; got 3"),
+        (3, [1, 3, 0, 3], "expected class labels from 0 to 2; got 3"),
+        (3, [5, -1, 2, 3], "expected class labels from 0 to 2; got -1, 3 and 5"),
+        (3, list(range(40)), "expected class labels from 0 to 2; got 37 others, from 3 to 39"),
+        (1, [0, 1], "expected class labels from 0 to 0; got 1"),
+    ],
+)
+def test_labels_of_no_class_are_named(num_classes, labels, message):
+    for shape in ((-1,), (1, -1)):
+        with pytest.raises(ValueError) as error:
+            OneHot(num_classes)(torch.tensor(labels, dtype=torch.int8).reshape(shape))
+        assert str(error.value) == message

@@ -526,7 +526,7 @@ def test_draws_are_drawn_over_the_reference_of_the_same_name(rng):
 @pytest.mark.parametrize(
     ("draws", "reference", "message"),
     [
-        ({"mu": FINITE}, {"tau": FINITE}, "expected draws and reference of the same names; got 'mu' in one alone"),
+        ({"mu": FINITE}, {"tau": FINITE}, "expected draws of every name in the reference; got none of 'tau'"),
         (FINITE, FINITE[:, :1], "expected as many columns as the reference's 1; got 2"),
         (FINITE, np.ones((5, 2)), "expected columns of the reference that vary; got a constant column 0"),
         (np.ones((5, 2)), FINITE, "expected at least two different draws"),

@@ -158,9 +158,8 @@ def test_the_evidence_counts_jacobians():
 def test_discrete_latents_are_summed_out():
     y = tensor([-2.1, -1.9, 2.2, 1.8, 2.0])
     posterior = fit_posterior(mixture, y, flow=plain, max_steps=1, seed=0)
-    assert list(posterior.draws(3)) == ["weights", "means"]
+    assert list(posterior.draws(3)) == ["weights", "means", "gap"]  # but not "mean", which has one for each of z
     groups = posterior.to_arviz(100)
-    assert not hasattr(groups, "log_likelihood")
     assert set(groups.posterior.data_vars) == {"weights", "means", "gap"}
     assert posterior.predictive(num_draws=7)["z"].shape == (7, 5)
 
@@ -250,7 +249,7 @@ def test_a_mode_far_off_under_a_wide_prior_is_not_forgotten(seed):
 
     posterior = fit_posterior(model, flow=plain, seed=seed, max_steps=1)
     assert posterior.verdict == "do not trust"
-    assert "1 other mode(s)" in posterior.reason
+    assert "1 other mode with" in posterior.reason
 
 
 def test_a_verdict_where_the_density_ends():
@@ -274,7 +273,7 @@ def test_a_verdict_where_values_overflow(dtype):
     posterior = Posterior(placed(model, [0.0], [30.0]))
     if dtype is torch.float32:
         assert posterior.verdict == "do not trust"
-        assert posterior.reason == "some values of the draws are beyond the range of float32, and have no mean"
+        assert posterior.reason.startswith("some values of the draws are beyond the range of float32, and have no mean")
     else:
         assert "nan" not in posterior.reason
 
@@ -397,9 +396,9 @@ def summary_of(groups):
 @pytest.mark.parametrize("resample", [None, True])
 def test_arviz_reads_the_posterior(fitted, resample):
     groups = fitted.to_arviz(1000, resample=resample)
-    assert groups.posterior["b"].shape == (4, 250, 2)
-    assert groups.posterior["mean"].shape == (4, 250, 24)
-    assert groups.log_likelihood["y"].shape == (4, 250, 24)
+    assert groups.posterior["b"].shape == (1, 1000, 2)
+    assert groups.posterior["mean"].shape == (1, 1000, 24)
+    assert groups.log_likelihood["y"].shape == (1, 1000, 24)
     assert groups.observed_data["y"].shape == (24,)
     names = {"lp"} if resample else {"lp", "log_q", "log_weight"}
     assert set(groups.sample_stats.data_vars) == names
@@ -434,9 +433,10 @@ def test_a_summary(fitted):
 def test_shapes_in_arviz_of_plates_and_events():
     y = tensor([0.5, -1.0, 2.0])
     posterior = Posterior(placed(positive, args=(y,)))
-    groups = posterior.to_arviz(17)  # the next multiple of four
-    assert groups.posterior["scale"].shape == (4, 5, 3)
-    assert groups.posterior["top"].shape == (4, 5)
+    with pytest.warns(UserWarning, match="do not trust this posterior: the weights are too uneven"):
+        groups = posterior.to_arviz(17)
+    assert groups.posterior["scale"].shape == (1, 17, 3)
+    assert groups.posterior["top"].shape == (1, 17)
     assert "log_weight" not in groups.sample_stats.data_vars  # too few to smooth
 
 
@@ -450,7 +450,7 @@ def test_a_model_without_observations_has_no_likelihood():
 @pytest.mark.parametrize("num_draws", [1, 2, 15, 16])
 def test_few_draws(num_draws):
     groups = Posterior(placed(normal([0.0], [1.0]))).to_arviz(num_draws)
-    assert groups.posterior["x"].shape == ((4, 4, 1) if num_draws == 16 else (1, num_draws, 1))
+    assert groups.posterior["x"].shape == (1, num_draws, 1)
 
 
 # Predictions
@@ -497,6 +497,7 @@ def test_predictions_have_the_shapes_of_plates_and_events():
     assert {name: tuple(value.shape) for name, value in found.items()} == {"of a": (5, 2, 1), "y": (5, 2, 3, 4)}
     assert {name: tuple(value.shape) for name, value in posterior.draws(5).items()} == {
         "a": (5, 2, 1),
+        "of a": (5, 2, 1),
         "p": (5, 2, 3, 4),
     }
 
@@ -617,7 +618,7 @@ def test_a_file_that_is_no_posterior_is_refused_by_one_sentence(fitted, tmp_path
     [
         (
             lambda path: Posterior.load(path, curved, flow=tiny),
-            r"expected a model with the latents \[\['b', \[2\]\]\]; got \[\['x', \[\]\], \['y', \[\]\]\]",
+            r"expected the model of the posterior in .*, with the latents b \(2,\); got x \(\), y \(\)",
         ),
         (lambda path: Posterior.load(path, line, X, 2 * OBSERVED, flow=plain), "expected the model and the data that"),
         (
@@ -769,4 +770,4 @@ def test_supports_that_depend_on_other_sites():
     draws = posterior.draws(500)
     assert (draws["b"] <= 1 - draws["a"][:, None]).all()
     assert posterior.log_prob(draws).shape == (500,)
-    assert posterior.to_arviz(40).posterior["b"].shape == (4, 10, 2)
+    assert posterior.to_arviz(40).posterior["b"].shape == (1, 40, 2)

@@ -21,6 +21,7 @@ from pyroflows.private import (
     inside_pyro_call,
     make_plates,
     name_in_store,
+    registries,
     version,
 )
 
@@ -123,3 +124,14 @@ def test_a_dispatch_mode_sees_operations_and_imports_no_compiler():
         "describe(maf(2, num_layers=1)); assert 'torch._dynamo' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_a_module_has_registered_is_what_unpickling_sets():
+    module = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2, affine=False))
+    module[0].register_buffer("unsaved", torch.ones(1), persistent=False)
+    for part in module.modules():
+        state = part.__getstate__()
+        assert registries(part).items() <= {name: state[name] for name in registries(part)}.items()
+    assert registries(module[0])["_non_persistent_buffers_set"] == {"unsaved"}
+    assert registries(module[1])["_parameters"] == {"weight": None, "bias": None}
+    assert list(registries(module)["_modules"]) == ["0", "1"]

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from contract import count_conditioners, make, make_flow, perturb
 from pyro import poutine
+from pyro.contrib.gp.kernels import RBF
 from pyro.distributions import ConditionalTransformedDistribution
 from pyro.distributions.torch_transform import ComposeTransformModule
-from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import MCMC, NUTS, SVI, JitTrace_ELBO, Predictive, Trace_ELBO, Trace_MMD, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormalizingFlow
 from pyro.nn import PyroModule
 
+import pyroflows
 from pyroflows import (
     ActNorm,
+    AutoFlow,
     Compose,
     Coupling,
     DiagonalNormal,
@@ -335,3 +340,82 @@ def test_maf_is_not_run_backwards_by_scoring_what_it_sampled():
     assert calls == drawn
     distribution.log_prob(x.detach().clone())
     assert calls == {name: count + 1 for name, count in drawn.items()}
+
+
+@pytest.mark.parametrize("name", ["realnvp", "maf", "nsf", "iaf", "planar", "glow", "nice"])
+def test_draws_can_be_viewed_in_another_shape_as_trace_mmd_does(name):
+    flow = getattr(pyroflows, name)(3)
+    for draw in (
+        flow().rsample((4,)),
+        flow.sample((4,)),
+        flow.decode(torch.randn(4, 3)),
+        flow.encode(torch.randn(4, 3)),
+    ):
+        assert draw.view(-1).shape == (12,)
+
+    def model():
+        pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+
+    def guide():
+        pyro.module("flow", flow)
+        pyro.sample("z", flow())
+
+    elbo = Trace_MMD(kernel=RBF(3), num_particles=20, vectorize_particles=True, max_plate_nesting=0)
+    assert math.isfinite(SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo).step())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["maf", "realnvp"])
+def test_chains_of_a_model_that_decodes_are_the_same_by_the_tracing_compiler(name):
+    torch.manual_seed(0)
+    flow = getattr(pyroflows, name)(2).double().requires_grad_(False).eval()
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(flow.decode(z), 0.5).to_event(1), obs=x)
+
+    means = []
+    for compiled in (False, True):
+        pyro.set_rng_seed(0)
+        kernel = NUTS(model, jit_compile=compiled, ignore_jit_warnings=True)
+        mcmc = MCMC(kernel, num_samples=15, warmup_steps=10, disable_progbar=True)
+        mcmc.run(torch.ones(2).double())
+        means.append(mcmc.get_samples()["z"].mean(0))
+    torch.testing.assert_close(means[0], means[1])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_elbo_by_the_tracing_compiler_meets_a_conjugate_posterior():
+    def model(y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 3):
+            pyro.sample("y", dist.Normal(mean, 0.5), obs=y)
+
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    y = torch.tensor([1.0, 2.0, 1.5])
+    guide = AutoFlow(model, init="none").setup(y)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), JitTrace_ELBO())
+    for _ in range(250):
+        svi.step(y)
+    draws = guide.draws(4000)["mean"]
+    assert float(draws.mean()) == pytest.approx(18 / 13, abs=0.2)
+    assert float(draws.std()) == pytest.approx(13**-0.5, rel=0.35)
+
+
+@pytest.mark.parametrize("name", ["realnvp", "maf", "nsf", "iaf", "planar", "radial", "glow", "nice"])
+def test_parameters_from_pyros_store_give_a_newly_built_flow_the_same_density(name, tmp_path):
+    x, densities = torch.randn(5, 4), []
+    for seed in (0, 1):
+        pyro.clear_param_store()
+        torch.manual_seed(seed)
+        flow = getattr(pyroflows, name)(4).eval()
+        if seed == 0:
+            perturb(flow, 0.1)
+            pyro.module("flow", flow)
+            pyro.get_param_store().save(tmp_path / "store")
+        else:
+            pyro.get_param_store().load(tmp_path / "store")
+            pyro.module("flow", flow, update_module_params=True)
+        densities.append(flow.log_prob(x).detach())
+    torch.testing.assert_close(*densities)

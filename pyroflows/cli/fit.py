@@ -139,12 +139,17 @@ def _describe(flow: Flow, notes: dict[str, Any]) -> str:
 
 def _finish(options: argparse.Namespace, flow: Flow, result: FitResult, notes: dict[str, Any]) -> None:
     """Save the model, and say how the fit went."""
-    kept = ("best_loss", "best_epoch", "steps", "skipped_steps", "seconds", "stopped")
+    kept = ("best_loss", "best_epoch", "steps", "skipped_steps", "stopped")
     summary = {"epochs": len(result.history["train"]), **{name: getattr(result, name) for name in kept}}
-    save_model(flow, options.output, finite({**notes, **summary, "history": result.history}))
+    if result.stopped.startswith("max_seconds"):
+        summary["stopped"] = f"--minutes {options.minutes:g} reached"
+    # Without seconds, so that the same seed gives the same file.
+    history = {name: values for name, values in result.history.items() if name != "seconds"}
+    save_model(flow, options.output, finite({**notes, **summary, "history": history}))
     if options.json:
-        print_json({"model": options.output, **notes, "parameters": number_of_parameters(flow), **summary})
+        parameters = {"parameters": number_of_parameters(flow), "seconds": result.seconds}
+        print_json({"model": options.output, **notes, **parameters, **summary})
     rows = "validation" if result.history.get("validation") else "training"
     epoch = f"epoch {(result.best_epoch or 0) + 1} of {summary['epochs']}"
-    how = f"{rows} loss {result.best_loss:.4f} nats a row, of {epoch}; {result.stopped}, in {result.seconds:.1f} s"
+    how = f"{rows} loss {result.best_loss:.4f} nats a row, of {epoch}; {summary['stopped']}, in {result.seconds:.1f} s"
     say(options, f"{how}\nmodel: {options.output}")

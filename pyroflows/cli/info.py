@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> None:
         lines["fitted to"] = f"{notes['rows']:,} rows of {notes['data']}"
     if "best_loss" in notes:
         lines["loss"] = f"{notes['best_loss']:.4f} nats a row, of epoch {notes['best_epoch'] + 1} of {notes['epochs']}"
-        lines["ended"] = f"{notes['stopped']}, in {notes['seconds']:.1f} s"
+        lines["ended"] = notes["stopped"]
     lines["written by"] = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
     for name, value in lines.items():
         print(f"{name:<14}{value}")

@@ -116,6 +116,8 @@ class TrainingLog(_Log):
     def __call__(self, loss: Any) -> None:
         if self.interrupted:
             raise KeyboardInterrupt
+        if not self.steps:
+            self.began = time.perf_counter()  # not with the time that imports and the table took
         self.steps += 1
         if self.is_due():
             print(f"fit: step {self.steps:,}, {self.seconds:.0f} s, loss {float(loss):.4f} nats", file=sys.stderr)

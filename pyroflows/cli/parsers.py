@@ -194,7 +194,7 @@ def _add_fit(commands: Any) -> None:
     settings = "another of its options, such as dropout=0.1 or, of nsf, num_bins=16; may be repeated"
     add("--set", type=_setting, action="append", default=[], metavar="NAME=VALUE", help=settings)
     add("--epochs", type=_count, default=100, metavar="N", help="most epochs")
-    add("--minutes", type=_positive, metavar="M", help="most minutes; the learning rate falls with it")
+    add("--minutes", type=_positive, metavar="M", help="most minutes; the learning rate ends with them")
     add("--batch-size", type=_count, default=256, metavar="N", help="rows a step")
     add("--learning-rate", type=_positive, default=1e-3, metavar="R", help="learning rate at the start")
     add("--patience", type=_count, default=30, metavar="N", help="epochs without improvement")

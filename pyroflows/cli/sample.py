@@ -3,7 +3,7 @@
 import argparse
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -48,11 +48,25 @@ def _given(model: TableModel, text: str | None) -> tuple[Iterable[np.ndarray], i
     if "=" not in text:
         table = model.open(text, given_alone=True)
         return table.chunks(_ROWS), table.num_rows
-    pairs = (part.partition("=") for part in text.split(","))
-    values = {name.strip(): value.strip() for name, _, value in pairs}
+    values = _values(text, model.given)
     if set(values) != set(model.given):
         raise ValueError(f"expected --given with a value of each of {', '.join(model.given)}; got {text}")
     return [np.array([[_cell(model, name, values[name]) for name in model.given]])], 1
+
+
+def _values(text: str, names: Sequence[str]) -> dict[str, str]:
+    """Parse ``NAME=VALUE,...``; a value may hold commas if quoted, as in CSV, or if what follows is no other name."""
+    values: dict[str, str] = {}
+    last = ""
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        if values and not (equals and name.strip() in names):
+            values[last] += f",{part}"
+        else:
+            last = name.strip()
+            values[last] = value
+    values = {name: value.strip() for name, value in values.items()}
+    return {n: v[1:-1] if len(v) > 1 and v[0] == v[-1] == '"' else v for n, v in values.items()}
 
 
 def _cell(model: TableModel, name: str, value: str) -> float:

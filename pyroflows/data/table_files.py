@@ -13,6 +13,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
@@ -203,6 +204,11 @@ def open_table(
     array: str | None = None
     if ".npz:" in text and not os.path.exists(text):
         text, _, array = text.rpartition(":")
+    if text != "-" and not os.path.exists(text):
+        folder, name = os.path.split(text)
+        near = get_close_matches(name, os.listdir(folder or ".") if os.path.isdir(folder or ".") else (), 1)
+        hint = f": perhaps {os.path.join(folder, near[0])}" if near else ""
+        raise FileNotFoundError(f"expected the file of a table; got {text}, which does not exist{hint}")
     table: TableFile
     if text == "-" or _ending(text) == ".csv":
         table = _Csv(None if text == "-" else Path(text))
@@ -334,7 +340,7 @@ class _Csv(TableFile):
     def _ragged(self, error: Exception) -> ValueError:
         expected = f"expected {len(self.names)} cells in each row of {self.name}, as in its first line"
         for row, line, cells in self._records():
-            if len(cells) > len(self.names):
+            if len(cells) != len(self.names):
                 return ValueError(f"{expected}; got {len(cells)} in row {row + 1} (line {line})")
         place = re.search(r"in line (\d+), saw (\d+)", str(error))
         if place:

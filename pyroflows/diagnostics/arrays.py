@@ -37,10 +37,11 @@ def as_rows(name: str, values: Any) -> NumPyArray:
 
 
 def as_columns(draws: Values, reference: Values) -> tuple[NumPyArray, NumPyArray, list[str]]:
-    """Return draws and reference draws as arrays of the same columns, matched by name if both have names."""
+    """Return draws and reference draws as arrays of the same columns, those of the reference if both have names."""
     if isinstance(draws, Mapping) and isinstance(reference, Mapping):
-        if unmatched := sorted(set(draws) ^ set(reference)):
-            raise ValueError(f"expected draws and reference of the same names; got {unmatched[0]!r} in one alone")
+        if missing := sorted(set(reference) - set(draws)):
+            raise ValueError(f"expected draws of every name in the reference; got none of {missing[0]!r}")
+        draws = {name: values for name, values in draws.items() if name in reference}
         reference = {name: reference[name] for name in draws}
     (x, x_names), (y, y_names) = _columns("draws", draws), _columns("reference", reference)
     if x.shape[1] != y.shape[1]:

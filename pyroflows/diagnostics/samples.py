@@ -113,7 +113,8 @@ def moment_table(draws: Values, reference: Values, names: Sequence[str] | None =
     """Compare the means and standard deviations of draws with those of reference draws.
 
     Args:
-        draws, reference: arrays, or arrays by name; if both are given by name, the names are matched.
+        draws, reference: arrays, or arrays by name; if both are given by name, the draws may have more of them than the
+            reference, such as deterministic sites, which are then left out.
         names: of the columns; by default those of the dicts with indices, such as ``theta[0]``, or ``x[0]``.
 
     Shapes:

@@ -1,9 +1,8 @@
-"""What draws tell of a posterior: importance weights of a guide's, statistics of chains, a verdict, ArviZ's data."""
+"""What draws tell of a posterior: importance weights of a guide's, statistics of chains, a verdict."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,14 +11,15 @@ from torch.distributions import MultivariateNormal
 from pyroflows.diagnostics.weights import importance_ess, psis
 from pyroflows.flow import Flow
 from pyroflows.inference.guide import AutoFlow
+from pyroflows.inference.init import climb
 from pyroflows.inference.log_joint import LogJoint
+from pyroflows.priors import StandardNormal
 
 __all__ = [
     "Weights",
     "chain_statistics",
     "diagnose_chains",
     "importance_sample",
-    "inference_data",
     "missed_modes",
     "summarize_weights",
 ]
@@ -29,6 +29,12 @@ _NUM_SETS = 5  # of draws, each with its k-hat
 _SHARE = 0.05  # smallest share of the posterior at a missed mode to report
 _SKEW = 5.0  # nats by which the ELBO of the Gaussian at such a mode may fall short, if the posterior is not Gaussian
 _DISTANCE = 5.0  # smallest distance of such a mode from the guide's centre, in its latent space
+_COLUMNS = 500  # of draws, compared at once
+_NUMBERS = 5_000_000  # of deterministic sites, held at once
+_EVEN = 0.8  # share of effective draws from which on the weights are even, whatever k-hat
+_DIP = 0.5  # nats by which the density falls between two modes
+_TAIL_DRAWS, _TAIL_WIDTH = 4000, 3.0  # to look for a tail with, and how much wider a coordinate of theirs is
+_TAIL_SHARE = 0.02  # smallest share of the posterior in a tail to report
 _UNCOVERED = 20.0  # ratio of the posterior's density to the guide's above which a point counts as not covered
 
 
@@ -44,9 +50,11 @@ class Weights:
         khat: Pareto shapes of the weights, one for each of several sets of the draws.
         ess: Kish's effective number of draws.
         infinite: the share of draws whose log joint density is not finite.
-        mean_error: the largest error of a mean, in standard deviations, by comparison with the reweighted draws; NaN
-            if values of sites are beyond the range of their dtype.
-        sd_error: the largest relative error of a standard deviation, likewise.
+        mean_error: the largest error of a mean of the sites, deterministic ones included, in standard deviations, by
+            comparison with the reweighted draws; NaN if values of sites are beyond the range of their dtype.
+        sd_error: the largest relative error of a standard deviation, likewise; in constrained space only what exceeds
+            its own error, since a deviation may be infinite there.
+        tail: the share of the posterior in a tail that the guide does not reach, if there is one.
     """
 
     u: Tensor
@@ -60,6 +68,7 @@ class Weights:
     infinite: float
     mean_error: float
     sd_error: float
+    tail: float = 0.0
 
     @property
     def ess_ratio(self) -> float:
@@ -75,25 +84,59 @@ class Weights:
         rows = torch.searchsorted(smoothed.cpu().cumsum(0), positions).clamp(max=len(self.u) - 1)
         return self.u[rows[torch.randperm(n, device="cpu")].to(self.u.device)]
 
+    @property
+    def median_khat(self) -> float:
+        """The median of the Pareto shapes."""
+        return sorted(self.khat)[len(self.khat) // 2]
+
+    @property
+    def is_uneven(self) -> bool:
+        """Whether a few draws have most of the weight, so that the weights correct nothing."""
+        return self.ess_ratio < _EVEN and (self.median_khat >= 0.7 or self.ess_ratio <= 0.1)
+
+    @property
+    def _figures(self) -> str:
+        """The figures that decide whether the weights are uneven, as text."""
+        # A k-hat is noisy: if nearly all draws are effective, the weights have no tail to speak of, whatever it says.
+        ess_decides = self.ess_ratio >= _EVEN or (self.ess_ratio <= 0.1 and self.median_khat < 0.7)
+        ess = f"ESS {self.ess:.0f} of {len(self.u)}"
+        return f"({ess})" if ess_decides else f"(median k-hat {self.median_khat:.2f}, {ess})"
+
     def verdict(self, missed: Sequence[Tensor]) -> tuple[str, str]:
         """Return the verdict on the guide, given the modes that it misses, and the reason."""
         if missed:
-            return "do not trust", f"{len(missed)} other mode(s) with a share of the posterior are not covered: refine"
+            modes = "1 other mode" if len(missed) == 1 else f"{len(missed)} other modes"
+            advice = "refine() runs Markov chains, from there too"
+            return "do not trust", f"{modes} with a share of the posterior not covered by the guide: {advice}"
+        if self.tail:
+            reason = f"about {self.tail:.0%} of the posterior is in a tail that the guide does not reach"
+            return "do not trust", f"{reason}: train for longer, or run refine()"
         if self.infinite > 0.01:
-            return "do not trust", f"{self.infinite:.1%} of the draws have no finite density"
-        khat = sorted(self.khat)[len(self.khat) // 2]
-        figures = f"(median k-hat {khat:.2f}, ESS {self.ess_ratio:.0%})"
-        # A k-hat is noisy: if nearly all draws are effective, the weights have no tail to speak of.
-        if not (self.ess_ratio >= 0.8 or (khat < 0.7 and self.ess_ratio > 0.1)):
-            return "do not trust", f"the weights are too uneven {figures}"
+            reason = f"{self.infinite:.1%} of the draws have no finite density"
+            return "do not trust", f"{reason}: declare the support by the priors, or run refine()"
+        if self.is_uneven:
+            advice = "train for longer, take a larger flow, or run refine()"
+            return "do not trust", f"the weights are too uneven {self._figures}: {advice}"
         if not math.isfinite(self.mean_error):
             dtype = str(self.u.dtype).removeprefix("torch.")
-            return "do not trust", f"some values of the draws are beyond the range of {dtype}, and have no mean"
+            advice = "" if dtype == "float64" else ": pass the data in float64"
+            return "do not trust", f"some values of the draws are beyond the range of {dtype}, and have no mean{advice}"
         errors = f"errors of {self.mean_error:.2f} sd in the means and {self.sd_error:.0%} in the deviations at most"
-        reason = f"the weights {figures} show {errors}"
+        reason = f"the weights {self._figures} show {errors}"
         if self.ess_ratio >= 0.5 and self.mean_error <= 0.1 and self.sd_error <= 0.1:
             return "trust", reason
         return "resample", f"{reason}, which resampling mends"
+
+    def evidence_error(self, missed: Sequence[Tensor]) -> tuple[float, str]:
+        """Return the standard error of the log evidence, given the modes that the guide misses, and what is wrong."""
+        if missed or self.tail:
+            return math.inf, "a lower bound, since the draws are from a part of the posterior only"
+        if self.is_uneven and (self.median_khat >= 0.7 or self.ess < 100):
+            return math.inf, "not to be trusted, and without a standard error, since the weights are too uneven"
+        if self.infinite > 0.01:
+            return self.log_evidence_error, f"with a weight of zero for {self.infinite:.1%} of the draws"
+        is_trusted = self.verdict(missed)[0] == "trust"
+        return self.log_evidence_error, "" if is_trusted else f"by uneven weights {self._figures}"
 
 
 @torch.no_grad()
@@ -102,24 +145,44 @@ def importance_sample(guide: AutoFlow, log_joint: LogJoint, num_draws: int) -> W
     flow = guide.require_flow()
     parts = [flow.rsample_and_log_prob(min(_CHUNK, num_draws - begin)) for begin in range(0, num_draws, _CHUNK)]
     u, log_q = torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts])
-    return summarize_weights(log_joint, u, (log_joint.value(u) - log_q).double())
+    weights = summarize_weights(log_joint, u, (log_joint.value(u) - log_q).double())
+    return weights if weights.is_uneven else replace(weights, tail=_missed_tail(flow, log_joint, weights))
+
+
+def _missed_tail(flow: Flow, log_joint: LogJoint, weights: Weights) -> float:
+    """Return the share of the posterior in a tail that the guide's draws do not show, and that wider ones do, or 0.
+
+    In the flow's latent space half of these are the guide's, and half have one coordinate three times as wide: their
+    weights are at most twice as large, and their mean estimates the same evidence if the guide leaves out nothing.
+    """
+    if not isinstance(flow.prior, StandardNormal) or not math.isfinite(weights.log_evidence):
+        return 0.0
+    number, wide = min(_TAIL_DRAWS, len(weights.u)), math.log(_TAIL_WIDTH)
+    z = flow.prior.sample((number,))
+    rows = torch.arange(number // 2, device=z.device)
+    z[rows, torch.randint(z.shape[1], (len(rows),), device=z.device)] *= _TAIL_WIDTH
+    stretched = (z.square() * (1 - _TAIL_WIDTH**-2) / 2 - wide).logsumexp(-1) - math.log(z.shape[1])
+    log_q = flow.prior.log_prob(z) + torch.logaddexp(stretched, torch.zeros_like(stretched)) - math.log(2)
+    u, log_det = flow.bijection.forward_and_log_det(z)
+    log_w = (log_joint.value(u) - log_q + log_det).double()
+    log_evidence = float(log_w.logsumexp(0)) - math.log(number)
+    error = float((log_w - log_evidence).exp().std()) / number**0.5
+    share = 1 - math.exp(min(weights.log_evidence - log_evidence, 0.0))
+    beyond_error = log_evidence - weights.log_evidence > 3 * math.hypot(error, weights.log_evidence_error)
+    return share if share > _TAIL_SHARE and beyond_error else 0.0
 
 
 @torch.no_grad()
 def summarize_weights(log_joint: LogJoint, u: Tensor, log_w: Tensor) -> Weights:
     """Compute evidence and errors from the log weights of draws."""
-    draws, dim = u.shape
+    draws = len(u)
     finite = log_w[log_w.isfinite()]
     if len(finite) < 2:
         inf = math.inf
         return Weights(u, log_w, -inf, inf, -inf, inf, (inf,) * _NUM_SETS, 0.0, 1 - len(finite) / draws, inf, inf)
     log_mean = float(finite.logsumexp(0)) - math.log(draws)
-    smoothed = psis(log_w)[0].exp()[:, None]
-    # Means of the constrained values, which users read; deviations of the unconstrained ones, which always exist.
-    values = [value.reshape(draws, -1) for value in log_joint.constrain(u).values()]
-    columns = torch.cat([u, *(value[:, (value != value[0]).any(0)] for value in values)], -1).to(smoothed)
-    mean, sd, true_mean = columns.mean(0), columns.std(0), (smoothed * columns).sum(0)
-    true_sd = (smoothed * (columns - true_mean) ** 2).sum(0).sqrt()
+    smoothed = psis(log_w)[0].exp()
+    mean_error, sd_error = _moment_errors(log_joint, u, smoothed)
     return Weights(
         u=u,
         log_weights=log_w,
@@ -127,12 +190,59 @@ def summarize_weights(log_joint: LogJoint, u: Tensor, log_w: Tensor) -> Weights:
         elbo_error=float(finite.std()) / len(finite) ** 0.5,
         log_evidence=log_mean,
         log_evidence_error=float((log_w - log_mean).exp().std()) / draws**0.5,
-        khat=tuple(psis(part)[1] for part in log_w.chunk(_NUM_SETS)),
+        khat=tuple(psis(part)[1] if part.isfinite().any() else math.inf for part in log_w.chunk(_NUM_SETS)),
         ess=importance_ess(log_w),
         infinite=1 - len(finite) / draws,
-        mean_error=float(((mean - true_mean) / true_sd).abs().max()),
-        sd_error=float((sd / true_sd - 1).abs()[:dim].max()),
+        mean_error=mean_error,
+        sd_error=sd_error,
     )
+
+
+def _moment_errors(log_joint: LogJoint, u: Tensor, weights: Tensor) -> tuple[float, float]:
+    """Return the largest errors of means and deviations of all sites, by comparison of draws with weighted draws."""
+    errors = [_largest_errors(u, weights)]
+    latents = log_joint.constrain(u)
+    errors += [_largest_errors(value, weights, constrained=True) for value in latents.values()]
+    if functions := log_joint.structure.deterministic:
+        entries = sum(log_joint.structure.shapes[name].numel() for name in functions)
+        most = len(u) if log_joint.vectorize == "plate" else 2000  # runs of the model, if each draw takes one
+        rows = min(most, max(1000, _NUMBERS // max(entries, 1)), len(u))
+        weights = weights[:rows] / weights[:rows].sum()
+        for name, value in log_joint.constrain(u[:rows], deterministic=True).items():
+            if name not in latents and not value.is_complex():
+                # A function may have no mean, such as one that is infinite somewhere, which is no fault of the guide.
+                value = value.reshape(rows, -1)
+                errors.append(_largest_errors(value[:, value.isfinite().all(0)], weights, constrained=True))
+    mean_errors, sd_errors = zip(*errors, strict=True)
+    return max(mean_errors, key=_nan_last), max(sd_errors)
+
+
+def _largest_errors(values: Tensor, weights: Tensor, *, constrained: bool = False) -> tuple[float, float]:
+    """Return the largest error of a mean, in deviations, and the largest relative error of a deviation."""
+    values = values.reshape(len(values), -1)
+    values = values[:, (values != values[0]).any(0)]
+    largest = 0.0, 0.0
+    for x in values.split(_COLUMNS, 1) if values.numel() else ():
+        x = x.to(weights)
+        mean, true_mean = x.mean(0), weights @ x
+        square, true_square = (x - mean) ** 2, (x - true_mean) ** 2
+        variance, true_variance = square.mean(0), weights @ true_square
+        mean_error = (mean - true_mean).abs() / torch.where(true_variance > 0, true_variance, variance).sqrt()
+        ratio = (variance / true_variance).sqrt()
+        sd_error = (ratio - 1).abs()
+        if constrained:
+            # A variance may be infinite here, and its estimates noise: only what exceeds three of its errors counts.
+            influence = (square / variance - 1) / len(x) - weights[:, None] * (true_square / true_variance - 1)
+            counts = sd_error > 1.5 * ratio * influence.square().sum(0).sqrt()
+            sd_error = torch.where(counts & sd_error.isfinite(), sd_error, 0.0)
+        found = float(mean_error.max()), float(sd_error.max())
+        largest = max(largest[0], found[0], key=_nan_last), max(largest[1], found[1])
+    return largest
+
+
+def _nan_last(x: float) -> float:
+    """Return a key by which NaN is the largest."""
+    return math.inf if math.isnan(x) else x
 
 
 @torch.no_grad()
@@ -144,6 +254,7 @@ def missed_modes(guide: AutoFlow, log_joint: LogJoint, weights: Weights) -> list
     """
     flow = guide.require_flow()
     missed: list[Tensor] = []
+    peaks: list[Tensor] = []
     if not math.isfinite(weights.log_evidence):
         return missed
     for init in guide.inits:
@@ -157,10 +268,23 @@ def missed_modes(guide: AutoFlow, log_joint: LogJoint, weights: Weights) -> list
         log_g = gaussian.log_prob(u.to(init.loc))
         uncovered = log_p - weights.log_evidence - flow.log_prob(u) > math.log(_UNCOVERED)
         share = (log_p - log_g)[uncovered].logsumexp(0) - math.log(len(u)) - weights.log_evidence
-        is_new = all(float(((init.loc - mode) / init.scale_tril.norm(dim=-1)).abs().max()) > 1 for mode in missed)
-        if uncovered.any() and float(share) > math.log(_SHARE) and is_new:
+        if not (uncovered.any() and float(share) > math.log(_SHARE)):
+            continue
+        # Several Gaussians may be around one mode: it is the same if the climbs from there reach the same peak.
+        start = u[log_p.where(uncovered, -torch.inf).argmax()]
+        paths = climb(log_joint, start.double()[None])
+        peak = paths[0][-1][0] if paths else start.double()
+        if not any(_are_connected(log_joint, peak, other) for other in peaks):
             missed.append(init.loc.to(log_joint.dtype))
+            peaks.append(peak)
     return missed
+
+
+def _are_connected(log_joint: LogJoint, first: Tensor, second: Tensor) -> bool:
+    """Whether the density does not fall on the straight way between two peaks."""
+    steps = torch.linspace(0, 1, 21, dtype=first.dtype, device=first.device)
+    log_p = log_joint.value((first + steps[:, None] * (second - first)).to(log_joint.dtype))
+    return bool(log_p.min() > log_p[[0, -1]].min() - _DIP)
 
 
 def chain_statistics(chains: Tensor) -> tuple[float, float]:
@@ -179,28 +303,3 @@ def diagnose_chains(chains: Tensor) -> tuple[str, str]:
     if rhat < 1.02 and ess >= 50 * number:
         return "trust", reason
     return "do not trust", f"{reason}: run longer chains"
-
-
-@torch.no_grad()
-def inference_data(log_joint: LogJoint, u: Tensor, num_chains: int, flow: Flow | None) -> Any:
-    """Return draws, chain after chain, with their statistics as ArviZ holds them, and weights if they are a flow's."""
-    import arviz as az
-
-    log_p = log_joint.value(u)
-    stats = {"lp": log_p}
-    if flow is not None:
-        stats["log_q"] = torch.cat([flow.log_prob(part) for part in u.split(_CHUNK)])
-        if len(u) >= 32:
-            stats["log_weight"] = psis(log_p - stats["log_q"])[0]
-    groups: dict[str, Any] = {"posterior": log_joint.constrain(u, deterministic=True), "sample_stats": stats}
-    observations = log_joint.structure.observations
-    if observations and not log_joint.structure.discrete:
-        parts = [log_joint.log_likelihood(part) for part in u.split(_CHUNK)]
-        groups["log_likelihood"] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    arrays = {
-        group: {name: value.detach().cpu().unflatten(0, (num_chains, -1)).numpy() for name, value in values.items()}
-        for group, values in groups.items()
-    }
-    if observations:
-        arrays["observed_data"] = {name: value.detach().cpu().numpy() for name, value in observations.items()}
-    return az.from_dict(**arrays) if "InferenceData" in vars(az) else az.from_dict(arrays)  # ArviZ 0.x, and 1.x

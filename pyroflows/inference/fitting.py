@@ -3,8 +3,8 @@
 import functools
 import inspect
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +15,12 @@ from pyroflows import distributed
 from pyroflows.arguments import check_number, check_sizes
 from pyroflows.contexts import seeded
 from pyroflows.flow import Flow
-from pyroflows.inference.guide import AutoFlow, Builder
-from pyroflows.inference.log_joint import LogJoint
+from pyroflows.inference.diagnosis import importance_sample
+from pyroflows.inference.guide import AutoFlow, Builder, start_of
+from pyroflows.inference.log_joint import LogJoint, refuse_randomness
 from pyroflows.inference.posterior import Posterior, require_log_joint
 from pyroflows.inference.sites import Model, check_model, device_of
+from pyroflows.inference.watch import Watch
 from pyroflows.models import realnvp
 from pyroflows.priors import Prior
 from pyroflows.training import FitOptions, FitResult, fit
@@ -28,13 +30,17 @@ __all__ = ["fit_posterior"]
 _RATES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 _CONVERGED = 0.1  # nats; the spread of the log weights at which a fit ends, with an ESS of 99 %
 _GRADIENTS = 8  # of each kind, to compare their variances
+_START_SHARE = 0.4  # of the time, for the search of a Gaussian to start at
+_VERDICT_SHARE = 0.25  # of the time, at most, to compute the weights from draws
+_NUM_DRAWS, _MIN_DRAWS = 10_000, 200  # to compute them from, and the least if time is short
+_OFF_SUPPORT = 100.0  # nats that a draw without a density costs
 
 
 def fit_posterior(
     model: Model,
     *args: Any,
     flow: Builder | Flow = realnvp,
-    init: str = "auto",
+    init: str | Mapping[str, Any] = "auto",
     num_draws: int = 128,
     max_steps: int = 3500,
     max_seconds: float | None = None,
@@ -57,16 +63,19 @@ def fit_posterior(
         model: a Pyro model; discrete latents are summed out.
         args, kwargs: its arguments.
         flow: builder of the flow, or a ready one, as in :class:`AutoFlow`.
-        init: the Gaussian to start at, as in :class:`AutoFlow`.
+        init: the Gaussian to start at, or values of sites to search from, ``{site: value}``, as in :class:`AutoFlow`.
         num_draws: draws in a step, over all processes.
         max_steps: the largest number of steps, without those of the search for a learning rate.
-        max_seconds: a limit of wall time for the training.
+        max_seconds: a limit of wall time for the whole call.
         seed: seeds all draws and weights, and restores torch's generator afterwards; None uses the global generator.
-        progress: whether to show bars; by default only on a terminal.
+        progress: whether to show bars; by default only on a terminal. A line at most every ten seconds goes to the
+            logger "pyroflows", at level INFO.
 
     Raises:
+        TypeError: an array or a data frame among the model's arguments, with which it fails.
         ValueError: the model has no continuous latents, subsampled plates, learnable parameters of its own
-            (``pyro.param``: train those by ``SVI`` with an :class:`AutoFlow`), or arguments named like options here.
+            (``pyro.param``: train those by ``SVI`` with an :class:`AutoFlow`), random numbers outside its sites,
+            data with NaN or stretched to fit their distribution, or arguments named like options here.
 
     References:
         Advances in Black-Box VI: Normalizing Flows, Importance Weighting, and Optimization, Agrawal et al., 2020
@@ -87,22 +96,36 @@ def fit_posterior(
     check_sizes(num_draws=num_draws, max_steps=max_steps)
     if max_seconds is not None:
         check_number("max_seconds", max_seconds, "(0, inf)")
-    began = time.perf_counter()
     device = device_of(args, kwargs)
     distributed.initialize(device)
-    with seeded(seed), distributed.together(device):
+    with seeded(seed), distributed.together(device), Watch(max_seconds, progress) as watch:
         if num_draws < distributed.world_size():
             raise ValueError(f"expected at least one draw in a step for each process; got num_draws={num_draws}")
-        guide = AutoFlow(config_enumerate(model), flow, init, args=args, kwargs=kwargs)
-        log_joint = require_log_joint(guide)
-        guide_fit = GuideFit(guide, log_joint, num_draws, max_seconds, progress)
+        enumerated = config_enumerate(model)
+        log_joint = LogJoint(enumerated, args, kwargs, start=start_of(init))
+        refuse_randomness(log_joint)
+        out_of_time = partial(watch.says, share=_START_SHARE)
+        guide = AutoFlow(enumerated, flow, init, log_joint=log_joint, out_of_time=out_of_time)
+        require_log_joint(guide)
+        guide_fit = GuideFit(guide, log_joint, num_draws, watch)
         guide_fit.find_learning_rate()
         guide_fit.run_stages(max_steps)
         evaluations = log_joint.evaluations
-        posterior = Posterior(guide, guide_fit.results, guide_fit.notes)
+        weights = importance_sample(guide, log_joint, guide_fit.affordable_draws())
+        posterior = Posterior(guide, guide_fit.results, [*notes_on(log_joint), *guide_fit.notes], weights=weights)
         posterior.evaluations = evaluations
-        posterior.seconds = time.perf_counter() - began
+        posterior.seconds = watch.seconds()
         return posterior
+
+
+def notes_on(log_joint: LogJoint) -> list[str]:
+    """Return what a verdict should mention of a model."""
+    notes = []
+    if not log_joint.structure.observations and not log_joint.structure.factors:
+        notes.append("the model observes nothing, so that this is its prior")
+    if log_joint.vectorize == "loop":
+        notes.append("the model was run for one point at a time, since it cannot run for many at once")
+    return notes
 
 
 def _check_argument_names(model: Model) -> None:
@@ -136,39 +159,44 @@ class _RankSlice(Prior):
 class GuideFit:
     """The fit of a guide: a search for a learning rate, then stages until the guide has converged."""
 
-    def __init__(
-        self, guide: AutoFlow, log_joint: LogJoint, num_draws: int, max_seconds: float | None, progress: bool | None
-    ):
-        self.log_joint, self.num_draws, self.max_seconds, self.progress = log_joint, num_draws, max_seconds, progress
+    def __init__(self, guide: AutoFlow, log_joint: LogJoint, num_draws: int, watch: Watch):
+        self.log_joint, self.num_draws, self.watch = log_joint, num_draws, watch
         self.flow = guide.require_flow()
         self.rank_flow = Flow(_RankSlice(self.flow.prior), self.flow.layers)
-        self.learning_rate = 3e-3
+        self.learning_rate, self.label = 3e-3, ""
         self.results: list[FitResult] = []
         self.notes: list[str] = []
-        self.began = time.perf_counter()
+        self.seconds_per_draw = 0.0  # to compute the weights from
 
     def find_learning_rate(self) -> None:
         """Choose the learning rate whose short run ends at the best ELBO, and keep the weights of that run."""
         initial = self._weights()
+        began = self.watch.seconds()
         floor = self._evaluate(1000)[0]
+        self.seconds_per_draw = (self.watch.seconds() - began) / 1000
         best = floor, _RATES[-1], initial
         for number, rate in enumerate(_RATES, 1):
             if number > 3 and best[0] > floor:
                 break  # the smaller rates are for posteriors on which the usual ones make the initial guide worse
+            if self._is_over():
+                break
             self.flow.load_state_dict(initial)
             self._fit(100, rate, f"learning rate {number}")
             elbo = self._evaluate(1000)[0]
             if elbo > best[0]:
                 best = elbo, rate, self._weights()
-        if best[0] == -math.inf:
+        if best[0] == -math.inf and not self._is_over():
             self.notes.append("no learning rate gave a finite ELBO")
         self.learning_rate = best[1]
         self.flow.load_state_dict(best[2])
 
     def run_stages(self, max_steps: int) -> None:
         """Train until the guide has converged."""
-        elbo, spread, moments = self._evaluate(4000)
         steps, size = 0, 500
+        if self._is_over():
+            self.notes.append(f"the fit ended at max_seconds={self.watch.max_seconds:g}")
+            return
+        elbo, spread, moments = self._evaluate(4000)
         while steps < max_steps and spread > 0.02:
             size = min(size, max_steps - steps)
             weights, before = self._weights(), (elbo, spread, moments)
@@ -179,8 +207,8 @@ class GuideFit:
             if is_worse:  # back to where the stage began, and smaller steps
                 self.flow.load_state_dict(weights)
                 (elbo, spread, moments), self.learning_rate = before, self.learning_rate / 3
-            if self.max_seconds is not None and self._seconds() >= self.max_seconds:
-                self.notes.append(f"the fit ended at max_seconds={self.max_seconds:g}")
+            if self._is_over():
+                self.notes.append(f"the fit ended at max_seconds={self.watch.max_seconds:g}")
                 break
             if is_worse and self.learning_rate >= 1e-5:
                 continue
@@ -195,22 +223,40 @@ class GuideFit:
     def _weights(self) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in self.flow.state_dict().items()}
 
-    def _seconds(self) -> float:
-        return float(distributed.broadcast(time.perf_counter() - self.began))
+    def _time_left(self) -> float | None:
+        """Return the seconds left for training, without those for the verdict; None without a limit."""
+        if self.watch.max_seconds is None:
+            return None
+        verdict = min(_VERDICT_SHARE * self.watch.max_seconds, _NUM_DRAWS * self.seconds_per_draw)
+        return self.watch.max_seconds - verdict - self.watch.seconds()
+
+    def _is_over(self) -> bool:
+        left = self._time_left()
+        return left is not None and left <= 0
+
+    def affordable_draws(self) -> int:
+        """Return the number of draws to compute the weights from in the time that is left."""
+        if self.watch.max_seconds is None or not self.seconds_per_draw:
+            return _NUM_DRAWS
+        left = max(self.watch.max_seconds - self.watch.seconds(), 0.0)
+        return int(min(max(left / self.seconds_per_draw / 4, _MIN_DRAWS), _NUM_DRAWS))
 
     def _fit(self, steps: int, learning_rate: float, label: str) -> None:
+        self.watch.hide()  # the fit shows a bar of its own
+        self.label = label
         result = fit(
             self.flow,
             None,
             objective=self._less_noisy_objective(),
             epochs=max(1, steps // 50),
             learning_rate=learning_rate,
-            max_seconds=None if self.max_seconds is None else max(self.max_seconds - self._seconds(), 0.01),
+            max_seconds=None if (left := self._time_left()) is None else max(left, 0.01),
             device=self.flow.device.type,
             options=FitOptions(steps_per_epoch=min(50, steps), ema_decay=0.998, max_grad_norm=10.0),
-            progress=label if self.progress is None else self.progress,
+            progress=label if self.watch.progress is None else self.watch.progress,
         )
         self.results.append(result)
+        self.watch.says(label)
 
     def _less_noisy_objective(self) -> Callable[..., Tensor]:
         """Return the objective, by the total or the path gradient, whose gradient has the smaller variance now."""
@@ -227,22 +273,29 @@ class GuideFit:
 
     def total(self, *_: Any) -> Tensor:
         """Return the negative ELBO with its total gradient."""
+        self.watch.says(self.label)
         u, log_q = self.rank_flow.rsample_and_log_prob(self.num_draws)
         log_p, score = self.log_joint.value_and_score(u)
-        return self._loss(log_p, log_q, (score * (u - u.detach())).sum(-1) - (log_q - log_q.detach()))
+        return self._loss(u, log_p, log_q, (score * (u - u.detach())).sum(-1) - (log_q - log_q.detach()))
 
     def path(self, *_: Any) -> Tensor:
         """Return the negative ELBO with its path gradient, which has no variance if guide and posterior agree."""
+        self.watch.says(self.label)
         u, log_q, score_q = self.rank_flow.rsample_and_score(self.num_draws)
         log_p, score = self.log_joint.value_and_score(u)
-        return self._loss(log_p, log_q, ((score - score_q) * (u - u.detach())).sum(-1))
+        return self._loss(u, log_p, log_q, ((score - score_q) * (u - u.detach())).sum(-1))
 
-    @staticmethod
-    def _loss(log_p: Tensor, log_q: Tensor, gradient: Tensor) -> Tensor:
-        """Return the loss; draws without a density add no gradient, and a batch of them makes it infinite."""
+    def _loss(self, u: Tensor, log_p: Tensor, log_q: Tensor, gradient: Tensor) -> Tensor:
+        """Return the loss: the negative ELBO of the draws that have a density, and the cost of those that have none."""
         finite = log_p.isfinite()
         elbo = torch.where(finite, log_p - log_q.detach() + gradient, 0.0)
-        return -elbo.sum() / (distributed.all_reduce(finite.sum()) / distributed.world_size())
+        number = distributed.all_reduce(finite.sum()).clamp(min=1) / distributed.world_size()
+        loss = -elbo.sum() / number
+        if not finite.all():
+            # No path leads back to the support; the probability of such draws has a gradient by their log-density.
+            log_q = self.flow.log_prob(u[~finite].detach())
+            loss = loss + _OFF_SUPPORT / len(u) * (1 + log_q - log_q.detach()).sum()
+        return loss
 
     @torch.no_grad()
     def _evaluate(self, num_draws: int) -> tuple[float, float, tuple[Tensor, Tensor]]:
@@ -257,8 +310,8 @@ class GuideFit:
             x = centred / whitening.scale
         else:
             x = torch.linalg.solve_triangular(whitening.scale.T, centred, upper=True, left=False)
-        log_w = log_w[log_w.isfinite()]
-        if len(log_w) < 2:
+        finite = log_w[log_w.isfinite()]
+        if len(finite) < 2:
             return -math.inf, math.inf, (x.mean(0), x.std(0))
-        spread = float(log_w.std())
-        return float(log_w.mean()) - spread / len(log_w) ** 0.5, spread, (x.mean(0), x.std(0))
+        spread, cost = float(finite.std()), _OFF_SUPPORT * (1 - len(finite) / len(log_w))
+        return float(finite.mean()) - spread / len(finite) ** 0.5 - cost, spread, (x.mean(0), x.std(0))

@@ -35,7 +35,7 @@ from pyroflows.layers import TriangularAffine
 from pyroflows.models import iaf, maf, nsf, realnvp
 from pyroflows.private import inside_pyro_call, name_in_store
 
-__all__ = ["AutoFlow", "Builder", "build_flow", "claim_parameters"]
+__all__ = ["AutoFlow", "Builder", "build_flow", "claim_parameters", "start_of"]
 
 Builder = Callable[..., Flow]
 
@@ -66,9 +66,12 @@ class AutoFlow(AutoContinuous):
         flow: a builder of named flows (``realnvp``, ``iaf``, ``nsf``, ``maf``, ``planar``, ...), called with the number
             of latents; or a ready ``Flow`` over as many features. A single latent gets splines instead of couplings.
         init: the Gaussian to start at: "auto", "laplace", "pathfinder", "fullrank", "meanfield", or "none" for the
-            model's initial values; see :func:`find_init`.
+            model's initial values; see :func:`find_init`. Or values of sites, ``{site: value}``, to search from instead
+            of the prior medians.
         max_triangular: the number of latents above which the layer is diagonal.
         args, kwargs: arguments of the model to build the guide from at once.
+        log_joint: the density of the model, if it is at hand, to build the guide from instead.
+        out_of_time: ends the search for a Gaussian once it returns true, see :func:`find_init`.
         options: of the builder, such as ``num_layers=6``.
 
     Attributes:
@@ -101,15 +104,18 @@ class AutoFlow(AutoContinuous):
         self,
         model: Model,
         flow: Builder | Flow = realnvp,
-        init: str = "auto",
+        init: str | Mapping[str, Any] = "auto",
         *,
         max_triangular: int = 512,
         args: Sequence[Any] | None = None,
         kwargs: Mapping[str, Any] | None = None,
+        log_joint: LogJoint | None = None,
+        out_of_time: Callable[[str], bool] | None = None,
         **options: Any,
     ):
         check_model(model)
-        check_option("init", init, INIT_METHODS)
+        if not isinstance(init, Mapping):
+            check_option("init", init, INIT_METHODS)
         check_sizes(max_triangular=max_triangular)
         if isinstance(flow, Flow) and options:
             raise TypeError(f"a ready flow cannot be combined with options of a builder; got {', '.join(options)}")
@@ -123,7 +129,9 @@ class AutoFlow(AutoContinuous):
         self.inits: list[GaussianInit] = []
         self.options = options
         self._builder = (flow,)  # in a tuple, since a ready flow is copied, and is no part of the guide itself
-        if args is not None or kwargs is not None or _needs_no_arguments(model):
+        if log_joint is not None:
+            self._build(log_joint, out_of_time)
+        elif args is not None or kwargs is not None or _needs_no_arguments(model):
             self.setup(*(args or ()), **(kwargs or {}))
 
     def setup(self, *args: Any, **kwargs: Any) -> "AutoFlow":
@@ -132,12 +140,16 @@ class AutoFlow(AutoContinuous):
         return self
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        log_joint = LogJoint(self.model, args, kwargs)
+        self._build(LogJoint(self.model, args, kwargs, start=start_of(self.init)))
+
+    def _build(self, log_joint: LogJoint, out_of_time: Callable[[str], bool] | None = None) -> None:
         if unmarked := ", ".join(repr(name) for name, marked in log_joint.structure.discrete.items() if not marked):
             example = "for example by pyro.infer.config_enumerate, and an ELBO that sums them out"
             raise ValueError(f"expected discrete latents marked for enumeration, {example}; got {unmarked}")
-        self._patterns = {_pattern_of_none(args, kwargs)}
-        inits = find_init(log_joint, self.init, diagonal=log_joint.dim > self.max_triangular)
+        self._patterns = {_pattern_of_none(log_joint.args, log_joint.kwargs)}
+        method = self.init if isinstance(self.init, str) else "auto"
+        diagonal = log_joint.dim > self.max_triangular
+        inits = find_init(log_joint, method, diagonal=diagonal, out_of_time=out_of_time)
         self.log_joint, self.latents, self.inits = log_joint, log_joint.latents, inits
         nodes = log_joint.structure.latent_nodes
         # What Pyro's own methods read.
@@ -151,18 +163,6 @@ class AutoFlow(AutoContinuous):
         whitening = TriangularAffine(self.latent_dim, diagonal=self.latent_dim > self.max_triangular)
         self.flow = Flow(inner.prior, [*inner.layers, whitening]).to(log_joint.device, log_joint.dtype)
         whitening.start_at(inits[0].loc, inits[0].scale_tril)
-
-    def _check_sites(self, args: Any, kwargs: Any) -> None:
-        """Refuse arguments with which the model observes or lacks a latent, by a run for each pattern of None."""
-        pattern = _pattern_of_none(args, kwargs)
-        if pattern in self._patterns or self.model is None or not _can_call(self.model, args, kwargs):
-            return
-        with poutine.block(), torch.random.fork_rng(devices=[]), torch.no_grad():
-            nodes = ModelStructure.of(self.model, args, kwargs).latent_nodes
-        if lacking := [repr(site.name) for site in self.latents if site.name not in nodes]:
-            got = f"some with which {', '.join(lacking)} is observed or missing: build a guide from these, by setup"
-            raise ValueError(f"expected arguments with which the model has the latents of the guide; got {got}")
-        self._patterns.add(pattern)
 
     def require_flow(self) -> Flow:
         """Return the flow; refuse a guide that is not built."""
@@ -186,7 +186,7 @@ class AutoFlow(AutoContinuous):
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         if self.prototype_trace is None:
             self.setup(*args, **kwargs)
-        self._check_sites(args, kwargs)
+        _check_sites(self, args, kwargs)
         self._register_parameters()
         vector = self.sample_latent(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
@@ -298,6 +298,24 @@ class AutoFlow(AutoContinuous):
             nodes = self.prototype_trace.nodes.items()
             state["prototype_trace"] = _trace_of({name: {**node, "fn": _shape_of(node["fn"])} for name, node in nodes})
         return state
+
+
+def _check_sites(guide: "AutoFlow", args: Any, kwargs: Any) -> None:
+    """Refuse arguments with which the model observes or lacks a latent, by a run for each pattern of None."""
+    pattern = _pattern_of_none(args, kwargs)
+    if pattern in guide._patterns or guide.model is None or not _can_call(guide.model, args, kwargs):
+        return
+    with poutine.block(), torch.random.fork_rng(devices=[]), torch.no_grad():
+        nodes = ModelStructure.of(guide.model, args, kwargs).latent_nodes
+    if lacking := [repr(site.name) for site in guide.latents if site.name not in nodes]:
+        got = f"some with which {', '.join(lacking)} is observed or missing: build a guide from these, by setup"
+        raise ValueError(f"expected arguments with which the model has the latents of the guide; got {got}")
+    guide._patterns.add(pattern)
+
+
+def start_of(init: str | Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the values of sites that a search for a Gaussian begins at; None for the prior medians."""
+    return init if isinstance(init, Mapping) else None
 
 
 def build_flow(flow: Flow | Builder, features: int, context_features: int | None = None, **options: Any) -> Flow:

@@ -1,6 +1,7 @@
 """Gaussian approximations of a posterior, found from its log joint density and score alone, to initialise a guide."""
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from pyroflows.arguments import check_option
 from pyroflows.inference.log_joint import LogJoint
 
-__all__ = ["INIT_METHODS", "GaussianInit", "find_init"]
+__all__ = ["INIT_METHODS", "GaussianInit", "climb", "find_init"]
 
 INIT_METHODS = ("auto", "laplace", "pathfinder", "fullrank", "meanfield", "none")
 _DRAWS = 64  # draws from a Gaussian to estimate its ELBO or to improve it; more if there are many latents
@@ -21,6 +22,7 @@ _ITERATIONS = 100
 _PATIENCE = 15  # iterations of batch and match without a better ELBO
 _EVERY = 8  # iterations between the recorded points of a climb
 _PATHS = 4  # climbs whose Gaussians are compared
+_Climb = list[tuple[Tensor, Tensor, Tensor]]  # points, their values, and estimates of the inverse Hessian there
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,17 @@ class GaussianInit:
     elbo: float = -math.inf  # in nats, estimated from a few draws, less two standard errors, so that luck does not win
 
 
+def _never(_: str) -> bool:
+    return False
+
+
 def find_init(
-    log_joint: LogJoint, method: str = "auto", *, diagonal: bool = False, seed: int = 0
+    log_joint: LogJoint,
+    method: str = "auto",
+    *,
+    diagonal: bool = False,
+    seed: int = 0,
+    out_of_time: Callable[[str], bool] | None = None,
 ) -> list[GaussianInit]:
     r"""Find Gaussians near the posterior, the best first.
 
@@ -42,13 +53,15 @@ def find_init(
     Gaussian of the best ELBO among those along the climbs, which for a posterior with a neck is better than that at
     the mode; "fullrank" and "meanfield" fit a full or a diagonal Gaussian by batch and match, from the prior's scale;
     "auto" does all of it, improves the best by batch and match, and takes the best ELBO; "none" takes a standard normal
-    around the model's initial values. With ``diagonal``, for many latents, "auto" is "meanfield".
+    around the model's initial values. With ``diagonal``, for many latents, "auto" is "meanfield". ``out_of_time`` is
+    told now and then what is being done; once it returns true, what was found until then is returned.
 
     References:
         Pathfinder: Parallel quasi-Newton variational inference, Zhang et al., 2022 (arXiv:2108.03782); Batch and match:
         black-box variational inference with a score-based divergence, Cai et al., 2024 (arXiv:2402.14758).
     """
     check_option("init", method, INIT_METHODS)
+    out_of_time = _never if out_of_time is None else out_of_time
     initial = log_joint.initial.double()
     prior = GaussianInit("none", initial, torch.eye(log_joint.dim).to(initial))
     if method == "none":
@@ -57,18 +70,32 @@ def find_init(
     inits: list[GaussianInit] = []
     generator = torch.Generator().manual_seed(seed)
     if method in ("auto", "laplace", "pathfinder"):
-        paths = _distinct(_climb(log_joint, _starting_points(log_joint, generator)))
+        paths = _distinct(climb(log_joint, _starting_points(log_joint, generator), out_of_time))
         if method != "laplace":
-            inits += [_best_of_path(log_joint, path, generator) for path in paths]
+            inits += [_best_of_path(log_joint, path, generator) for path in _while_time(paths, inits, out_of_time)]
         if method != "pathfinder":
-            inits += [init for path in paths if (init := _laplace(log_joint, path, generator)) is not None]
+            inits += [
+                init
+                for path in _while_time(paths, inits, out_of_time)
+                if (init := _laplace(log_joint, path, generator)) is not None
+            ]
     if method in ("auto", "fullrank", "meanfield"):
         for first in [*_sorted(inits)[:2], prior]:
-            inits += _batch_and_match(log_joint, first, generator, diagonal=method == "meanfield")
+            inits += _batch_and_match(log_joint, first, generator, out_of_time, diagonal=method == "meanfield")
     if not (inits := _sorted(inits)):
+        if out_of_time("searching for a start"):
+            return [prior]
         advice = "pass init='none', or change the model's initial values"
         raise ValueError(f"expected a Gaussian with a finite ELBO by init={method!r}; got none: {advice}")
     return inits
+
+
+def _while_time(paths: list[_Climb], inits: list[GaussianInit], out_of_time: Callable[[str], bool]) -> Iterator[_Climb]:
+    """Yield paths while there is time; one in any case, if nothing else was found."""
+    for number, path in enumerate(paths):
+        if out_of_time("comparing Gaussians") and (number or inits):
+            return
+        yield path
 
 
 def _sorted(inits: list[GaussianInit]) -> list[GaussianInit]:
@@ -101,10 +128,7 @@ def _value_and_score(log_joint: LogJoint, u: Tensor) -> tuple[Tensor, Tensor]:
     return value.to(u.dtype), score.to(u.dtype)
 
 
-_Climb = list[tuple[Tensor, Tensor, Tensor]]  # points, their values, and estimates of the inverse Hessian there
-
-
-def _climb(log_joint: LogJoint, x: Tensor) -> list[_Climb]:
+def climb(log_joint: LogJoint, x: Tensor, out_of_time: Callable[[str], bool] = _never) -> list[_Climb]:
     """Climb by BFGS from several points at once, ``(starts, dim)``; return the path of each that moved."""
     value, score = _value_and_score(log_joint, x)
     eye = torch.eye(x.shape[-1]).to(x)
@@ -114,7 +138,7 @@ def _climb(log_joint: LogJoint, x: Tensor) -> list[_Climb]:
     learned = inverse  # the last estimates before a reset
     paths: list[_Climb] = [[] for _ in x]
     for iteration in range(_ITERATIONS):
-        if not active.any():
+        if not active.any() or out_of_time("climbing to modes"):
             break
         direction = (inverse @ score.unsqueeze(-1)).squeeze(-1)
         length = torch.where(fresh, (1 / direction.norm(dim=-1)).clamp(max=1.0), torch.ones_like(value))
@@ -193,9 +217,12 @@ def _update(inverse: Tensor, step: Tensor, change: Tensor, curvature: Tensor, fi
     return inverse - rho * (hy @ s.mT + s @ hy.mT) + (rho**2 * (y.mT @ hy) + rho) * (s @ s.mT)
 
 
-def _estimate_elbo(log_joint: LogJoint, loc: Tensor, scale_tril: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+def _estimate_elbo(
+    log_joint: LogJoint, loc: Tensor, scale_tril: Tensor, noise: Tensor, *, diagonal: bool = False
+) -> tuple[Tensor, ...]:
     """Draw from Gaussians ``(k, dim)``; return draws, scores ``(k, draws, dim)``, ELBOs and shares of finite draws."""
-    draws = loc.unsqueeze(1) + noise @ scale_tril.mT
+    scaled = noise * scale_tril.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) if diagonal else noise @ scale_tril.mT
+    draws = loc.unsqueeze(1) + scaled
     value, score = _value_and_score(log_joint, draws.flatten(0, 1))
     value, score = value.view(draws.shape[:2]), score.view(draws.shape)
     log_q = -0.5 * (noise**2).sum(-1) - 0.5 * noise.shape[-1] * math.log(2 * math.pi)
@@ -253,7 +280,12 @@ def _laplace(log_joint: LogJoint, path: _Climb, generator: torch.Generator) -> G
 
 
 def _batch_and_match(
-    log_joint: LogJoint, first: GaussianInit, generator: torch.Generator, *, diagonal: bool
+    log_joint: LogJoint,
+    first: GaussianInit,
+    generator: torch.Generator,
+    out_of_time: Callable[[str], bool],
+    *,
+    diagonal: bool,
 ) -> list[GaussianInit]:
     """Match the scores of a Gaussian to the posterior's at its draws, repeatedly; return the best one, if any."""
     loc, factor = first.loc, first.scale_tril
@@ -262,8 +294,10 @@ def _batch_and_match(
         factor = factor.norm(dim=-1).diag()
     best, age = None, 0
     for iteration in range(_ITERATIONS):
+        if out_of_time("matching a Gaussian"):
+            break
         noise = _noise(log_joint, generator)
-        draws, score, elbo, share = _estimate_elbo(log_joint, loc[None], factor[None], noise)
+        draws, score, elbo, share = _estimate_elbo(log_joint, loc[None], factor[None], noise, diagonal=diagonal)
         if share < 1:
             # The Gaussian reaches beyond the support of the density: shrink it.
             factor = factor * 0.5
@@ -284,21 +318,26 @@ def _match(
     loc: Tensor, factor: Tensor, draws: Tensor, score: Tensor, rate: float, diagonal: bool
 ) -> tuple[Tensor, Tensor]:
     """Take one step of batch and match, in closed form, in the coordinates that whiten the current Gaussian."""
-    x = torch.linalg.solve_triangular(factor, (draws - loc).mT, upper=False).mT
-    g = score @ factor
+    if diagonal:  # no product of matrices, for thousands of latents
+        scale = factor.diagonal()
+        x, g = (draws - loc) / scale, score * scale
+    else:
+        x, g = torch.linalg.solve_triangular(factor, (draws - loc).mT, upper=False).mT, score @ factor
     mean_x, mean_g = x.mean(0), g.mean(0)
     x, g, weight = x - mean_x, g - mean_g, rate / (1 + rate)
     if diagonal:
         u = rate * g.square().mean(0) + weight * mean_g**2
         v = 1 + rate * x.square().mean(0) + weight * mean_x**2
-        covariance = (2 * v / (1 + (1 + 4 * u * v).sqrt())).diag()
-    else:
-        u = rate * g.mT @ g / len(g) + weight * mean_g.outer(mean_g)
-        v = torch.eye(len(loc)).to(loc) + rate * x.mT @ x / len(x) + weight * mean_x.outer(mean_x)
-        # Solves S U S + S = V: with V = C C', S = C 2 (I + sqrt(I + 4 C' U C))^-1 C'.
-        c, _ = _cholesky(v)
-        values, vectors = torch.linalg.eigh(c.mT @ u @ c)
-        covariance = c @ (vectors * (2 / (1 + (1 + 4 * values.clamp(min=0)).sqrt()))) @ vectors.mT @ c.mT
+        variance = 2 * v / (1 + (1 + 4 * u * v).sqrt())
+        if not variance.isfinite().all():
+            return loc, factor
+        return loc + scale * weight * (mean_x + variance * mean_g), (scale * variance.sqrt()).diag()
+    u = rate * g.mT @ g / len(g) + weight * mean_g.outer(mean_g)
+    v = torch.eye(len(loc)).to(loc) + rate * x.mT @ x / len(x) + weight * mean_x.outer(mean_x)
+    # Solves S U S + S = V: with V = C C', S = C 2 (I + sqrt(I + 4 C' U C))^-1 C'.
+    c, _ = _cholesky(v)
+    values, vectors = torch.linalg.eigh(c.mT @ u @ c)
+    covariance = c @ (vectors * (2 / (1 + (1 + 4 * values.clamp(min=0)).sqrt()))) @ vectors.mT @ c.mT
     new, fine = _cholesky(covariance)
     if not fine:
         return loc, factor

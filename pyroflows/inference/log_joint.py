@@ -1,5 +1,6 @@
 """The log joint density of a Pyro model over one unconstrained vector, for many points at once."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -28,12 +29,13 @@ from pyroflows.inference.sites import (
     check_model,
     check_values,
     constrain,
+    explain_by_arguments,
     have_one_image,
     is_deterministic,
     unconstrain,
 )
 
-__all__ = ["Evaluation", "LogJoint", "equals_single_runs"]
+__all__ = ["Evaluation", "LogJoint", "equals_single_runs", "refuse_randomness"]
 
 _CHUNK = 2048  # points evaluated at once
 _MODES = ("plate", "vmap", "loop")  # from the fastest to the slowest
@@ -66,6 +68,7 @@ class Evaluation(Messenger):
         self.shapes: dict[str, Size] = {}  # of the latents, by their distributions
         self.drawn: dict[str, Tensor] = {}  # every site's value
         self.observed: dict[str, Tensor] = {}  # log-densities of the observations
+        self.factors: dict[str, Tensor] = {}  # those of ``pyro.factor`` statements
 
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
@@ -97,8 +100,9 @@ class Evaluation(Messenger):
             return
         log_prob = fn.log_prob(msg["value"], *msg["args"], **msg["kwargs"])
         self._add(scale_and_mask(log_prob, msg["scale"], msg["mask"]))
-        if msg["is_observed"] and not deterministic and not isinstance(fn, dist.Unit):
-            self.observed[name] = scale_and_mask(log_prob, mask=msg["mask"])
+        if msg["is_observed"]:
+            terms = self.factors if deterministic or isinstance(fn, dist.Unit) else self.observed
+            terms[name] = scale_and_mask(log_prob, mask=msg["mask"])
 
     def _add(self, terms: Tensor) -> None:
         if self.num_points is None:
@@ -128,6 +132,8 @@ class LogJoint:
     Many points are evaluated at once: in a plate of their own if the model allows it, else through ``torch.vmap``, else
     one by one; ``vectorize="auto"`` takes the fastest way that agrees with single runs. Discrete latents are summed
     out; a subsampled plate keeps the rows that it drew in the first run. Points have the shape ``(points, dim)``.
+
+    ``initial`` is the prior median, the point that ``start`` gives by sites, or a prior draw, if these have no density.
     """
 
     def __init__(
@@ -137,6 +143,7 @@ class LogJoint:
         kwargs: Mapping[str, Any] | None = None,
         *,
         vectorize: str = "auto",
+        start: Mapping[str, Any] | None = None,
     ):
         check_model(model)
         check_option("vectorize", vectorize, ("auto", *_MODES))
@@ -145,8 +152,13 @@ class LogJoint:
         self.structure = ModelStructure.of(model, self.args, self.kwargs)
         self.initial, self.latents = self.structure.initial, self.structure.latents
         self.dim, self.dtype, self.device = len(self.initial), self.initial.dtype, self.initial.device
+        self.vectorize = "loop"
         self._of_discrete: set[str] = set()  # deterministic sites with a value for each of a discrete latent's
         self._find_dependent_supports()
+        if start is not None:
+            self.initial = _start_at(self, start)
+        if vectorize == "auto":
+            self.initial = _with_density(self, "the prior median" if start is None else "the start")
         self.vectorize = self._fastest_mode() if vectorize == "auto" else vectorize
         self._refuse_flat_latents()
 
@@ -176,9 +188,6 @@ class LogJoint:
         points = self._points_nearby(8)
         single = self._read_all("loop", points, len(points))
         finite = single[_LOG_JOINT].isfinite()
-        if not finite.any():
-            got = float(single[_LOG_JOINT][0])
-            raise ValueError(f"expected a finite log joint density near the prior median; got {got} there")
         points, single = points[finite][:3], {name: value[finite][:3] for name, value in single.items()}
         for mode in _MODES[:-1] if len(points) > 1 else ():
             if equals_single_runs(partial(self._read_all, mode, points), single, (len(points), 2)):
@@ -277,10 +286,8 @@ class LogJoint:
         if not self.structure.discrete:
             self._run(evaluation, self.model, self.args, self.kwargs)
             return evaluation
-        first_dim = -1 - self.structure.max_plate_nesting - (num_points is not None)
-        model = poutine.enum(config_enumerate(self.model, default="parallel"), first_dim)
-        densities, evaluation.densities = evaluation.densities, False
-        trace = self._run(evaluation, poutine.trace(model).get_trace, self.args, self.kwargs)
+        densities = evaluation.densities
+        trace = _enumerated(self, evaluation)
         evaluation.sites = {name: site for name, site in evaluation.sites.items() if name not in self._of_discrete}
         if densities:
             evaluation.log_prob = evaluation.log_prob + _summed_out(trace, num_points)
@@ -296,12 +303,12 @@ class LogJoint:
 
     # Sites
 
-    def log_likelihood(self, u: Tensor) -> dict[str, Tensor]:
-        """Return the log-density of every observation, by site, of shape ``(points, *shape)``."""
-        if discrete := ", ".join(map(repr, self.structure.discrete)):
-            reason = "whose observations have no log-density of their own"
-            raise ValueError(f"expected a model without discrete latents, {reason}; got {discrete}")
-        return _by_point(len(u), self._read(u, lambda run: run.observed), self.structure.shapes)
+    def log_likelihood(self, u: Tensor, factors: Sequence[str] = ()) -> dict[str, Tensor]:
+        """Return the log-density of every observation, by site, ``(points, *shape)``, and of chosen factors, unscaled.
+
+        Discrete latents are summed out. Observations that share one with other sites have no log-density of their own.
+        """
+        return _in_parts(partial(_read_likelihood, self, factors), u)
 
     def constrain(self, u: Tensor, *, deterministic: bool = False) -> dict[str, Tensor]:
         """Return the sites' values of shape ``(points, *shape)``, on request with those of deterministic sites.
@@ -310,9 +317,10 @@ class LogJoint:
         """
         if not deterministic and self.is_static:
             return constrain(self.latents, u)
-        values = self._read(u, lambda run: run.sites)
-        chosen = {name: values[name] for name in (values if deterministic else self.names)}
-        return _by_point(len(u), chosen, self.structure.shapes)
+        values = _in_parts(lambda v: _by_point(len(v), self._read(v, lambda run: run.sites), self.structure.shapes), u)
+        if self.is_static:  # where a run fails, too
+            values |= constrain(self.latents, u)
+        return values if deterministic else {name: values[name] for name in self.names}
 
     def unconstrain(self, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the points of the sites' values ``(points, *shape)``, and the log-Jacobian of :meth:`constrain`."""
@@ -379,6 +387,66 @@ def _guarded(evaluate: Callable[[Tensor], tuple[Tensor, Tensor]], u: Tensor) -> 
         return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]])
 
 
+@torch.no_grad()
+def _start_at(log_joint: LogJoint, start: Mapping[str, Any]) -> Tensor:
+    """Return the point of the sites' values, or of those given and the prior medians of others."""
+    names = ", ".join(map(repr, log_joint.names))
+    if unknown := ", ".join(map(repr, sorted(start.keys() - set(log_joint.names)))):
+        raise ValueError(f"expected a start for sites among {names}; got {unknown}")
+    medians = {name: node["value"] for name, node in log_joint.structure.latent_nodes.items()}
+    given = {name: torch.as_tensor(value).to(medians[name]) for name, value in start.items()}
+    for name, value in given.items():
+        if value.shape != medians[name].shape:
+            expected = f"a start of shape {tuple(medians[name].shape)} at site {name!r}"
+            raise ValueError(f"expected {expected}; got {tuple(value.shape)}")
+    point = log_joint.unconstrain({name: value[None] for name, value in (medians | given).items()})[0][0]
+    if not point.isfinite().all():
+        raise ValueError(f"expected a start within the sites' supports; got {dict(start)!r}")
+    return point.to(log_joint.initial)
+
+
+@torch.no_grad()
+def _with_density(log_joint: LogJoint, place: str) -> Tensor:
+    """Return the initial point or, if there is no density around it, one that has: the best of prior draws."""
+    initial = log_joint.initial
+
+    def value(point: Tensor) -> tuple[Tensor, Tensor]:
+        return log_joint._read(point, lambda run: run.log_prob, "loop"), point
+
+    here = float(_guarded(value, initial[None])[0])  # not by _one_by_one, so that errors of the model come through
+    if math.isfinite(here) or _one_by_one(log_joint, log_joint._points_nearby(8)).isfinite().any():
+        return initial
+    wide = [initial + width * (log_joint._points_nearby(64, seed=2) - initial) for width in (10.0, 30.0)]
+    for points in (log_joint.prior_draws(64), *wide, log_joint.prior_draws(512, seed=1)):
+        if len(points) and (values := _one_by_one(log_joint, points)).isfinite().any():
+            return points[values.argmax()]
+    explain_by_arguments(log_joint.args, log_joint.kwargs, f"a log joint density of {here} at {place}")
+    got = f"{here} there, and none at other points: pass init={{site: value}}"
+    problem = f". {log_joint.structure.problem}" if log_joint.structure.problem else ""
+    raise ValueError(f"expected a finite log joint density near {place}; got {got}{problem}")
+
+
+def _one_by_one(log_joint: LogJoint, u: Tensor) -> Tensor:
+    """Return the log joint density at points, by single runs; -inf if it is not finite or the model fails there."""
+    values = []
+    for point in u:
+        value = u.new_full((), -torch.inf)
+        with suppress(Exception):  # whatever the model cannot do far out
+            value = log_joint._read(point[None], lambda run: run.log_prob, "loop")[0]
+        values.append(torch.where(value.isfinite(), value, -torch.inf))
+    return torch.stack(values)
+
+
+def refuse_randomness(log_joint: LogJoint) -> None:
+    """Refuse a model whose log-density at a point differs between runs."""
+    points = log_joint.initial[None]
+    with torch.random.fork_rng(), torch.no_grad():
+        first, *others = (float(log_joint._read(points, lambda run: run.log_prob, "loop")) for _ in range(3))
+    if differing := [other for other in others if abs(other - first) > 1e-4 * (1 + abs(first))]:
+        got = f"{first:.6g} and {differing[0]:.6g} in two runs: what it draws by torch.randn or dropout, for example"
+        raise ValueError(f"expected a model with one log joint density at a point; got {got}, has to be a sample site")
+
+
 def _check_latents(latents: Sequence[LatentSite], runs: Sequence[Evaluation]) -> None:
     """Refuse latents that are in some runs only, or have another shape in some."""
     for run in runs:
@@ -392,6 +460,28 @@ def _check_latents(latents: Sequence[LatentSite], runs: Sequence[Evaluation]) ->
                 raise ValueError(f"expected latents of one shape in every run; got {got}")
 
 
+def _enumerated(log_joint: LogJoint, evaluation: Evaluation) -> poutine.Trace:
+    """Run a model with its discrete latents enumerated, and return the trace."""
+    first_dim = -1 - log_joint.structure.max_plate_nesting - (evaluation.num_points is not None)
+    model = poutine.enum(config_enumerate(log_joint.model, default="parallel"), first_dim)
+    evaluation.densities = False
+    return log_joint._run(evaluation, poutine.trace(model).get_trace, log_joint.args, log_joint.kwargs)
+
+
+@torch.no_grad()
+def _read_likelihood(log_joint: LogJoint, factors: Sequence[str], u: Tensor) -> dict[str, Tensor]:
+    structure = log_joint.structure
+
+    def read(parts: Mapping[str, Tensor], num_points: int | None) -> dict[str, Tensor]:
+        if structure.discrete:
+            trace = _enumerated(log_joint, Evaluation(parts, structure.fixed, num_points))
+            return _each_summed_out(trace, [*structure.observations, *factors])
+        run = log_joint._evaluate(parts, num_points)
+        return run.observed | {name: run.factors[name] for name in factors if name in run.factors}
+
+    return _by_point(len(u), log_joint._map(u, read, log_joint.vectorize), structure.shapes)
+
+
 def _summed_out(trace: poutine.Trace, num_points: int | None) -> Tensor:
     """Sum the enumerated sites out of a trace's log-density, separately for each point of their plate."""
     trace.compute_log_prob()
@@ -399,7 +489,7 @@ def _summed_out(trace: poutine.Trace, num_points: int | None) -> Tensor:
     factors: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
     enumerated = set()
     for name, site in trace.nodes.items():
-        if site["type"] != "sample" or site_is_subsample(site):
+        if site["type"] != "sample" or site_is_subsample(site) or "_deterministic" in site["infer"]:
             continue
         if isinstance(scale := site["scale"], Tensor) or scale != 1:
             got = f"{scale} at {name!r}"
@@ -418,6 +508,41 @@ def _summed_out(trace: poutine.Trace, num_points: int | None) -> Tensor:
     return total
 
 
+def _each_summed_out(trace: poutine.Trace, names: Sequence[str]) -> dict[str, Tensor]:
+    """Sum the enumerated sites out of the log-density of each observation that shares none with other sites."""
+    trace.compute_log_prob()
+    trace.pack_tensors()
+    sites: dict[str, Any] = {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not site_is_subsample(site) and not is_deterministic(site)
+    }
+    terms = {name: site["packed"]["log_prob"] for name, site in sites.items()}
+    enumerated = {name: site["infer"].get("_enumerate_symbol") for name, site in sites.items()}
+    symbols_of = {name: set(term._pyro_dims) & set(enumerated.values()) for name, term in terms.items()}
+    plates = {
+        name: frozenset(trace.plate_to_symbol[frame.name] for frame in site["cond_indep_stack"] if frame.vectorized)
+        for name, site in sites.items()
+    }
+    values = {}
+    for name in names:
+        component, symbols = {name}, symbols_of[name]
+        while new := {n for n in sites if enumerated[n] and symbols & symbols_of[n]} - component:
+            component |= new
+            symbols = symbols.union(*(symbols_of[n] for n in new))
+        factors: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
+        for n in sites:
+            if n in component:
+                factors.setdefault(plates[n], []).append(terms[n])
+            elif symbols & symbols_of[n]:  # another observation of the same latent, or a latent that depends on it
+                break
+        else:
+            ((ordinal, (term,)),) = contract_tensor_tree(factors, symbols).items()
+            if ordinal == plates[name]:
+                values[name] = packed.unpack(term, trace.symbol_to_dim)
+    return values
+
+
 def _by_point(num_points: int, values: Mapping[str, Tensor], shapes: Mapping[str, Size]) -> dict[str, Tensor]:
     """Reshape values of a run in a plate to ``(points, *shape)``; expand those that depend on no latent."""
 
@@ -426,6 +551,24 @@ def _by_point(num_points: int, values: Mapping[str, Tensor], shapes: Mapping[str
         return value.reshape(num_points if varies else 1, *shape).expand(num_points, *shape)
 
     return {name: reshape(value, shapes[name]) for name, value in values.items()}
+
+
+def _in_parts(read: Callable[[Tensor], dict[str, Tensor]], u: Tensor) -> dict[str, Tensor]:
+    """Read values off many points, not all at once; NaN at those at which a matrix has no Cholesky factor."""
+    parts = [values for part in u.split(_CHUNK) for values in _read_defined(read, part)]
+    known = [values for values in parts if values is not None]
+    if not known:
+        return read(u[:1])  # which raises the model's own error
+    undefined = {name: torch.nan * value[:1] for name, value in known[0].items()}
+    return {name: torch.cat([(part or undefined)[name] for part in parts]) for name in known[0]}
+
+
+def _read_defined(read: Callable[[Tensor], dict[str, Tensor]], u: Tensor) -> list[dict[str, Tensor] | None]:
+    """Read values off points; None stands for each point at which a matrix has no Cholesky factor."""
+    try:
+        return [read(u)]
+    except torch.linalg.LinAlgError:
+        return [None] if len(u) == 1 else [values for half in u.chunk(2) for values in _read_defined(read, half)]
 
 
 def equals_single_runs(

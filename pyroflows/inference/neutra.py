@@ -4,6 +4,7 @@ import copy
 import math
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pyro.distributions as dist
@@ -17,9 +18,12 @@ from pyroflows.bijection import Bijection
 from pyroflows.inference.guide import AutoFlow
 from pyroflows.inference.log_joint import LogJoint
 from pyroflows.inference.sites import Model, initial_value
+from pyroflows.inference.watch import Watch
 from pyroflows.private import make_plates
 
 __all__ = ["neutra", "run_chains"]
+
+_LEAST_DRAWS = 4  # of a chain, to tell its R-hat
 
 
 def neutra(model: Model, guide: AutoFlow) -> tuple[Model, Callable[[Tensor], dict[str, Tensor]]]:
@@ -124,23 +128,44 @@ class _Feasible(Messenger):
             msg["fn"].dtype = self.dtype
 
 
+class _OutOfTime(Exception):
+    """Ends a chain."""
+
+
 def run_chains(
-    guide: AutoFlow, log_joint: LogJoint, starts: Tensor, num_draws: int, num_warmup: int, progress: bool | None
+    guide: AutoFlow, log_joint: LogJoint, starts: Tensor, num_draws: int, num_warmup: int, watch: Watch
 ) -> Tensor:
-    """Run NUTS from points of unconstrained space; return draws there, ``(chains, draws, latents)``."""
+    """Run NUTS from points of unconstrained space; return draws there, ``(chains, draws, latents)``.
+
+    Each chain has an equal share of the time, if that is limited; one without draws is left out, and of the others as
+    many draws are returned as the shortest has.
+    """
     model, _ = neutra(log_joint.model, guide)
     flow, site, draws = guide.require_flow(), f"{guide.latents[0].name}_shared_latent", []
     with torch.no_grad():
         latents = flow.encode(starts)
-    for latent in latents:
+    for number, latent in enumerate(latents, 1):
+        kept: list[Tensor] = []
+
+        def note(_: Any, point: Any, stage: str, step: int, number: int = number, kept: list[Tensor] = kept) -> None:
+            if stage == "Sample":
+                kept.append(point[site].clone())
+            if watch.says(f"chain {number} of {len(starts)}, {stage.lower()} {step}", number / len(starts)):
+                raise _OutOfTime
+
         mcmc = MCMC(
             NUTS(model, full_mass=False, max_tree_depth=8),
             num_samples=num_draws,
             warmup_steps=num_warmup,
             initial_params={site: latent},
-            disable_progbar=not (sys.stderr.isatty() if progress is None else progress),
+            disable_progbar=not (sys.stderr.isatty() if watch.progress is None else watch.progress),
+            hook_fn=note,
         )
-        mcmc.run(*log_joint.args, **log_joint.kwargs)
-        draws.append(mcmc.get_samples()[site])
+        with suppress(_OutOfTime):
+            mcmc.run(*log_joint.args, **log_joint.kwargs)
+        draws += [torch.stack(kept)] if len(kept) >= _LEAST_DRAWS else []
+    if not draws:
+        expected = f"time for {_LEAST_DRAWS} draws of a chain after its {num_warmup} steps of warm-up"
+        raise ValueError(f"expected {expected}; got max_seconds={watch.max_seconds:g}")
     with torch.no_grad():
-        return torch.stack([flow.decode(z) for z in draws])
+        return torch.stack([flow.decode(z[: min(map(len, draws))]) for z in draws])

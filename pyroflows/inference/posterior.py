@@ -1,8 +1,9 @@
 """A fitted posterior: draws, a verdict, ArviZ, predictions, Markov chains, files."""
 
 import math
-import time
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,18 @@ import torch
 from pyro.infer.enum import config_enumerate
 from torch import Tensor
 
-from pyroflows.arguments import check_sizes
+from pyroflows.arguments import check_number, check_sizes
 from pyroflows.contexts import seeded
 from pyroflows.files import read, write
 from pyroflows.flow import Flow
 from pyroflows.inference import diagnosis
+from pyroflows.inference.arviz_groups import ArvizGroups, Coords, Dims
 from pyroflows.inference.diagnosis import Weights
 from pyroflows.inference.guide import AutoFlow, Builder
 from pyroflows.inference.log_joint import LogJoint
 from pyroflows.inference.neutra import run_chains
-from pyroflows.inference.sites import Model
+from pyroflows.inference.sites import LatentSite, Model, ModelStructure, check_model
+from pyroflows.inference.watch import Watch
 from pyroflows.recipe import describe, is_plain, restore
 from pyroflows.training import FitResult
 
@@ -49,9 +52,7 @@ def _figure(name: str, doc: str) -> Any:
     """Return a property of a posterior: a figure of its weights."""
 
     def figure(posterior: "Posterior") -> Any:
-        if posterior.weights is None:
-            raise ValueError("expected a posterior by a guide, whose draws have weights; got one by Markov chains")
-        return getattr(posterior.weights, name)
+        return getattr(posterior._weights(), name)
 
     return property(figure, doc=doc)
 
@@ -105,34 +106,47 @@ class Posterior:
 
     elbo = _figure("elbo", "The evidence lower bound, in nats.")
     elbo_error = _figure("elbo_error", "The standard error of :attr:`elbo`.")
-    log_evidence = _figure("log_evidence", "The log evidence by importance sampling, in nats.")
-    log_evidence_error = _figure("log_evidence_error", "The standard error of :attr:`log_evidence`.")
+    log_evidence = _figure("log_evidence", "The log evidence by importance sampling, in nats; see its note.")
     khat = _figure("khat", "The Pareto shapes of the importance weights, over several sets of draws.")
+
+    @property
+    def log_evidence_error(self) -> float:
+        """The standard error of :attr:`log_evidence`: infinite if the weights do not tell it."""
+        return self._weights().evidence_error(self.missed)[0]
+
+    @property
+    def log_evidence_note(self) -> str:
+        """What is wrong with :attr:`log_evidence`, such as a mode that is missed, or nothing."""
+        return self._weights().evidence_error(self.missed)[1]
+
+    def _weights(self) -> Weights:
+        if self.weights is None:
+            raise ValueError("expected a posterior by a guide, whose draws have weights; got one by Markov chains")
+        return self.weights
 
     @property
     def ess(self) -> float:
         """The effective number of draws: by Kish's formula for weights, the smallest over the latents for chains."""
-        return self._chain_statistics()[1] if self.weights is None else self.weights.ess
+        return self.weights.ess if self.weights else _chain_statistics(self)[1]
 
     @property
     def rhat(self) -> float:
         """The largest split R-hat of chains."""
-        return self._chain_statistics()[0]
-
-    def _chain_statistics(self) -> tuple[float, float]:
-        if self.chains is None:
-            raise ValueError("expected a posterior by Markov chains; got one by a guide")
-        return diagnosis.chain_statistics(self.chains)
+        return _chain_statistics(self)[0]
 
     # Draws
 
     def draws(self, n: int = 1000) -> dict[str, Tensor]:
-        """Draw values of the sites, each ``(n, *shape)``: the guide's own, or at random from the chains."""
-        return self.log_joint.constrain(self._draw(n))
+        """Draw values of latent and deterministic sites, ``(n, *shape)``: the guide's, or at random from the chains."""
+        return self._values(self._draw(n))
 
     def resampled(self, n: int = 1000) -> dict[str, Tensor]:
         """Draw values of the sites, each ``(n, *shape)``, by smoothed weights (:func:`psis`), which mend errors."""
-        return self.log_joint.constrain(self._resample(n))
+        return self._values(_resample(self, n))
+
+    @torch.no_grad()
+    def _values(self, u: Tensor) -> dict[str, Tensor]:
+        return self.log_joint.constrain(u, deterministic=bool(self.log_joint.structure.deterministic))
 
     def _draw(self, n: int) -> Tensor:
         check_sizes(n=n)
@@ -142,15 +156,6 @@ class Posterior:
         if n > len(flat):
             raise ValueError(f"expected at most {len(flat)} draws, the number that the chains hold; got n={n}")
         return flat[torch.randperm(len(flat), device=flat.device)[:n]]
-
-    def _resample(self, n: int) -> Tensor:
-        check_sizes(n=n)
-        pool = self.weights
-        if pool is None:
-            return self._draw(n)
-        if 2 * n > len(pool.u):
-            pool = diagnosis.importance_sample(self.guide, self.log_joint, 2 * n)
-        return pool.resample(n)
 
     def log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
         """Return the guide's log-density of the sites' values, see :meth:`AutoFlow.log_prob`."""
@@ -167,36 +172,71 @@ class Posterior:
         check_sizes(num_draws=num_draws)
         if not args and not kwargs:
             args, kwargs = self.log_joint.args, self.log_joint.kwargs
-        u = self._resample(num_draws) if self.verdict == "resample" else self._draw(num_draws)
+        u = _resample(self, num_draws) if self.verdict == "resample" else self._draw(num_draws)
         return self.log_joint.predict(u, args, kwargs)
 
-    def to_arviz(self, num_draws: int = 4000, *, resample: bool | None = None) -> Any:
-        """Return draws, log-likelihoods, observations and sample statistics as ArviZ holds them.
+    def to_arviz(
+        self,
+        num_draws: int = 4000,
+        *,
+        resample: bool | None = None,
+        coords: Coords | None = None,
+        dims: Dims | None = None,
+        predictive: bool = True,
+        likelihood_factors: Sequence[str] | Mapping[str, str] | None = None,
+    ) -> Any:
+        """Return draws, log-likelihoods, predictions and observations as ArviZ holds them, and warn of a bad posterior.
+
+        Entries that are masked out are no observations: they are left out of every group but the posterior, where the
+        others then are in one dimension, ``<site>_observed``. Scales of observations do not count.
 
         Args:
-            num_draws: of a guide, in four groups in place of chains, or in one if they are few; Markov chains are
-                returned whole.
+            num_draws: of a guide, in one chain, since they are independent; Markov chains are returned whole.
             resample: whether the draws are resampled by their weights; by default if the verdict is "resample".
+            coords: labels along dimensions, by their names.
+            dims: names of the dimensions of sites; by default plates name those that they make.
+            predictive: whether to draw what the model would observe, at the draws of the latents.
+            likelihood_factors: the ``pyro.factor`` statements that are log-likelihoods of data, as of censored ones:
+                names, each a variable of its own, or ``{factor: site}`` to add each to that of an observed site. If
+                the model has factors, log-likelihoods are left out until this is told.
 
         Returns:
             ``InferenceData`` (ArviZ 0.x) or a ``DataTree`` (1.x): "posterior" with deterministic sites,
-            "log_likelihood" if the model has observations and no discrete latents, "sample_stats" with "lp" and, for
-            the guide's own draws, "log_q" and the smoothed, normalised "log_weight"; "observed_data".
+            "log_likelihood", "posterior_predictive" and "observed_data" if the model has observations, "sample_stats"
+            with "lp" and, for the guide's own draws, "log_q" and the smoothed, normalised "log_weight". The attributes
+            of all have the verdict, its reason, and the figures of the weights or of the chains.
         """
         check_sizes(num_draws=num_draws)
-        if self.chains is not None:
-            return diagnosis.inference_data(self.log_joint, self.chains.flatten(0, 1), len(self.chains), None)
-        num_chains = 4 if num_draws >= 16 else 1
         resample = self.verdict == "resample" if resample is None else resample
-        number = -(-num_draws // num_chains) * num_chains
-        u = self._resample(number) if resample else self._draw(number)
-        return diagnosis.inference_data(self.log_joint, u, num_chains, None if resample else self.guide.require_flow())
+        groups = _arviz_groups(self, _select(self, num_draws, resample), resample, coords, dims)
+        groups.add_sample_stats(None if self.weights is None or resample else self.guide.require_flow())
+        groups.add_observations(predictive=predictive, factors=likelihood_factors)
+        for note in [*_cautions(self, resample), *groups.notes]:
+            warnings.warn(note, stacklevel=2)
+        return groups.build()
 
-    def summary(self, num_draws: int = 4000) -> Any:
-        """Return ArviZ's table of the sites: means, standard deviations, intervals, R-hat and effective sizes."""
+    def summary(self, num_draws: int = 4000, *, coords: Coords | None = None, dims: Dims | None = None) -> Any:
+        """Return ArviZ's table of the sites with the verdict, and warn of a posterior that is not to be trusted.
+
+        A guide's draws are independent, and those of a bad guide too, so that neither R-hat nor an effective sample
+        size of the draws says anything: "ess_weights" is that of the importance weights, of ``len(weights.u)`` draws.
+
+        Args:
+            num_draws: of a guide, resampled by their weights if the verdict is "resample".
+            coords, dims: as in :meth:`to_arviz`.
+        """
         import arviz as az
 
-        return az.summary(self.to_arviz(num_draws))
+        resample = self.verdict == "resample"
+        groups = _arviz_groups(self, _select(self, num_draws, resample), resample, coords, dims)
+        table = az.summary(groups.build(), kind="all" if self.weights is None else "stats")
+        if self.weights is not None:
+            table["ess_weights"] = round(self.ess, 1)
+        table["verdict"] = self.verdict
+        table.attrs.update(_attributes(self))
+        for note in _cautions(self, resample):
+            warnings.warn(note, stacklevel=2)
+        return table
 
     def refine(
         self,
@@ -204,6 +244,7 @@ class Posterior:
         num_chains: int = 4,
         num_draws: int = 250,
         num_warmup: int = 200,
+        max_seconds: float | None = None,
         seed: int | None = None,
         progress: bool | None = None,
     ) -> "Posterior":
@@ -213,38 +254,27 @@ class Posterior:
             num_chains: number of chains, run one after the other, each from a draw of the guide or a mode it misses.
             num_draws: of each chain.
             num_warmup: steps of each chain that adapt it.
+            max_seconds: a limit of wall time, of which each chain has an equal share.
             seed: seeds the chains, and restores torch's generator afterwards; None uses the global generator.
-            progress: whether to show Pyro's bars; by default only on a terminal.
+            progress: whether to show Pyro's bars; by default only on a terminal. A line at most every ten seconds goes
+                to the logger "pyroflows".
+
+        Raises:
+            ValueError: there was no time for draws.
         """
         check_sizes(num_chains=num_chains, num_draws=num_draws, num_warmup=num_warmup)
-        began = time.perf_counter()
-        with seeded(seed):
+        check_number("max_seconds", max_seconds, "(0, inf)", optional=True)
+        with seeded(seed), Watch(max_seconds, progress) as watch:
+            watch.hide()  # Pyro shows a bar of its own
             starts = torch.cat([*(mode[None] for mode in self.missed), self._draw(num_chains)])[:num_chains]
-            chains = run_chains(self.guide, self.log_joint, starts, num_draws, num_warmup, progress)
+            chains = run_chains(self.guide, self.log_joint, starts, num_draws, num_warmup, watch)
         refined = Posterior(self.guide, self.results, self.notes, chains=chains)
-        refined.seconds = time.perf_counter() - began
+        refined.seconds = watch.seconds()
         return refined
 
     def save(self, path: str | Path) -> None:
         """Write the guide's flow, and the weighted draws or the chains, as one safetensors file."""
-        weights, flow = self.weights, self.guide.require_flow()
-        try:
-            recipe, tensors = describe(flow, own=False)
-        except ValueError:  # a part of a class of the user's own, so that the builder has to be passed again
-            recipe, tensors = None, {f"state.{name}": value for name, value in flow.state_dict().items()}
-        draws: Any = {"u": weights.u, "log_weights": weights.log_weights} if weights else {"chains": self.chains}
-        if self.missed:
-            draws["missed"] = torch.stack(self.missed)
-        header = {
-            "recipe": recipe,
-            "options": {name: value for name, value in self.guide.options.items() if is_plain(value)},
-            "max_triangular": self.guide.max_triangular,
-            "latents": _shapes(self.guide),
-            "notes": self.notes,
-            "seconds": self.seconds,
-        }
-        # The density at some draws verifies model and data on load.
-        write(path, "posterior", header, {**tensors, **draws, "log_joint": self.log_joint.value(_few_of(draws))})
+        _write(self, path)
 
     @staticmethod
     def load(
@@ -268,20 +298,104 @@ class Posterior:
         weights = None
         if chains is None:
             weights = diagnosis.summarize_weights(require_log_joint(guide), draws["u"], draws["log_weights"])
+            weights = replace(weights, tail=header.get("tail", 0.0))
         posterior = Posterior(guide, (), header["notes"], chains=chains, weights=weights, missed=missed)
         posterior.seconds = header["seconds"]
         return posterior
 
     def __repr__(self) -> str:
-        if self.weights is None:
-            return f"Posterior by chains ({self.verdict}: {self.reason})"
-        seconds = f", {self.seconds:.1f} s" if math.isfinite(self.seconds) else ""
-        return (
-            f"Posterior of {self.guide.latent_dim} latents: {self.verdict}, since {self.reason}\n"
-            f"ELBO {self.elbo:.3f} +- {self.elbo_error:.3f}, log evidence {self.log_evidence:.3f} +- "
-            f"{self.log_evidence_error:.3f}, k-hat {min(self.khat):.2f} to {max(self.khat):.2f}, "
-            f"ESS {self.ess:.0f} of {len(self.weights.u)}{seconds}"
-        )
+        return _describe(self)
+
+
+def _chain_statistics(posterior: Posterior) -> tuple[float, float]:
+    if posterior.chains is None:
+        raise ValueError("expected a posterior by Markov chains; got one by a guide")
+    return diagnosis.chain_statistics(posterior.chains)
+
+
+def _resample(posterior: Posterior, n: int) -> Tensor:
+    """Return draws of a guide by their weights, or draws of the chains."""
+    check_sizes(n=n)
+    pool = posterior.weights
+    if pool is None:
+        return posterior._draw(n)
+    if 2 * n > len(pool.u):
+        pool = diagnosis.importance_sample(posterior.guide, posterior.log_joint, 2 * n)
+    return pool.resample(n)
+
+
+def _select(posterior: Posterior, n: int, resample: bool) -> Tensor:
+    """Return draws of a guide, by their weights on request, or all those of the chains."""
+    if posterior.chains is not None:
+        return posterior.chains.flatten(0, 1)
+    return _resample(posterior, n) if resample else posterior._draw(n)
+
+
+def _arviz_groups(
+    posterior: Posterior, u: Tensor, resampled: bool, coords: Coords | None, dims: Dims | None
+) -> ArvizGroups:
+    """Return the groups of draws, with the draws and the verdict on them."""
+    chains = posterior.chains
+    source = "chains" if chains is not None else "resampled" if resampled else "guide"
+    attributes = {**_attributes(posterior), "draws": source}
+    number = 1 if chains is None else len(chains)
+    groups = ArvizGroups(posterior.log_joint, u, number, coords=coords, dims=dims, attrs=attributes)
+    groups.add_posterior()
+    return groups
+
+
+def _attributes(posterior: Posterior) -> dict[str, Any]:
+    """Return the verdict and the figures that it is based on, of types that a netCDF file holds."""
+    names = ["verdict", "reason", "ess"]
+    if posterior.weights is None:
+        return {name: getattr(posterior, name) for name in [*names, "rhat"]}
+    names += ["elbo", "log_evidence", "log_evidence_error", "log_evidence_note"]
+    numbers = {"num_weights": len(posterior.weights.u), "missed_modes": len(posterior.missed)}
+    return {name: getattr(posterior, name) for name in names} | {"khat": list(posterior.khat)} | numbers
+
+
+def _cautions(posterior: Posterior, resampled: bool) -> list[str]:
+    """Return what to warn of where draws are reported."""
+    if posterior.verdict == "do not trust":
+        return [f"do not trust this posterior: {posterior.reason}"]
+    if posterior.verdict == "resample" and not resampled:
+        return [f"these are the guide's own draws, which should be resampled: {posterior.reason}"]
+    return []
+
+
+def _describe(posterior: Posterior) -> str:
+    if posterior.weights is None:
+        return f"Posterior by chains ({posterior.verdict}: {posterior.reason})"
+    seconds = f", {posterior.seconds:.1f} s" if math.isfinite(posterior.seconds) else ""
+    error = f" +- {posterior.log_evidence_error:.3f}" if math.isfinite(posterior.log_evidence_error) else ""
+    error += f" ({posterior.log_evidence_note})" if posterior.log_evidence_note else ""
+    return (
+        f"Posterior of {posterior.guide.latent_dim} latents: {posterior.verdict}, since {posterior.reason}\n"
+        f"ELBO {posterior.elbo:.3f} +- {posterior.elbo_error:.3f}, log evidence {posterior.log_evidence:.3f}{error}, "
+        f"ESS {posterior.ess:.0f} of {len(posterior.weights.u)}{seconds}"
+    )
+
+
+def _write(posterior: Posterior, path: str | Path) -> None:
+    weights, flow = posterior.weights, posterior.guide.require_flow()
+    try:
+        recipe, tensors = describe(flow, own=False)
+    except ValueError:  # a part of a class of the user's own, so that the builder has to be passed again
+        recipe, tensors = None, {f"state.{name}": value for name, value in flow.state_dict().items()}
+    draws: Any = {"u": weights.u, "log_weights": weights.log_weights} if weights else {"chains": posterior.chains}
+    if posterior.missed:
+        draws["missed"] = torch.stack(posterior.missed)
+    header = {
+        "recipe": recipe,
+        "options": {name: value for name, value in posterior.guide.options.items() if is_plain(value)},
+        "max_triangular": posterior.guide.max_triangular,
+        "latents": _shapes(posterior.guide.latents),
+        "notes": posterior.notes,
+        "seconds": posterior.seconds,
+        "tail": weights.tail if weights else 0.0,
+    }
+    # The density at some draws verifies model and data on load.
+    write(path, "posterior", header, {**tensors, **draws, "log_joint": posterior.log_joint.value(_few_of(draws))})
 
 
 def _read_guide(
@@ -291,6 +405,13 @@ def _read_guide(
     header, tensors = read(path, "posterior")
     if missing := {"recipe", "options", "max_triangular", "latents", "notes", "seconds"} - header.keys():
         raise ValueError(f"expected a posterior written by save; got {path}, whose header lacks {min(missing)}")
+    check_model(model)
+    latents = _shapes(ModelStructure.of(config_enumerate(model), args, kwargs).latents)
+    if latents != header["latents"]:
+        expected, got = (
+            ", ".join(f"{n} {tuple(shape)}" for n, shape in sites) for sites in (header["latents"], latents)
+        )
+        raise ValueError(f"expected the model of the posterior in {path}, with the latents {expected}; got {got}")
     options = {}
     if flow is None and header["recipe"] is None:
         reason = "the posterior was fitted with a flow or a builder of the user's own"
@@ -304,8 +425,6 @@ def _read_guide(
         options = header["options"]
     options["max_triangular"] = header["max_triangular"]
     guide = AutoFlow(config_enumerate(model), flow, "none", args=args, kwargs=kwargs, **options)
-    if _shapes(guide) != header["latents"]:
-        raise ValueError(f"expected a model with the latents {header['latents']}; got {_shapes(guide)}")
     state = {name.removeprefix("state."): value for name, value in tensors.items() if name.startswith("state.")}
     whole: Flow = guide.require_flow()
     try:
@@ -320,8 +439,8 @@ def _read_guide(
     return guide, draws, header
 
 
-def _shapes(guide: AutoFlow) -> list[list[Any]]:
-    return [[site.name, list(site.shape)] for site in guide.latents]
+def _shapes(latents: Sequence[LatentSite]) -> list[list[Any]]:
+    return [[site.name, list(site.shape)] for site in latents]
 
 
 def _few_of(tensors: Mapping[str, Tensor]) -> Tensor:

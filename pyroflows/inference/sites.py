@@ -1,17 +1,22 @@
 """Sites of a Pyro model, read from its first run, and the latents' slices of one unconstrained vector."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial, reduce
+from numbers import Number
 from typing import Any, cast
 
+import numpy as np
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Size, Tensor
-from torch.distributions import Distribution, biject_to
+from torch.distributions import Distribution, Independent, biject_to
 
 __all__ = [
     "LatentSite",
@@ -21,6 +26,7 @@ __all__ = [
     "check_values",
     "constrain",
     "device_of",
+    "explain_by_arguments",
     "have_one_image",
     "initial_value",
     "is_deterministic",
@@ -150,6 +156,12 @@ def is_deterministic(site: Any) -> bool:
     )
 
 
+def _is_factor(node: Any) -> bool:
+    if not is_deterministic(node):
+        return isinstance(node["fn"], dist.Unit)
+    return "_deterministic" not in node["infer"] and bool((node["fn"].log_prob(node["value"]) != 0).any())
+
+
 def initial_value(site: Any, like: Tensor | None = None) -> Tensor:
     """Return an initial value of a latent site: its prior median, or a feasible point of an improper prior."""
     fn = site["fn"]
@@ -184,17 +196,30 @@ class ModelStructure:
     initial: Tensor = field(default_factory=lambda: torch.empty(0))  # their values, as a point of unconstrained space
     discrete: dict[str, bool] = field(default_factory=dict)  # the discrete ones; whether the model enumerates each
     observations: dict[str, Tensor] = field(default_factory=dict)
+    observed_nodes: dict[str, dict[str, Any]] = field(default_factory=dict)  # also of factors and deterministic sites
     fixed: dict[str, Tensor] = field(default_factory=dict)  # the rows of each plate, the same in every run
     subsampled: list[str] = field(default_factory=list)  # the plates that take only some of their rows
     parameters: list[str] = field(default_factory=list)  # of ``pyro.param`` statements
     shapes: dict[str, Size] = field(default_factory=dict)  # of values, and of the observations' log-densities
     max_plate_nesting: int = 0
+    problem: str = ""  # why there is no density at the initial values
+
+    @property
+    def deterministic(self) -> list[str]:
+        """The names of deterministic sites."""
+        return [name for name, node in self.observed_nodes.items() if is_deterministic(node)]
+
+    @property
+    def factors(self) -> list[str]:
+        """The names of ``pyro.factor`` statements, and of observed points with a log-density, which are factors too."""
+        return [name for name, node in self.observed_nodes.items() if _is_factor(node)]
 
     @classmethod
     def of(cls, model: Model, args: Sequence[Any], kwargs: Mapping[str, Any]) -> "ModelStructure":
         """Run a model with each latent at its initial value, and read the trace."""
-        trace = _first_run(model, args, kwargs)
-        structure = cls(parameters=[name for name, node in trace.nodes.items() if node["type"] == "param"])
+        trace, problem = _first_run(model, args, kwargs)
+        parameters = [name for name, node in trace.nodes.items() if node["type"] == "param"]
+        structure = cls(parameters=parameters, problem=problem)
         samples = {name: node for name, node in trace.nodes.items() if node["type"] == "sample"}
         for name, node in samples.items():
             structure._read_plates(name, node)
@@ -227,8 +252,10 @@ class ModelStructure:
 
     def _read_observed(self, name: str, node: Any) -> None:
         deterministic = is_deterministic(node)
+        self.observed_nodes[name] = {key: node[key] for key in _SITE_KEYS}
         self.shapes[name] = node["value" if deterministic else "log_prob"].shape
         if not deterministic and not isinstance(node["fn"], dist.Unit):
+            _check_observation(name, node)
             self.observations[name] = node["value"]
 
     def _read_discrete(self, name: str, node: Any) -> None:
@@ -258,17 +285,84 @@ class ModelStructure:
         return part
 
 
-def _first_run(model: Model, args: Sequence[Any], kwargs: Mapping[str, Any]) -> poutine.Trace:
-    """Run a model, as the user has it, with each latent at its initial value."""
+def _check_observation(name: str, node: Any) -> None:
+    """Refuse data and a distribution that stretch each other, as shapes (50, 1) and (50,) do to (50, 50)."""
+    value, fn, shape = node["value"], node["fn"], node["log_prob"].shape
+    split = value.dim() - fn.event_dim
+    batch, event = value.shape[:split], value.shape[split:]
+    plates = {frame.dim for frame in node["cond_indep_stack"] if frame.vectorized}
+    of_data, of_fn = (
+        {dim for dim in range(-len(shape), 0) if shape[dim] > ((1,) * len(shape) + tuple(own))[dim]}
+        for own in (batch, fn.batch_shape)
+    )
+    wrong = (isinstance(fn, Independent) and event != fn.event_shape) or (of_data and (of_fn or of_data - plates))
+    if value.numel() > 1 and wrong:
+        got = f"data of shape {tuple(value.shape)} and a distribution of shape {tuple(fn.shape())}"
+        expected = f"expected data of the shape of their distribution at site {name!r}"
+        raise ValueError(f"{expected}; got {got}, which are stretched to fit each other: give one the other's shape")
+
+
+def _nan_in(value: Any) -> str:
+    """Return where a tensor or an array has NaN, if it does."""
+    with suppress(TypeError, ValueError):
+        missing = np.isnan(value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value, float))
+        if missing.any():
+            rows = np.flatnonzero(missing.reshape(len(missing) if missing.ndim else 1, -1).any(-1))
+            return f"NaN in row {rows[0]} ({len(rows)} such row{'s' if len(rows) > 1 else ''} in all)"
+    return ""
+
+
+class _CheckData(Messenger):
+    """Refuses observed data that are no tensors or hold NaN, before the distribution's own checks."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] or site_is_subsample(msg):
+            return
+        if not isinstance(msg["value"], (Tensor, Number)):
+            got = f"{type(msg['value']).__name__}: convert it, for example by torch.as_tensor"
+            raise TypeError(f"expected data as a tensor at site {msg['name']!r}; got {got}")
+        if where := _nan_in(msg["value"]):
+            advice = "leave such rows out, or mask them with another number in their place, whose gradient exists"
+            raise ValueError(f"expected data without NaN at site {msg['name']!r}; got {where}: {advice}")
+
+
+def explain_by_arguments(args: Sequence[Any], kwargs: Mapping[str, Any], problem: str) -> None:
+    """Raise a sentence if arguments with NaN, or arrays in place of tensors, may be why a model fails."""
+    named = {**{f"argument {place}": value for place, value in enumerate(args)}, **kwargs}
+    for name, value in named.items():
+        if where := _nan_in(value):
+            raise ValueError(f"expected arguments of the model without NaN; got {where} of {name}, and {problem}")
+    for name, value in named.items():
+        if hasattr(value, "__array__") and not isinstance(value, (Tensor, np.generic)):
+            got = f"{type(value).__name__} as {name}, and {problem}"
+            raise TypeError(f"expected tensors as arguments of the model, by torch.as_tensor; got {got}")
+
+
+def _run_at_median(model: Model, args: Any, kwargs: Any, like: Tensor) -> poutine.Trace:
+    with poutine.block(), torch.no_grad(), _CheckData(), InitMessenger(partial(initial_value, like=like)):
+        trace = poutine.trace(model).get_trace(*args, **kwargs)
+        trace.compute_log_prob()
+    return trace
+
+
+def _first_run(model: Model, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[poutine.Trace, str]:
+    """Run a model, as the user has it, with each latent at its initial value.
+
+    The data may be outside the support that they have there, and inside it elsewhere; the text then says so.
+    """
     likes = [*_floating_tensors((args, kwargs)), torch.empty(()), torch.empty((), dtype=torch.float64)]
     unique = list({(like.dtype, like.device): like for like in likes}.values())
     for like in unique:
         try:
-            with poutine.block(), torch.no_grad(), InitMessenger(partial(initial_value, like=like)):
-                trace = poutine.trace(model).get_trace(*args, **kwargs)
-                trace.compute_log_prob()
-            return trace
-        except RuntimeError:  # an improper prior's value of another dtype than the data in a closure
-            if like is unique[-1]:
+            return _run_at_median(model, args, kwargs, like), ""
+        except Exception as error:
+            if not str(error).startswith("expected data"):  # a sentence already
+                explain_by_arguments(args, kwargs, f"{type(error).__name__} in the model: {str(error).splitlines()[0]}")
+                with suppress(Exception), pyro.validation_enabled(False):
+                    trace = _run_at_median(model, args, kwargs, like)
+                    if isinstance(error, ValueError) and not trace.log_prob_sum().isfinite():
+                        return trace, " ".join(str(error).splitlines()[:2])
+            # An improper prior's value of another dtype than the data in a closure.
+            if like is unique[-1] or not isinstance(error, RuntimeError):
                 raise
     raise AssertionError

@@ -12,7 +12,7 @@ from pyroflows.gradients import vjp
 from pyroflows.layers.inversion import invert, invert_in_passes, invert_with_gradient, iterate_to_fixed_point
 from pyroflows.layers.transformers import Transformer, make_transformer, num_parameters, split_by_feature
 from pyroflows.networks.made import MADE
-from pyroflows.private import inside_functorch
+from pyroflows.private import inside_forward_mode, inside_functorch
 
 __all__ = ["MaskedAutoregressive"]
 
@@ -72,7 +72,7 @@ class MaskedAutoregressive(Bijection):
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> Pair:
         dropout = self.conditioner.network.dropout
         sources = [x, *self.conditioner.parameters()] + ([] if context is None else [context])
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or inside_functorch()
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or inside_functorch() or inside_forward_mode()
         if traced or (dropout.p and dropout.training):
             solve = invert_in_passes
         elif torch.is_grad_enabled() and any(source.requires_grad for source in sources):

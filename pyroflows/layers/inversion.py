@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from pyroflows.caching import caching
 from pyroflows.layers.transformers import Transformer, split_by_feature
 from pyroflows.networks.made import MADE
+from pyroflows.private import is_mapped
 
 __all__ = ["invert", "invert_in_passes", "invert_with_gradient", "iterate_to_fixed_point"]
 
@@ -129,6 +130,8 @@ def iterate_to_fixed_point(step: Callable[[Tensor], Tensor], start: Tensor) -> T
         value = step(previous)
         # Features not yet exact may be of any size, and must not overflow into those that are.
         value = torch.where(value.abs() < limits.max**0.5, value, 0)
+        if is_mapped(value):
+            continue  # its numbers cannot be read
         if ((value - previous).abs().amax(-1) <= 8 * limits.eps * value.abs().amax(-1)).all():
             break
     return value

@@ -35,8 +35,8 @@ class LULinear(Bijection):
 
     .. math:: x = W y + b, \quad W = P L (U + \mathrm{diag}(s)), \quad \log|\det dy/dx| = -\sum_i \log|s_i|
 
-    The permutation :math:`P` and the signs of :math:`s` are fixed. Data to latent is a product, and latent to data two
-    triangular solves.
+    The permutation :math:`P` and the signs of :math:`s` are fixed; a new layer has none. Data to latent is a product,
+    and latent to data two triangular solves.
 
     Args:
         features: number of features.
@@ -65,9 +65,13 @@ class LULinear(Bijection):
 
     def __init__(self, features: int, *, init: str = "orthogonal", bias: bool = True):
         super().__init__(features)
-        p, lower, upper = torch.linalg.lu(_initial_matrix(features, init))
-        self.register_buffer("permutation", p.argmax(-1))  # row i of W is row permutation[i] of L U
-        self.register_buffer("signs", upper.diagonal().sign())
+        _, lower, upper = torch.linalg.lu(_initial_matrix(features, init))
+        # Rows reordered and negated such that the factors need no permutation and no signs: an orthogonal matrix stays
+        # one, and nothing is drawn but parameters, which alone Pyro's store holds.
+        signs = upper.diagonal().sign()
+        lower, upper = signs[:, None] * lower * signs, signs[:, None] * upper
+        self.register_buffer("permutation", torch.arange(features))  # row i of W is row permutation[i] of L U
+        self.register_buffer("signs", torch.ones(features))
         self.register_buffer("eye", torch.eye(features), persistent=False)
         self.lower = nn.Parameter(lower.tril(-1))
         self.upper = nn.Parameter(upper.triu(1))
@@ -89,10 +93,11 @@ class LULinear(Bijection):
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> Pair:
         y = x if self.bias is None else x - self.bias
-        y = y[..., self.permutation.argsort()].reshape(-1, x.shape[-1])
+        y = y.index_select(-1, self.permutation.argsort()).reshape(-1, x.shape[-1])
         y = torch.linalg.solve_triangular(self.lower.T, y, upper=True, left=False, unitriangular=True)
         y = torch.linalg.solve_triangular(self._upper().T, y, upper=False, left=False)
-        return y.reshape(x.shape), -self.log_det().expand(x.shape[:-1])
+        # Contiguous, since Pyro views draws in other shapes; a solver returns a transposed matrix.
+        return y.contiguous().view(x.shape), -self.log_det().expand(x.shape[:-1])
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> Pair:
         with _full_precision(y):

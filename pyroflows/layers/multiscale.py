@@ -6,6 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Size, Tensor, nn
 
+from pyroflows.arguments import check_log_det
 from pyroflows.bijection import Bijection, Pair
 from pyroflows.compose import as_bijections
 
@@ -72,6 +73,7 @@ class Multiscale(Bijection):
             part = part.unflatten(-1, shape)
             h = part if h is None else torch.cat([h, part], -3)
             h, log_det = level.unchecked_forward_and_log_det(h, level.context_for(context))  # type: ignore[operator]
+            check_log_det(level, log_det, h.shape[:-3])
             total = total + log_det
         return h, total  # type: ignore[return-value]
 
@@ -79,6 +81,7 @@ class Multiscale(Bijection):
         parts, total, h = [], 0, y
         for level, channels in zip(reversed(self.levels), reversed(self.passed_on), strict=True):
             h, log_det = level.unchecked_inverse_and_log_det(h, level.context_for(context))  # type: ignore[operator]
+            check_log_det(level, log_det, h.shape[:-3])
             total = total + log_det
             h, factored_out = h.split((channels, h.shape[-3] - channels), -3)
             parts.append(factored_out.flatten(-3))

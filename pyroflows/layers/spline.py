@@ -74,7 +74,7 @@ class Spline:
         q = slope + (d_high + d_low - 2 * slope) * middle
         y = y_low + height * (slope * xi.square() + d_low * middle) / q
         log_det = self._log_derivative(xi, slope, d_low, d_high, q)
-        return torch.where(inside, y, x), torch.where(inside, log_det, 0)
+        return torch.where(inside, self._rounded_inside(y), x), torch.where(inside, log_det, 0)
 
     def inverse(self, y: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         inside, clamped = self._inside(y)
@@ -92,7 +92,11 @@ class Spline:
         xi = (numerator / torch.where(upright, -b - root, 2 * a)).clamp(0, 1)
         x = x_low + width * xi
         log_det = -self._log_derivative(xi, slope, d_low, d_high, slope + bend * xi * (1 - xi))
-        return torch.where(inside, x, y), torch.where(inside, log_det, 0)
+        return torch.where(inside, self._rounded_inside(x), y), torch.where(inside, log_det, 0)
+
+    def _rounded_inside(self, y: Tensor) -> Tensor:
+        """Return a result within the interval, beyond which rounding must not take it: a prior may end there."""
+        return y.clamp(-self.bound, self.bound)
 
     def _inside(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x.abs() < self.bound, x.clamp(-self.bound, self.bound)

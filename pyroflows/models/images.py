@@ -43,6 +43,7 @@ def image_glow(
     norm: str = "actnorm",
     num_classes: int = 0,
     context_features: int = 0,
+    embedding: nn.Module | None = None,
     learn_top: bool = True,
     alpha: float | None = None,
     prior: Prior | None = None,
@@ -52,7 +53,7 @@ def image_glow(
     check_sizes(num_levels=num_levels, num_steps=num_steps, hidden_channels=hidden_channels)
     check_option("permutation", permutation, _PERMUTATIONS)
     check_option("coupling", coupling, ("affine", "additive"))
-    context, embedding = _conditions(num_classes, context_features)
+    context, embedding = _conditions(num_classes, context_features, embedding)
     transformer = Affine(scale=scale) if coupling == "affine" else Additive()
     network: dict[str, Any] = {"context_features": context, "hidden_channels": hidden_channels, "norm": norm}
 
@@ -86,13 +87,14 @@ def image_realnvp(
     dropout: float = 0.0,
     num_classes: int = 0,
     context_features: int = 0,
+    embedding: nn.Module | None = None,
     alpha: float | None = 0.05,
     prior: Prior | None = None,
     dequantizer: nn.Module | None = None,
 ) -> Flow:
     """Build RealNVP for images; see :func:`pyroflows.realnvp`."""
     check_sizes(num_levels=num_levels, num_blocks=num_blocks, hidden_channels=hidden_channels)
-    context, embedding = _conditions(num_classes, context_features)
+    context, embedding = _conditions(num_classes, context_features, embedding)
     transformer = Affine(scale=scale)
     network: dict[str, Any] = {"num_blocks": num_blocks, "context_features": context, "norm": norm, "dropout": dropout}
 
@@ -125,12 +127,12 @@ def image_realnvp(
     return _image_flow(levels, alpha, prior, embedding, dequantizer)
 
 
-def _conditions(num_classes: int, context_features: int) -> tuple[int, nn.Module | None]:
-    """Return the length of the layers' context, and the embedding of class labels, if any."""
+def _conditions(num_classes: int, context_features: int, embedding: nn.Module | None) -> tuple[int, nn.Module | None]:
+    """Return the length of the layers' context, and its embedding, if any: the user's, or that of class labels."""
     if not num_classes:
-        return context_features, None
-    if context_features:
-        raise ValueError("`num_classes` cannot be combined with `context_features`")
+        return context_features, embedding
+    if context_features or embedding is not None:
+        raise ValueError("`num_classes` cannot be combined with `context_features` or `embedding`")
     return num_classes, OneHot(num_classes)
 
 

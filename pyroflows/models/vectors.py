@@ -1,10 +1,12 @@
 """The named flows: functions that build a Flow with good defaults."""
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, ParamSpec, Protocol, Unpack, cast, overload
 
 import torch
+from torch import nn
 
 from pyroflows.arguments import Shape, check_names, check_option, check_sizes, is_integer
 from pyroflows.bijection import Bijection, Inverse
@@ -67,8 +69,20 @@ def _or_for_images(
     return decorate
 
 
-def _flow(prior: Prior | None, features: int, layers: Sequence[Bijection]) -> Flow:
-    return Flow(StandardNormal(features) if prior is None else prior, layers)
+def _with_options(builder: Callable[P, Flow]) -> Callable[P, Flow]:
+    """Decorate a builder of flows of vectors, so that its recipe is kept, and all its options are named in errors."""
+    network = NetworkOptions.__annotations__ if "network" in inspect.signature(builder).parameters else ()
+
+    @functools.wraps(builder)
+    def build(*args: P.args, **options: P.kwargs) -> Flow:
+        check_names(options, builder, exclude=("network",), also=network)
+        return builder(*args, **options)
+
+    return recorded(build)
+
+
+def _flow(prior: Prior | None, embedding: nn.Module | None, features: int, layers: Sequence[Bijection]) -> Flow:
+    return Flow(StandardNormal(features) if prior is None else prior, layers, embedding=embedding)
 
 
 def _stack(
@@ -115,6 +129,7 @@ def realnvp(
     mask: str = "halves",
     permutation: str = "lu",
     norm: str = "actnorm",
+    embedding: nn.Module | None = None,
     prior: Prior | None = None,
     **network: Unpack[NetworkOptions],
 ) -> Flow:
@@ -126,7 +141,9 @@ def realnvp(
 
     Args:
         features: number of features, or ``(C, H, W)``.
-        context_features: length of the context; 0 for none.
+        context_features: length of the context, as the layers take it; 0 for none.
+        embedding: network that computes it from the user's context, see :class:`Flow`; cannot be combined with
+            ``num_classes``.
         scale: "exp" or "sigmoid", see :class:`Affine`.
         dropout: dropout of the networks, in training only (0).
         prior: prior of the latent, a vector; by default a standard normal.
@@ -166,7 +183,7 @@ def realnvp(
     """
     options: dict[str, Any] = {"transformer": Affine(scale=scale), "context_features": context_features, **network}
     layer = _couplings(features, permutation, mask=mask, **options)
-    return _flow(prior, features, _stack(layer, features, num_layers, permutation, norm))
+    return _flow(prior, embedding, features, _stack(layer, features, num_layers, permutation, norm))
 
 
 @_or_for_images(image_glow)
@@ -178,6 +195,7 @@ def glow(
     coupling: str = "affine",
     scale: str = "exp",
     permutation: str = "lu",
+    embedding: nn.Module | None = None,
     prior: Prior | None = None,
     **network: Unpack[NetworkOptions],
 ) -> Flow:
@@ -189,7 +207,7 @@ def glow(
 
     Args:
         features: number of features, or ``(C, H, W)``.
-        context_features: length of the context; 0 for none.
+        context_features, embedding: as in :func:`realnvp`.
         coupling: "affine" or "additive".
         scale: scale of affine couplings: "exp", or "sigmoid" as in the paper, see :class:`Affine`.
         prior: prior of the latent, a vector; by default a standard normal.
@@ -233,16 +251,17 @@ def glow(
     check_option("coupling", coupling, ("affine", "additive"))
     transformer = Affine(scale=scale) if coupling == "affine" else Additive()
     layer = _couplings(features, permutation, transformer=transformer, context_features=context_features, **network)
-    return _flow(prior, features, _stack(layer, features, num_steps, permutation, "actnorm"))
+    return _flow(prior, embedding, features, _stack(layer, features, num_steps, permutation, "actnorm"))
 
 
-@recorded
+@_with_options
 def nice(
     features: int,
     *,
     context_features: int = 0,
     num_layers: int = 4,
     mask: str = "checkerboard",
+    embedding: nn.Module | None = None,
     prior: Prior | None = None,
     **network: Unpack[NetworkOptions],
 ) -> Flow:
@@ -253,7 +272,7 @@ def nice(
         num_layers: number of couplings.
         network: ``hidden_features``, ``residual``, ``activation`` and ``dropout`` of each :class:`MLP`.
         mask: "checkerboard" or "halves"; transformed and identity features alternate.
-        context_features, prior: as in :func:`maf`.
+        context_features, embedding, prior: as in :func:`maf`.
 
     Shapes:
         x: ``(*batch, features)``; context: ``(*batch, context_features)``.
@@ -272,10 +291,10 @@ def nice(
     options: dict[str, Any] = {"transformer": Additive(), "context_features": context_features, **network}
     layer = _couplings(features, "none", mask=mask, **options)
     couplings = _stack(layer, features, num_layers, "none", "none")
-    return _flow(prior, features, [ElementwiseAffine(features), *couplings, ActNorm(features)])
+    return _flow(prior, embedding, features, [ElementwiseAffine(features), *couplings, ActNorm(features)])
 
 
-@recorded
+@_with_options
 def maf(
     features: int,
     *,
@@ -285,6 +304,7 @@ def maf(
     scale: str = "exp",
     permutation: str = "lu",
     norm: str = "actnorm",
+    embedding: nn.Module | None = None,
     prior: Prior | None = None,
     **network: Unpack[NetworkOptions],
 ) -> Flow:
@@ -292,7 +312,8 @@ def maf(
 
     Args:
         features: number of features.
-        context_features: length of the context; 0 for none.
+        context_features: length of the context, as the layers take it; 0 for none.
+        embedding: network that computes it from the user's context, see :class:`Flow`.
         num_layers: number of autoregressive layers.
         network: ``hidden_features``, ``residual`` (here True), ``activation`` and ``dropout`` of each :class:`MADE`.
         order: "sequential", "reversed", "random", or the features in the order of their dependence.
@@ -316,10 +337,10 @@ def maf(
     """
     options: dict[str, Any] = {"transformer": Affine(scale=scale), "context_features": context_features, **network}
     layer = _autoregressive(features, permutation, order, **options)
-    return _flow(prior, features, _stack(layer, features, num_layers, permutation, norm))
+    return _flow(prior, embedding, features, _stack(layer, features, num_layers, permutation, norm))
 
 
-@recorded
+@_with_options
 def iaf(
     features: int,
     *,
@@ -329,13 +350,14 @@ def iaf(
     scale: str = "exp",
     permutation: str = "lu",
     norm: str = "actnorm",
+    embedding: nn.Module | None = None,
     prior: Prior | None = None,
     **network: Unpack[NetworkOptions],
 ) -> Flow:
     r"""IAF: inverse autoregressive layers; sampling and scoring the sample take one pass, as guides need.
 
     Args:
-        features, context_features, num_layers, order, scale, permutation, norm, prior: as in :func:`maf`.
+        features, context_features, embedding, num_layers, order, scale, permutation, norm, prior: as in :func:`maf`.
         network: ``hidden_features``, ``residual`` (here True), ``activation`` and ``dropout`` of each :class:`MADE`.
 
     Shapes:
@@ -352,10 +374,10 @@ def iaf(
     options: dict[str, Any] = {"transformer": Affine(scale=scale), "context_features": context_features, **network}
     layer = _autoregressive(features, permutation, order, **options)
     layers = _stack(lambda number: Inverse(layer(number)), features, num_layers, permutation, norm)
-    return _flow(prior, features, layers)
+    return _flow(prior, embedding, features, layers)
 
 
-@recorded
+@_with_options
 def nsf(
     features: int,
     *,
@@ -366,6 +388,7 @@ def nsf(
     bound: float = 3.0,
     permutation: str = "lu",
     norm: str = "actnorm",
+    embedding: nn.Module | None = None,
     prior: Prior | None = None,
     **network: Unpack[NetworkOptions],
 ) -> Flow:
@@ -375,7 +398,7 @@ def nsf(
         features: number of features.
         autoregressive: whether the layers are autoregressive, slower to sample, or couplings.
         num_layers: number of spline layers.
-        context_features, permutation, norm, prior: as in :func:`maf`.
+        context_features, embedding, permutation, norm, prior: as in :func:`maf`.
         network: ``hidden_features``, ``residual`` (here True), ``activation`` and ``dropout`` of each :class:`MLP`.
         num_bins, bound: options of each :class:`Spline`.
 
@@ -396,16 +419,17 @@ def nsf(
         layer = _autoregressive(features, permutation, "sequential", **options)
     else:
         layer = _couplings(features, permutation, **options)
-    return _flow(prior, features, _stack(layer, features, num_layers, permutation, norm))
+    return _flow(prior, embedding, features, _stack(layer, features, num_layers, permutation, norm))
 
 
-@recorded
+@_with_options
 def planar(
     features: int,
     *,
     context_features: int = 0,
     num_layers: int = 16,
     hidden_features: Sequence[int] = (64,),
+    embedding: nn.Module | None = None,
     prior: Prior | None = None,
 ) -> Flow:
     r"""Planar flow: layers that each move points along one direction; scoring solves for a root.
@@ -414,7 +438,7 @@ def planar(
         features: number of features.
         num_layers: number of planar layers.
         hidden_features: widths of the network that computes their parameters from a context.
-        context_features, prior: as in :func:`maf`.
+        context_features, embedding, prior: as in :func:`maf`.
 
     Shapes:
         x: ``(*batch, features)``; context: ``(*batch, context_features)``.
@@ -431,22 +455,23 @@ def planar(
     """
     options: dict[str, Any] = {"context_features": context_features, "hidden_features": hidden_features}
     layers = _stack(lambda _: Planar(features, **options), features, num_layers, "none", "none")
-    return _flow(prior, features, [*layers, ActNorm(features)])
+    return _flow(prior, embedding, features, [*layers, ActNorm(features)])
 
 
-@recorded
+@_with_options
 def radial(
     features: int,
     *,
     context_features: int = 0,
     num_layers: int = 16,
     hidden_features: Sequence[int] = (64,),
+    embedding: nn.Module | None = None,
     prior: Prior | None = None,
 ) -> Flow:
     r"""Radial flow: layers that each move points towards a centre or away from it.
 
     Args:
-        features, context_features, num_layers, hidden_features, prior: as in :func:`planar`.
+        features, context_features, embedding, num_layers, hidden_features, prior: as in :func:`planar`.
 
     Shapes:
         x: ``(*batch, features)``; context: ``(*batch, context_features)``.
@@ -460,4 +485,4 @@ def radial(
     """
     options: dict[str, Any] = {"context_features": context_features, "hidden_features": hidden_features}
     layers = _stack(lambda _: Radial(features, **options), features, num_layers, "none", "none")
-    return _flow(prior, features, [*layers, ActNorm(features)])
+    return _flow(prior, embedding, features, [*layers, ActNorm(features)])

@@ -49,9 +49,10 @@ class OneHot(Recorded, nn.Module):
         self.check_dtype(labels)
         if not labels.numel():
             return
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= len(self.table):
-            raise ValueError(f"expected class labels from 0 to {len(self.table) - 1}; got {low} to {high}")
+        highest = len(self.table) - 1
+        if labels.min() < 0 or labels.max() > highest:
+            others = labels[(labels < 0) | (labels > highest)].unique().tolist()
+            raise ValueError(f"expected class labels from 0 to {highest}; got {_listed(others)}")
 
     @staticmethod
     def check_dtype(labels: Tensor) -> None:
@@ -61,3 +62,11 @@ class OneHot(Recorded, nn.Module):
 
     def extra_repr(self) -> str:
         return str(len(self.table))
+
+
+def _listed(labels: list[int]) -> str:
+    """Return a few labels as text, or the number and range of many, in ascending order."""
+    if len(labels) > 5:
+        return f"{len(labels)} others, from {labels[0]} to {labels[-1]}"
+    *first, last = map(str, labels)
+    return f"{', '.join(first)} and {last}" if first else last

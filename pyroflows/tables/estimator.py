@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,10 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         conditional: None for the density of the rows, whatever ``y`` is; "class" for their density given a class label
             ``y``; "number" for that given one number or several.
         standardize: whether the flow standardizes the columns.
-        batch_size, validation: as for :func:`fit_table`.
+        batch_size: rows a step, or all rows if there are fewer.
+        validation: share of the rows, or of their weight, to hold out, to choose the best epoch and when to stop, 0 or
+            None for none; or rows, or ``(X, y)``; or a splitter of scikit-learn, of which the last split is used, such
+            as ``TimeSeriesSplit()`` for rows in the order of time, or ``GroupKFold()`` with ``fit(X, groups=...)``.
         epochs, learning_rate, patience, max_seconds: as for :func:`fit`; an epoch has at least ten steps.
         fit_options: fields of :class:`FitOptions`, such as ``{"weight_decay": 1e-5}``.
         device: "cpu", "cuda" (also "cuda:1"), or "auto" for a GPU if there is one.
@@ -87,7 +91,7 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
     epochs: int = 100
     batch_size: int = 256
     learning_rate: float = 1e-3
-    validation: float = 0.1
+    validation: Any = 0.1
     patience: int | None = 20
     max_seconds: float | None = None
     fit_options: Mapping[str, Any] | None = None
@@ -95,25 +99,33 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
     random_state: int | np.random.RandomState | None = None
     verbose: bool = False
 
-    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> "FlowDensity":
-        """Train the flow on rows, each of weight one by default, and on their ``y`` if it is conditional."""
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None, groups: Any = None) -> "FlowDensity":
+        """Train the flow on rows, each of weight one by default, and on their ``y`` if it is conditional.
+
+        The ``groups`` of the rows are for a splitter that needs them, such as ``GroupKFold``.
+        """
         if self.conditional is not None:
             check_option("conditional", self.conditional, ("class", "number"))
-        check_number("validation", self.validation, "[0, 1)")
         check_sizes(batch_size=self.batch_size)
         device = _device(self.device)
         x = self._rows(X, reset=True)
         weights = _sample_weights(sample_weight, x)
         is_used = weights > 0
         context = self._learn_targets(x, y, is_used)
+        x, weights = x[is_used], weights[is_used]
+        for_splitter = context, _subset("groups", groups, is_used)
+        if context is None and hasattr(self.validation, "get_n_splits"):  # such as StratifiedKFold
+            for_splitter = _subset("y", y, is_used), for_splitter[1]
+        (x, context, weights), validation = _hold_out(self, x, context, weights, *for_splitter)
         flow_options = {"num_layers": self.num_layers, "hidden_features": self.hidden_features}
         flow_options = {name: value for name, value in flow_options.items() if value is not None}
-        shared = ("batch_size", "epochs", "learning_rate", "max_seconds", "patience", "standardize", "validation")
+        shared = ("batch_size", "epochs", "learning_rate", "max_seconds", "patience", "standardize")
         self.flow_, self.result_ = fit_table(
-            x[is_used],
+            x,
             self.flow,
             context=context,
-            weights=weights[is_used],
+            weights=weights,
+            validation=validation,
             columns=getattr(self, "feature_names_in_", None),
             flow_options=flow_options | dict(self.flow_options or {}),
             min_steps=10,
@@ -225,7 +237,9 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         is_unknown = ~np.isin(targets, self.classes_)
         if is_unknown.any():
             labels = ", ".join(map(str, self.classes_))
-            raise ValueError(f"expected class labels among {labels}; got {targets[is_unknown][0]}")
+            others = list(map(str, np.unique(targets[is_unknown])))
+            got = ", ".join(others[:10]) + (f" and {len(others) - 10} others" if len(others) > 10 else "")
+            raise ValueError(f"expected class labels among {labels}; got {got}")
         return as_tensor(np.searchsorted(self.classes_, targets))
 
     def _broadcast(self, y: Any, rows: int) -> np.ndarray:
@@ -286,14 +300,14 @@ class FlowClassifier(ClassifierMixin, BaseEstimator):
     _: KW_ONLY
     priors: Sequence[float] | None = None
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "FlowClassifier":
-        """Train the density of rows given their class, and count the classes."""
+    def fit(self, X: Any, y: Any, sample_weight: Any = None, groups: Any = None) -> "FlowClassifier":
+        """Train the density of rows given their class, and count the classes; groups are as for the density."""
         if self.density is not None and not isinstance(self.density, FlowDensity):
             raise TypeError(f"expected density as a FlowDensity; got {type(self.density).__name__}")
         rows, labels = validate_data(self, X, y, dtype=np.float64, ensure_all_finite=False, ensure_min_samples=2)
         check_classification_targets(labels)
         density = FlowDensity() if self.density is None else clone(self.density)
-        self.density_ = density.set_params(conditional="class").fit(X, labels, sample_weight)
+        self.density_ = density.set_params(conditional="class").fit(X, labels, sample_weight, groups)
         self.classes_ = self.density_.classes_
         weights = _sample_weights(sample_weight, rows)
         is_used = weights > 0
@@ -323,6 +337,53 @@ class FlowClassifier(ClassifierMixin, BaseEstimator):
         """Return the most probable class of each row."""
         best = self.predict_log_proba(X).argmax(axis=1)  # first, since it checks that there are classes
         return self.classes_[best]
+
+
+def _hold_out(
+    density: "FlowDensity", x: np.ndarray, context: np.ndarray | None, weights: np.ndarray, y: Any, groups: Any
+) -> tuple[Any, Any]:
+    """Return rows, context and weights to train on, and the share or those to hold out; ``y`` is for a splitter."""
+    columns, validation = (x, context, weights), density.validation
+    is_splitter = hasattr(validation, "get_n_splits")
+    if groups is not None and not is_splitter:
+        raise ValueError(f"expected groups only with a splitter as validation; got validation={validation!r}")
+    if validation is None:
+        return columns, 0.0
+    if isinstance(validation, Real):
+        check_number("validation", validation, "[0, 1)")
+        return columns, float(validation)
+    if is_splitter:
+        *_, (training, held_out) = validation.split(x, y, groups)
+        missing = np.array([]) if context is None else np.setdiff1d(context, context[training])
+        if density.conditional == "class" and len(missing):
+            got = f"none of {density.classes_[missing[0]]!r} in the last split of {validation!r}"
+            raise ValueError(f"expected rows of every class to train on; got {got}")
+        constant = (x[training] == x[training][:1]).all(0) & (x != x[:1]).any(0)
+        if constant.any():
+            name = repr(getattr(density, "feature_names_in_", np.arange(len(constant)))[constant].tolist()[0])
+            got = f"column {name}, which is constant there, in the last split of {validation!r}"
+            raise ValueError(f"expected columns that vary in the rows to train on; got {got}")
+        train, held = (
+            (x[rows], None if context is None else context[rows], weights[rows]) for rows in (training, held_out)
+        )
+        return train, held
+    given = validation if isinstance(validation, tuple) else (validation, None)
+    if isinstance(validation, str) or len(given) != 2:
+        expected = "validation as a share, rows, (X, y) or a splitter of scikit-learn"
+        raise TypeError(f"expected {expected}; got {validation!r}")
+    rows = density._rows(given[0])
+    targets = density._context(given[1], len(rows))
+    return columns, (rows, None if targets is None else targets.numpy(), None)
+
+
+def _subset(name: str, values: Any, is_used: np.ndarray) -> np.ndarray | None:
+    """Return the values, one of each row, of the rows that are used."""
+    if values is None:
+        return None
+    values = np.asarray(values)
+    if values.shape[:1] != is_used.shape:
+        raise ValueError(f"expected {name} of length {len(is_used)}, one for each row; got shape {values.shape}")
+    return values[is_used]
 
 
 def _device(name: str) -> torch.device:

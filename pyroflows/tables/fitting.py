@@ -1,5 +1,6 @@
 """The flow of a table, a named flow in the units of its columns: built from the rows, and trained on a part of them."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
@@ -32,7 +33,7 @@ def fit_table(
     *,
     context: np.ndarray | None = None,
     weights: np.ndarray | None = None,
-    validation: float = 0.1,
+    validation: float | tuple[np.ndarray, _Rows, _Rows] = 0.1,
     columns: Sequence[str] | None = None,
     integer_columns: Sequence[int] = (),
     standardize: bool = True,
@@ -48,10 +49,10 @@ def fit_table(
 ) -> tuple[Flow, FitResult]:
     """Build the flow of a table, see :func:`table_flow`, and train it by maximum likelihood on a share of the rows.
 
-    Equal rows are not both trained on and held out. Without weights they are held out together, unless they are more
-    than the share to hold out, such as the zeros of a column that is mostly zero: then one by one. With weights they
-    become one row with the sum of their weights; a row that weighs more than the share to hold out is on both sides,
-    with its weight divided.
+    Equal rows are not both trained on and held out, and no rows are held out without which a column would be constant.
+    Without weights equal rows are held out together, unless they are more than the share to hold out, such as the zeros
+    of a column that is mostly zero: then one by one. With weights they become one row with the sum of their weights; a
+    row that weighs more than the share to hold out is on both sides, with its weight divided.
 
     Columns and numbers of a context are standardized in double precision before training, also if that is in single
     precision.
@@ -59,8 +60,9 @@ def fit_table(
     Args:
         x: the rows, in double precision.
         flow, context, weights, columns, integer_columns, standardize: as for :func:`table_flow`.
-        validation: share of the rows to hold out, to choose the best epoch and when to stop; 0 for none.
-        flow_options: options of the flow, such as ``{"num_layers": 4}``.
+        validation: share of the rows, or of their weight, to hold out, to choose the best epoch and when to stop, 0 for
+            none; or rows, their context and their weights, both of which may be None.
+        flow_options: options of :func:`table_flow`, such as ``{"num_layers": 4}`` or an ``embedding``.
         dtype: precision of training.
         batch_size: rows a step, or all rows if there are fewer.
         min_steps: least number of steps in an epoch, unless ``options`` has a number.
@@ -98,12 +100,18 @@ def fit_table(
             integer_columns=integer_columns,
             standardize=standardize,
             columns=columns,
-            **flow_options or {},
+            **copy.deepcopy(dict(flow_options or {})),  # a fit trains its own networks
         )
     if on_start is not None:
         on_start(built)
-    is_continuous = len(integer_columns) < x.shape[1]
-    training, held_out, divided = _split(x, context, weights, validation, seed, is_continuous)
+    if isinstance(validation, tuple):
+        x, context, weights = _append(x, context, weights, validation)
+        divided, training = np.zeros(len(x), bool), np.arange(len(rows))
+        held_out, validation = np.arange(len(rows), len(x)), 0.0
+        rows, conditions = as_tensor(x), None if context is None else as_tensor(context)
+    else:
+        is_continuous = len(integer_columns) < x.shape[1]
+        training, held_out, divided = _split(x, context, weights, validation, seed, is_continuous)
     if weights is not None and (weights == weights[0]).all():
         weights = None
     trained, rows, conditions, log_scale = _training_form(built, rows, conditions, dtype)
@@ -152,8 +160,8 @@ def _training_form(
         *layers, scale = layers
         x, log_scale = scale.inverse_and_log_det(x)[0], float(scale.std.log().sum())
     if context is not None and context.is_floating_point():
-        context, embedding = flow.embed(context), None
-        context = None if context is None else context.to(dtype)
+        parts: list[Any] = list(embedding) if isinstance(embedding, nn.Sequential) else [embedding, None]
+        context, embedding = parts[0](context).to(dtype), parts[1]
     trained = Flow(flow.prior, layers, embedding=embedding, dequantizer=flow.dequantizer).to(dtype)
     return trained, x.to(dtype), context, log_scale
 
@@ -166,7 +174,13 @@ def _split(
     group, divided = np.arange(number), np.zeros(number, bool)
     if weights is not None:  # equal rows are one row
         divided = weights > (1 + 1e-9) * share * weights.sum()
-        chosen = rng.permutation(np.flatnonzero(~divided))[: int(share * number)]
+        order = rng.permutation(np.flatnonzero(~divided))
+        total = weights[order].cumsum()
+        limit = share * weights[order].sum() * (1 + 1e-9)
+        count = int((total <= limit).sum())
+        if count < len(order) and share and (not count or total[count - 1] < limit / 2):
+            count += 1  # a heavy row: those before it weigh too little to judge by
+        chosen = order[:count]
     else:
         if is_continuous:  # whole numbers alone are often equal by chance
             group = np.unique(_table(x, context), axis=0, return_inverse=True)[1].ravel()
@@ -175,9 +189,25 @@ def _split(
         order = rng.permutation(group.max() + 1)
         chosen = order[np.bincount(group)[order].cumsum() <= share * number]
     held_out = np.isin(group, chosen)
+    for column in np.flatnonzero((x[~held_out] == x[~held_out][:1]).all(0)):
+        others = np.flatnonzero(x[:, column] != x[~held_out][0, column])
+        held_out[np.isin(group, group[others[:1]])] = False
     if not held_out.any():
         divided[:] = False
     return np.flatnonzero(~held_out), np.flatnonzero(held_out | divided), divided
+
+
+def _append(
+    x: np.ndarray, context: _Rows, weights: _Rows, others: tuple[np.ndarray, _Rows, _Rows]
+) -> tuple[np.ndarray, _Rows, _Rows]:
+    """Append rows to rows, their context to the context, and their weights to the weights; None are ones."""
+    other_x, other_context, other_weights = others
+    if context is not None and other_context is not None:
+        context = np.concatenate([context, other_context])
+    if weights is not None or other_weights is not None:
+        weights = np.ones(len(x)) if weights is None else weights
+        weights = np.concatenate([weights, np.ones(len(other_x)) if other_weights is None else other_weights])
+    return np.concatenate([x, other_x]), context, weights
 
 
 def _merge(x: np.ndarray, context: _Rows, weights: np.ndarray) -> tuple[np.ndarray, _Rows, np.ndarray]:
@@ -197,6 +227,7 @@ def table_flow(
     flow: str | Callable[..., Flow] = "nsf",
     *,
     context: Tensor | None = None,
+    embedding: nn.Module | None = None,
     weights: Tensor | None = None,
     integer_columns: Sequence[int] = (),
     standardize: bool = True,
@@ -218,7 +249,9 @@ def table_flow(
         flow: the name of a flow, or a function such as :func:`nsf`, called as
             ``flow(features, context_features=..., **options)``.
         context: of each row, for a conditional flow: numbers, or labels from 0, which are integers.
-        weights: a weight above 0 for each row, for the means and standard deviations; by default all are equal.
+        embedding: a network from the standardized numbers, or from the one-hot vectors, to the context of the layers,
+            trained with them; by default they are the context.
+        weights: a weight above 0 for each row, for all that is read from the rows; by default all are equal.
         integer_columns: positions of the columns of whole numbers, for which the flow gets a
             :class:`ColumnDequantizer`.
         standardize: whether to standardize the columns.
@@ -257,20 +290,29 @@ def table_flow(
     dequantizer = _dequantizer(x, integer_columns) if len(integer_columns) else None
     rows = x if dequantizer is None else dequantizer(x)[0]
     outer: list[Bijection] = []
+    shares = torch.full_like(x[:, 0], 1 / len(x)) if weights is None else weights / weights.sum()
     if standardize:
-        shares = torch.full_like(x[:, 0], 1 / len(x)) if weights is None else weights / weights.sum()
-        mean = shares @ rows
-        outer = [Standardize(mean, (shares @ (rows - mean).square()).sqrt())]
+        outer = [Standardize(*_mean_and_std(rows, shares))]
         rows = outer[0].inverse_and_log_det(rows)[0]
-    embedding = embedded = None
+    if context is None and embedding is not None:
+        raise ValueError(f"expected a context for the embedding; got none for {type(embedding).__name__}")
+    embedded = None
     if context is not None:
-        embedding = _embedding(context, len(x)).to(x)
-        embedded = embedding(context)
-    outer = [*_normal_layers(rows, embedded), *outer]
+        scale = _embedding(context, shares).to(x)
+        embedding = scale if embedding is None else nn.Sequential(scale, embedding.to(x))
+        with torch.no_grad():
+            embedded = embedding(context)
+        if not isinstance(embedded, Tensor) or embedded.dim() != 2:
+            got = f"shape {tuple(embedded.shape)}" if isinstance(embedded, Tensor) else type(embedded).__name__
+            raise ValueError(f"expected an embedding that returns (rows, context_features); got {got}")
+    outer = [*_normal_layers(rows, embedded, shares), *outer]
     inner = flow(features, context_features=0 if embedded is None else embedded.shape[1], **options)
     if not isinstance(inner, Flow) or tuple(inner.event_shape) != (features,):
         got = f"one of {tuple(inner.event_shape)}" if isinstance(inner, Flow) else type(inner).__name__
         raise ValueError(f"expected the builder to return a flow of {features} features; got {got}")
+    if inner.embedding is not None:
+        got = f"one with a {type(inner.embedding).__name__}: pass it as embedding= of table_flow"
+        raise ValueError(f"expected the builder to return a flow without an embedding; got {got}")
     return Flow(inner.prior, [*inner.layers, *outer], embedding=embedding, dequantizer=dequantizer).to(x)
 
 
@@ -295,52 +337,63 @@ def _dequantizer(x: Tensor, columns: Sequence[int]) -> ColumnDequantizer:
     return dequantizer
 
 
-def _embedding(context: Tensor, rows: int) -> nn.Module:
+def _embedding(context: Tensor, shares: Tensor) -> nn.Module:
     """Return the module that standardizes a context of numbers, or makes one-hot vectors of class labels."""
     embedding: nn.Module
     if isinstance(context, Tensor) and context.is_floating_point():
         _check_numbers("a context", context)
-        std = context.std(0, correction=0)
-        embedding = Standardize(context.mean(0), torch.where((context == context[0]).all(0), 1, std)).inv
+        if len(context) == len(shares):
+            mean, std = _mean_and_std(context, shares.to(context))
+            embedding = Standardize(mean, torch.where((context == context[0]).all(0), 1, std)).inv
     elif isinstance(context, Tensor) and context.dim() == 1 and len(context):
         embedding = OneHot(max(0, int(context.max())) + 1)
         embedding.check(context)
     else:
         got = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
         raise ValueError(f"expected a context of numbers, (rows, columns), or of class labels, (rows,); got {got}")
-    if len(context) != rows:
-        raise ValueError(f"expected a context for each of {rows} rows; got {len(context)}")
+    if len(context) != len(shares):
+        raise ValueError(f"expected a context for each of {len(shares)} rows; got {len(context)}")
     return embedding
 
 
+def _mean_and_std(x: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Return means and standard deviations of columns, of rows with shares of the weight."""
+    mean = shares @ x
+    return mean, (shares @ (x - mean).square()).sqrt()
+
+
 @torch.no_grad()
-def _normal_layers(x: Tensor, context: Tensor | None) -> list[Bijection]:
+def _normal_layers(x: Tensor, context: Tensor | None, shares: Tensor) -> list[Bijection]:
     """Return layers that start as a normal distribution, around the ridge regression of the rows on a context."""
-    features, least_std = x.shape[1], 1e-3 * x.std(0)
+    features, least_std = x.shape[1], 1e-3 * _mean_and_std(x, shares)[1]
+    # The exponential of the entropy of the weights: the number of rows, if all weigh the same.
+    number = float((-torch.xlogy(shares, shares).sum()).exp())
     regression: list[Bijection] = []
     if context is not None:
         numbers = context.shape[1]
         layer = Coupling(features, mask=[True] * features, context_features=numbers, hidden_features=()).to(x)
-        context_mean, mean = context.mean(0), x.mean(0)
+        context_mean, mean = shares @ context, shares @ x
         centred = context - context_mean
+        weighted = (number * shares)[:, None] * centred
         # The penalty weighs as much as one row.
-        gram = centred.T @ centred + torch.eye(numbers).to(x)
-        slope = torch.linalg.solve(gram, centred.T @ (x - mean)).T
+        gram = weighted.T @ centred + torch.eye(numbers).to(x)
+        slope = torch.linalg.solve(gram, weighted.T @ (x - mean)).T
         # The network is a linear map without hidden layers to shifts, then log-scales: of the context, and of a one.
         layer.conditioner.context.weight[:features] = slope
         layer.conditioner.linears[0].bias[:features] = mean - slope @ context_mean
         x = x - mean - centred @ slope.T
         regression = [layer]
-    std = torch.maximum(x.std(0), least_std)
+    mean, std = _mean_and_std(x, shares)
+    std = torch.maximum(std, least_std)
     triangular = TriangularAffine(features).to(x)
-    triangular.start_at(x.mean(0), std[:, None] * torch.linalg.cholesky(_correlation((x - x.mean(0)) / std)))
+    triangular.start_at(mean, std[:, None] * torch.linalg.cholesky(_correlation((x - mean) / std, shares, number)))
     return [triangular, *regression]
 
 
-def _correlation(x: Tensor) -> Tensor:
+def _correlation(x: Tensor, shares: Tensor, rows: float) -> Tensor:
     """Return the covariance of standardized rows, shrunk to the identity as in Chen et al., 2010, arXiv:0907.4698."""
-    rows, features = x.shape
-    covariance = x.T @ x / rows
+    features = x.shape[1]
+    covariance = (shares[:, None] * x).T @ x
     trace, square = covariance.trace(), covariance.square().sum()
     excess = (square - trace**2 / features).clamp(min=1e-12)
     shrinkage = ((1 - 2 / features) * square + trace**2) / ((rows + 1 - 2 / features) * excess)

@@ -6,7 +6,7 @@ and has a ``position`` in the data, which a checkpoint saves and sets.
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count, repeat
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -74,8 +74,9 @@ class MappedArray:
         self.dtype = dtype if empty.is_floating_point() else empty.dtype
 
     def subset(self, rows: Tensor) -> "MappedArray":
-        """Return a view of these rows of the whole array, without reading them."""
-        return MappedArray(self.array, self.dtype, self.device, rows.cpu())
+        """Return a view of these rows, without reading them."""
+        rows = rows.cpu() if self.rows is None else self.rows[rows.cpu()]
+        return MappedArray(self.array, self.dtype, self.device, rows)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -123,9 +124,22 @@ class Rows:
 
     def slices(self) -> list[slice]:
         """Return slices of this rank's rows to evaluate one at a time: fewer rows if a row is large."""
-        size = max(1, min(_EVALUATION_ROWS, _EVALUATION_NUMBERS // max(1, self.x[:1].numel())))
-        own = distributed.rank_slice(len(self))
+        size, own = self._rows_at_once(), distributed.rank_slice(len(self))
         return [slice(i, min(i + size, own.stop)) for i in range(own.start, own.stop, size)]
+
+    def by_weight(self) -> Batch:
+        """Return this rank's part of all rows with their weights or, if they are many, of rows drawn by weight."""
+        weights = cast(Tensor, self.weights)
+        number = max(self.batch_size, self._rows_at_once())
+        if len(self) <= number:
+            return self[distributed.rank_slice(len(self))]
+        total = weights.double().cumsum(0)
+        places = total[-1] * torch.rand(number, dtype=torch.float64, device="cpu").to(total.device)
+        rows = torch.searchsorted(total, places).clamp(max=len(self) - 1)
+        return self[rows[distributed.rank_slice(number)]]._replace(weights=None)
+
+    def _rows_at_once(self) -> int:
+        return max(1, min(_EVALUATION_ROWS, _EVALUATION_NUMBERS // max(1, self.x[:1].numel())))
 
     def sample(self, most: int) -> "Rows":
         """Return at most this number of rows, evenly spaced, if they are in a file; else all."""

@@ -16,7 +16,7 @@ from pyroflows.arguments import check_number, check_sizes
 from pyroflows.contexts import random_state, seeded, set_random_state
 from pyroflows.flow import Flow
 from pyroflows.networks.data_dependent import DataDependent
-from pyroflows.training.batches import parts_of
+from pyroflows.training.batches import Rows, parts_of
 from pyroflows.training.checkpoint import Checkpoint, must_match
 from pyroflows.training.modes import CompiledFlow, enter_modes, shard
 from pyroflows.training.options import FitOptions, FitResult
@@ -88,16 +88,21 @@ def fit(
             ``DistributedSampler``. Or None for an objective without data (an ELBO).
         context: a context for each row, if the flow takes one and ``x`` is an array.
         weights: a weight of at least 0 for each row, if ``x`` is an array, scaled to mean 1 over the training rows. A
-            loss is the mean over rows of weight times negative log-density, for the held-out rows too.
-        validation: the share of rows to hold out (none of batches of the user's own); or data, ``(data, context)`` or
+            loss is the mean over rows of weight times negative log-density, for the held-out rows too; norms weigh the
+            rows in the same way, and a row of weight 0 is left out.
+        validation: the share of rows, or of their weights, to hold out (none of batches of the user's own), but for
+            rows without which a column would be constant; or data, ``(data, context)`` or
             ``(data, context, weights)``, where context may be None; or 0 or None for none: then there is no patience,
             and the last epoch's weights are kept.
         epochs: passes through the data.
         batch_size: rows of a step, over all processes; by default 256, or all rows if they are fewer. The rows left
             over by the last batch of an epoch wait for another epoch's shuffle.
         learning_rate: the highest learning rate.
-        patience: epochs without a better validation loss before the fit ends; None for no such end.
-        max_seconds: limit of wall time; the schedule then ends with it.
+        patience: epochs without a better validation loss before the fit ends, each counted as ten steps if it has
+            fewer: 30 are 300 steps at least. None for no such end.
+        max_seconds: limit of wall time. It changes nothing unless it is reached. The schedule ends with it: without
+            patience from when the steps will clearly take longer, with patience in the last tenth of the time, in which
+            a fit that has more steps left than time goes on to the limit.
         objective: returns the loss from the flow, a batch, its context and, with ``weights``, the weights of its rows.
         checkpoint: a file to which the state of the fit is written after each epoch, or as the options say.
         seed: seed of split, shuffles and dropout (not of the flow's initial weights); None uses the global generator.
@@ -162,6 +167,8 @@ def fit(
         distributed.synchronize(flow)
         if state is not None:
             flow.load_state_dict(state["weights"])
+        if isinstance(train, Rows) and train.weights is not None and _awaits_data(flow):
+            _start_from_weights(flow, train)
         trained = _trained(flow, objective, train, options, stack)
         limits: dict[str, Any] = {"epochs": epochs, "patience": patience, "max_seconds": max_seconds}
         trainer = Trainer(flow, trained, train, held_out, objective, float(learning_rate), options, file, **limits)
@@ -170,19 +177,34 @@ def fit(
         return trainer.run(progress)
 
 
+def _awaits_data(flow: Flow) -> bool:
+    return any(isinstance(part, DataDependent) and part.awaits_data for part in flow.modules())
+
+
+@torch.no_grad()
+def _start_from_weights(flow: Flow, train: Rows) -> None:
+    """Start norms from many rows at once, since the first batch may hold next to none of the weight."""
+    with fork_rng([flow.device] if flow.device.type == "cuda" else []):
+        batch = train.by_weight()
+        with distributed.rank_rng(), distributed.weighted_rows(batch.weights):
+            negative_log_likelihood(flow.train(), batch.x, batch.context)
+
+
 def _trained(flow: Flow, objective: Objective, train: Any, options: FitOptions, stack: ExitStack) -> Any:
     """Return what the objective gets in training: the flow, a stand-in with compiled methods, or a sharded copy."""
     if options.strategy != "fsdp" or distributed.world_size() == 1:
         enter_modes(stack, flow, options)
         return CompiledFlow(flow, options) if options.compile else flow
-    if any(isinstance(part, DataDependent) and part.awaits_data for part in flow.modules()):
+    if _awaits_data(flow):
         # Norms start from the first batch, as in the first step; once sharded they would lose what they write to
         # parameters. The fit moves on neither in the data nor in its random numbers.
         gpus = [flow.device] if flow.device.type == "cuda" else []
         with fork_rng(gpus):
             batch = next(copy.copy(train).epoch())
             with distributed.rank_rng(), fork_rng(gpus):
-                objective(flow.train(), *next(parts_of(batch, options)).inputs)
+                part = next(parts_of(batch, options))
+                with distributed.weighted_rows(part.weights):
+                    objective(flow.train(), *part.inputs)
     copied = copy.deepcopy(flow)
     enter_modes(stack, copied, options)
     return shard(copied)

@@ -20,7 +20,7 @@ class FitOptions:
         optimizer: "adam" (fused) or "adamax".
         weight_decay: L2 penalty on all parameters.
         schedule: "cosine" (to zero) or "constant".
-        warmup: share of training during which the learning rate rises.
+        warmup: share of training during which the learning rate rises, below 1, or a number of steps.
         max_grad_norm: largest norm of the gradient; None for no clipping.
         ema_decay: decay of an exponential moving average of the weights, such as 0.999, which is then evaluated and
             kept; 0 for none. It looks back over at most a fifth of the steps taken.
@@ -77,7 +77,7 @@ class FitOptions:
         if self.precision not in (None, "bf16-mixed"):
             raise ValueError(f"expected precision to be None or 'bf16-mixed'; got {self.precision!r}")
         check_number("weight_decay", self.weight_decay, "[0, inf)")
-        check_number("warmup", self.warmup, "[0, 1)")
+        check_number("warmup", self.warmup, "[0, inf)")
         check_number("ema_decay", self.ema_decay, "[0, 1)")
         check_number("max_grad_norm", self.max_grad_norm, "(0, inf)", optional=True)
         check_number("checkpoint_seconds", self.checkpoint_seconds, "(0, inf)", optional=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyroflows import distributed
 from pyroflows.arguments import as_tensor, check_finite, check_number, check_sizes, check_varying
+from pyroflows.contexts import evaluating
 from pyroflows.flow import Flow
 from pyroflows.networks.one_hot import OneHot
 from pyroflows.training.batches import Batches, MappedArray, Rows, Steps
@@ -44,17 +45,18 @@ def prepare(
         return Batches(x, partial(_as_rows, flow), flow.device), held_out
     columns = _as_columns(flow, x, context, weights, "data")
     rows = columns[0]
+    if batch_size is not None and len(rows) < len(x):  # some have no weight
+        batch_size = min(batch_size, len(rows))
     if len(rows) < 2:
         raise ValueError(f"expected at least 2 rows of data; got {len(rows)}")
     discrete = getattr(flow.dequantizer, "discrete", None)
-    if flow.dequantizer is None or discrete is not None:  # else all columns are discrete
+    if is_continuous := flow.dequantizer is None or discrete is not None:  # else all columns are discrete
         check_varying(rows, among=None if discrete is None else ~discrete, chunk_rows=_rows_at_once(rows.shape))
     if is_share and validation:
-        # Drawn on the CPU, so that a fit that resumes on another device holds out the same rows.
-        order = torch.randperm(len(rows)).to(flow.device)
-        number = max(1, int(float(validation) * len(order)))
-        held_out = _rows(flow, [_subset(column, order[:number]) for column in columns], "the held-out rows")
-        columns = [_subset(column, order[number:]) for column in columns]
+        vary = is_continuous and isinstance(rows, Tensor)  # not those in a file
+        held, trained = _split(rows, columns[2], float(validation), vary=vary)
+        held_out = _rows(flow, [_subset(column, held) for column in columns], "the held-out rows")
+        columns = [_subset(column, trained) for column in columns]
     train = _rows(flow, columns, "the training rows", batch_size, options.steps_per_epoch)
     if len(train) < train.batch_size:
         raise ValueError(f"expected at least batch_size={train.batch_size} training rows; got {len(train)}")
@@ -63,6 +65,35 @@ def prepare(
     if train.batch_size < options.accumulate:
         raise ValueError(f"expected at least accumulate={options.accumulate} rows a batch; got {train.batch_size}")
     return train, held_out
+
+
+def _split(rows: Any, weights: Tensor | None, share: float, *, vary: bool) -> tuple[Tensor, Tensor]:
+    """Draw the rows to hold out, a share of the rows or, with weights, of their weight; return them and the others."""
+    # Drawn on the CPU, so that a fit that resumes on another device holds out the same rows.
+    order = torch.randperm(len(rows), device="cpu").to(rows.device)
+    number = max(1, int(share * len(order)))
+    if weights is not None:
+        total = weights[order].cumsum(0)
+        number = int((total <= share * (1 + 1e-9) * total[-1]).sum())
+        if not number or total[number - 1] < share * total[-1] / 2:
+            number += 1  # a heavy row: those before it weigh too little to judge by
+    held, trained = order[:number], order[number:]
+    return _keep_varying(rows, held, trained) if vary and len(trained) else (held, trained)
+
+
+def _keep_varying(rows: Tensor, held: Tensor, trained: Tensor) -> tuple[Tensor, Tensor]:
+    """Move rows from those held out to the others, such that no column is constant in these that is not in all."""
+    few = rows[trained[:1000]].flatten(1)
+    columns = (few == few[0]).all(0).nonzero().flatten()
+    if not len(columns):
+        return held, trained
+    differs = rows.flatten(1)[:, columns] != few[0, columns]
+    alone = differs.any(0) & ~differs[trained].any(0)
+    moved = differs[held][:, alone].int().argmax(0)
+    stays = torch.ones(len(held), dtype=torch.bool, device=held.device).index_fill(0, moved, False)
+    if not stays.any():
+        return held, trained
+    return held[stays], torch.cat([trained, held[~stays]])
 
 
 def _held_out(flow: Flow, validation: Any) -> Rows:
@@ -83,8 +114,15 @@ def _rows(flow: Flow, columns: list[Any], name: str, batch_size: int | None = No
         if not weights.any():
             raise ValueError(f"expected a weight above 0 among those of {name}; got zeros only")
         weights = (weights / weights.mean()).to(flow.dtype)
+        x, context, weights = _of_positive_weight([x, context, weights])  # but for those that are rounded to zero
     check_sizes(optional=True, batch_size=batch_size)
     return Rows(x, context, weights, batch_size=int(batch_size or max(1, min(256, len(x)))), steps=steps)
+
+
+def _of_positive_weight(columns: list[Any]) -> list[Any]:
+    """Return the rows that count: another might have no density, and zero times infinity is NaN."""
+    weights = columns[2]
+    return columns if weights.all() else [_subset(column, weights.nonzero().flatten()) for column in columns]
 
 
 def _subset(column: Any, rows: Tensor) -> Any:
@@ -104,7 +142,7 @@ def _as_columns(flow: Flow, x: Any, context: Any, weights: Any, name: str) -> li
     if (weights < 0).any():
         row = int((weights < 0).nonzero()[0])
         raise ValueError(f"expected weights of {name} that are at least 0; got {float(weights[row])} in row {row}")
-    return [x, context, weights]
+    return _of_positive_weight([x, context, weights]) if weights.any() else [x, context, weights]
 
 
 def _as_rows(flow: Flow, x: Any, context: Any, name: str, first_row: int = 0) -> tuple[Any, Any]:
@@ -175,14 +213,28 @@ def _as_tensor(values: Any, name: str) -> Tensor:
 def _check_support(flow: Flow, data: Tensor, name: str, first_row: int) -> None:
     """Refuse data outside the flow's support, such as pixels outside [0, 1] for a flow with a logit."""
     support = getattr(flow.bijection.codomain, "base_constraint", flow.bijection.codomain)
-    inside = support.check(data)
-    if not inside.all():
-        places = (~inside).nonzero()
+    outside = ~support.check(data)
+    outside = outside | _at_dead_end(flow, data, outside, support)
+    if outside.any():
+        places = outside.nonzero()
         row, *place = places[0].tolist()
         raise ValueError(
-            f"expected {name} in the flow's support, {support}; got {float(data[(row, *place)]):.6g} "
-            f"in row {first_row + row} ({len(places)} such numbers in all)"
+            f"expected {name} in the flow's support, {support}; got {float(data[(row, *place)]):.6g} in row "
+            f"{first_row + row}, column {', '.join(map(str, place))} ({len(places)} such numbers in all)"
         )
+
+
+def _at_dead_end(flow: Flow, data: Tensor, outside: Tensor, support: Any) -> Tensor:
+    """Return which numbers lie on an end of an interval where the density is zero, though the constraint holds it."""
+    ends = [getattr(support, f"{side}_bound", math.nan) for side in ("lower", "upper")]
+    at_end = ((data == ends[0]) | (data == ends[1])) & ~outside
+    rows = at_end.flatten(1).any(1) & ~outside.flatten(1).any(1)
+    if rows.any():
+        context = data.new_zeros(flow.context_features) if flow.context_features else None
+        with evaluating(flow), torch.no_grad():
+            _, log_det = flow.bijection.inverse_and_log_det(data[rows], context)
+        at_end[rows] &= log_det.isneginf().reshape(-1, *[1] * (data.dim() - 1))
+    return at_end
 
 
 def _rows_at_once(shape: tuple[int, ...]) -> int:

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ __all__ = ["Adam", "Adamax", "Trainer"]
 
 _SAVED = ("epoch_step", "sums", "skipped", "best_weights")  # attributes of a trainer
 _STATISTICS_ROWS = 2**17  # of data in a file
+_MIN_EPOCH = 10  # steps of an epoch of patience
+_EARLY, _LATE = 0.02, 0.9  # shares of max_seconds from which on it is judged whether the fit will reach it
+_PACE_STEPS = 10  # from which the time of the steps left is told
 
 
 def _without_compiler(optimizer: type[torch.optim.Optimizer]) -> Any:
@@ -69,6 +72,8 @@ class Trainer:
         self.skipped = torch.zeros(2, device=self.device)  # steps, in all and in a row
         self.sums = torch.zeros(3, device=self.device)  # of this epoch: losses, gradient norms, steps not skipped
         self.epoch_step = 0
+        self.pace_start: tuple[int, float] | None = None  # steps and seconds after the first, which may compile
+        self.ends_by_time: tuple[float, float] | None = None  # shares of time and schedule when that was sure
         self.best_weights = self._weights()  # the initial ones, until an epoch is the best
         self.began = time.perf_counter()
 
@@ -101,7 +106,7 @@ class Trainer:
         checked_steps = 1 if self.device.type == "cpu" else 50
         for batch in self.train.epoch(self.epoch_step):
             elapsed = time.perf_counter() - self.began if self.max_seconds is None else self._seconds()
-            self._set_learning_rate(elapsed)
+            _set_learning_rate(self, elapsed)
             with distributed.rank_rng():
                 loss, norm, bad = self._step(batch)
             self.sums += torch.where(bad > 0, 0, torch.stack([loss, norm, torch.ones_like(loss)]).float())
@@ -110,6 +115,9 @@ class Trainer:
             bar.update()
             if elapsed - shown > 0.5 and not bar.disable:
                 shown = elapsed
+                if self.max_seconds is not None and self.total_steps:  # so that the bar's end is that of the fit
+                    possible = int(self.result.steps * self.max_seconds / elapsed)
+                    bar.total = max(min(self.total_steps, possible), self.result.steps)
                 bar.set_postfix(loss=f"{float(loss):.3f}")
             if self.max_seconds is not None and elapsed >= self.max_seconds:
                 break
@@ -126,32 +134,20 @@ class Trainer:
         self.sums.zero_()
         return (loss / steps, norm / steps) if steps else (math.nan, math.nan)
 
-    def _set_learning_rate(self, elapsed: float) -> None:
-        """Set the rate by the share of the steps taken, if their number is known, or of the time that has elapsed."""
-        steps, total, warmup = self.result.steps, self.total_steps, self.options.warmup
-        time_share = 0.0 if self.max_seconds is None else elapsed / self.max_seconds
-        done = min(max(steps / total if total else 0.0, time_share), 1.0)
-        # Until the number of steps is known, a hundred warm up.
-        step = 1 / total if total else warmup * (steps + 1) / 100
-        factor = min(1.0, (done + step) / warmup) if warmup else 1.0
-        if self.options.schedule == "cosine":
-            factor = factor * (1 + math.cos(math.pi * done)) / 2
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * factor
-
     def _step(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Take a step; return the loss, the norm of the gradient, and 1 if either is not finite, else 0."""
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
         for part in parts_of(batch, self.options):
-            loss = self.objective(self.trained, *part.inputs)
-            if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
-                got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-                raise TypeError(f"expected an objective that returns a scalar tensor with a gradient; got {got}")
-            share = part.share * batch.share
-            loss = loss if share == 1 else loss * share
-            # FSDP averages gradients over the ranks.
-            (loss * distributed.world_size() if self.sharded else loss).backward()
+            with distributed.weighted_rows(part.weights):
+                loss = self.objective(self.trained, *part.inputs)
+                if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
+                    got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                    raise TypeError(f"expected an objective that returns a scalar tensor with a gradient; got {got}")
+                share = part.share * batch.share
+                loss = loss if share == 1 else loss * share
+                # FSDP averages gradients over the ranks. Checkpointed layers run again, so within the block.
+                (loss * distributed.world_size() if self.sharded else loss).backward()
             losses.append(loss.detach())
         loss = torch.stack(losses).sum()
         if distributed.world_size() > 1:
@@ -217,8 +213,11 @@ class Trainer:
             return f"max_seconds={self.max_seconds:.4g} reached"
         epoch = len(self.result.history["train"]) - 1
         waited = epoch - (self.result.best_epoch or 0)
-        if self.patience is not None and self.held_out is not None and waited >= self.patience:
-            return f"no better validation loss in {self.patience} epochs"
+        steps = self.result.steps / (epoch + 1)  # of an epoch
+        if self.patience is not None and self.held_out is not None and self.ends_by_time is None:
+            patience = self.patience if steps >= _MIN_EPOCH else math.ceil(self.patience * _MIN_EPOCH / steps)
+            if waited >= patience:
+                return f"no better validation loss in {patience} epochs"
         return f"all {self.epochs} epochs done" if epoch >= self.epochs - 1 else ""
 
     def _diverged(self) -> bool:
@@ -287,6 +286,47 @@ class Trainer:
             self.result.stopped = self._stop_reason()
 
 
+def _set_learning_rate(trainer: "Trainer", elapsed: float) -> None:
+    """Set the rate by the share of the schedule that is done."""
+    steps, total, warmup = trainer.result.steps, trainer.total_steps, trainer.options.warmup
+    done, factor = _share_done(trainer, elapsed), 1.0
+    if warmup >= 1:
+        factor = min(1.0, (steps + 1) / warmup)
+    elif warmup:  # until the number of steps is known, a hundred warm up
+        factor = min(1.0, (done + (1 / total if total else warmup * (steps + 1) / 100)) / warmup)
+    if trainer.options.schedule == "cosine":
+        factor = factor * (1 + math.cos(math.pi * done)) / 2
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = trainer.learning_rate * factor
+
+
+def _share_done(trainer: "Trainer", elapsed: float) -> float:
+    """Return the share of the steps taken, if their number is known, until it is sure that a limit of time comes first.
+
+    A limit that is not reached changes nothing. That it will be is sure soon where only it or the last step ends the
+    fit; where patience may, only late, and patience then no longer ends it. What is left of the schedule takes the time
+    that is left.
+    """
+    steps, limit = trainer.result.steps, trainer.max_seconds
+    done = steps / trainer.total_steps if trainer.total_steps else 0.0
+    if limit is None or not steps:
+        return done
+    if trainer.pace_start is None:
+        trainer.pace_start = steps, elapsed
+    share, counted = min(elapsed / limit, 1.0), steps - trainer.pace_start[0]
+    if trainer.ends_by_time is None and counted and share > _EARLY:
+        steps_left = (trainer.total_steps or trainer.epochs * steps) - steps  # of a stream there may be more
+        needed = steps_left * (elapsed - trainer.pace_start[1]) / counted
+        is_patient = trainer.patience is not None and trainer.held_out is not None
+        is_sure = not is_patient and counted >= _PACE_STEPS and needed > 2 * (limit - elapsed)
+        if is_sure or (share > _LATE and needed > limit - elapsed):
+            trainer.ends_by_time = share, done
+    if trainer.ends_by_time is not None:
+        share_then, done_then = trainer.ends_by_time
+        done = done_then + (1 - done_then) * (share - share_then) / max(1 - share_then, 1e-9)
+    return done
+
+
 @torch.no_grad()
 def _swap(parameters: list[nn.Parameter], averages: list[Tensor]) -> None:
     """Swap the weights that are trained with their averages, if there are any."""
@@ -305,9 +345,11 @@ def _set_batch_statistics(flow: Flow, train: Rows) -> None:
     chunks = [train[rows] for rows in train.slices()]
     xs = [chunk.x if flow.dequantizer is None else flow.dequantizer(chunk.x)[0] for chunk in chunks]
     contexts = [None if chunk.context is None else flow.embed(chunk.context) for chunk in chunks]
+    weights = None if train.weights is None else torch.cat([cast(Tensor, chunk.weights) for chunk in chunks])
     for layer in reversed(flow.layers):
         if isinstance(layer, BatchNorm):
-            layer.set_statistics(torch.cat(xs))
+            with distributed.weighted_rows(weights):
+                layer.set_statistics(torch.cat(xs))
         xs = [layer.inverse_and_log_det(x, layer.context_for(c))[0] for x, c in zip(xs, contexts, strict=True)]
 
 

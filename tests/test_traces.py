@@ -1,0 +1,94 @@
+"""``torch.jit.trace`` of every layer and named flow, against eager values and gradients as rows and weights change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from contract import (
+    FLOWS,
+    IMAGE_FLOWS,
+    IMAGE_LAYERS,
+    LAYERS,
+    contexts,
+    data,
+    latents,
+    make,
+    make_flow,
+    make_image_flow,
+    make_image_layer,
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated"),
+]
+SHAPE = (2, 2, 2)
+
+
+class Method(torch.nn.Module):
+    """One method of a module as a call, which torch can trace."""
+
+    def __init__(self, module, name):
+        super().__init__()
+        self.module, self.name = module, name
+
+    def forward(self, *arguments):
+        return getattr(self.module, self.name)(*arguments)
+
+
+def assert_traced(module, name, points, labels=None):
+    """Trace with four rows, and compare with other rows, and other numbers of them, as the weights move."""
+    method = Method(module, name)
+
+    def arguments(rows):
+        inputs = [points(rows), contexts(module, rows) if labels is None else labels[:rows]]
+        return [t.detach().requires_grad_(t.is_floating_point()) for t in inputs if t is not None]
+
+    traced = torch.jit.trace(method, tuple(arguments(4)), check_trace=False)
+    for rows in (4, 1):
+        inputs = arguments(rows)
+        found = []
+        for function in (traced, method):
+            with torch.jit.optimized_execution(False):  # optimizing a graph takes far longer than running it twice
+                results = function(*inputs)
+            results = results if isinstance(results, tuple) else (results,)
+            loss = sum(result.square().sum() for result in results)
+            leaves = [leaf for leaf in [*inputs, *method.parameters()] if leaf.requires_grad]
+            slopes = torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else []
+            found.append((results, [torch.zeros(()) if slope is None else slope for slope in slopes]))
+        torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
+        with torch.no_grad():
+            for parameter in method.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("context_features", [0, 2])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_traced_layer_is_the_layer(name, context_features):
+    layer = make(name, 3, context_features)
+    if context_features and not layer.context_features:
+        return
+    assert_traced(layer, "forward_and_log_det", lambda rows: latents(layer, rows))
+    assert_traced(layer, "inverse_and_log_det", lambda rows: data(layer, rows))
+
+
+@pytest.mark.parametrize("name", IMAGE_LAYERS)
+def test_a_traced_layer_of_images_is_the_layer(name):
+    layer = make_image_layer(name, SHAPE, 2)
+    assert_traced(layer, "forward_and_log_det", lambda rows: latents(layer, rows))
+    assert_traced(layer, "inverse_and_log_det", lambda rows: data(layer, rows))
+
+
+@pytest.mark.parametrize("method", ["log_prob", "encode", "decode"])
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_traced_flow_is_the_flow(name, method):
+    flow = make_flow(name, 3, 2)
+    assert_traced(flow, method, lambda rows: torch.randn(rows, 3).double())
+
+
+@pytest.mark.parametrize("name", IMAGE_FLOWS)
+def test_a_traced_flow_of_images_is_the_flow(name):
+    flow = make_image_flow(name, (1, 4, 4), 2)
+    labels = torch.tensor([0, 1, 1, 0]) if flow.embedding is not None else None
+    assert_traced(flow, "log_prob", lambda rows: data(flow.bijection, rows), labels)
+    assert_traced(flow, "decode", lambda rows: latents(flow.bijection, rows), labels)
