@@ -26,7 +26,7 @@ def network(x: Tensor, y: Tensor) -> None:
 
 def horseshoe(x: Tensor, y: Tensor) -> None:
     """A regression of 50 coefficients under the regularised horseshoe, non-centred; 103 latents."""
-    rows, columns = x.shape
+    columns = x.shape[1]
     zero, one = y.new_zeros(()), y.new_ones(())
     sigma = pyro.sample("sigma", dist.HalfNormal(2 * one))
     tau = pyro.sample("tau", dist.HalfCauchy(0.1 * one))
