@@ -60,6 +60,7 @@ __all__ = [
     "IMAGE_LAYERS",
     "LAYERS",
     "PRIORS",
+    "Method",
     "assert_close",
     "assert_every_parameter_learns",
     "bijection_cases",
@@ -356,6 +357,17 @@ def assert_every_parameter_learns(layer, rows):
             assert parameter.grad is not None, parameter_name
             assert parameter.grad.isfinite().all(), parameter_name
             assert parameter.grad.any(), parameter_name
+
+
+class Method(nn.Module):
+    """One method of a module as a call, which torch can trace, and hand other weights."""
+
+    def __init__(self, module: nn.Module, name: str):
+        super().__init__()
+        self.module, self.name = module, name
+
+    def forward(self, *arguments: Tensor | None):
+        return getattr(self.module, self.name)(*arguments)
 
 
 def count_conditioners(module):

@@ -4,22 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract import FLOWS, IMAGE_LAYERS, LAYERS, contexts, data, latents, make, make_flow, make_image_layer
+from contract import FLOWS, IMAGE_LAYERS, LAYERS, Method, contexts, data, latents, make, make_flow, make_image_layer
 from torch.func import functional_call
 
 SHAPE = (2, 2, 2)
 STEP = 1e-5
-
-
-class Method(torch.nn.Module):
-    """One method of a module as a call, so that ``functional_call`` can hand it other weights."""
-
-    def __init__(self, module, name):
-        super().__init__()
-        self.module, self.name = module, name
-
-    def forward(self, *arguments):
-        return getattr(self.module, self.name)(*arguments)
 
 
 def scalar(module, name):

@@ -9,6 +9,7 @@ from contract import (
     IMAGE_FLOWS,
     IMAGE_LAYERS,
     LAYERS,
+    Method,
     contexts,
     data,
     latents,
@@ -23,17 +24,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated"),
 ]
 SHAPE = (2, 2, 2)
-
-
-class Method(torch.nn.Module):
-    """One method of a module as a call, which torch can trace."""
-
-    def __init__(self, module, name):
-        super().__init__()
-        self.module, self.name = module, name
-
-    def forward(self, *arguments):
-        return getattr(self.module, self.name)(*arguments)
 
 
 def assert_traced(module, name, points, labels=None):

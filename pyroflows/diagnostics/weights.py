@@ -12,7 +12,7 @@ from torch import Tensor
 from pyroflows.arguments import check_sizes
 from pyroflows.diagnostics.arrays import Array, NumPyArray, as_array
 
-__all__ = ["importance_ess", "khat_by_size", "khat_threshold", "psis"]
+__all__ = ["importance_ess", "khat_by_size", "khat_threshold", "psis", "systematic_rows"]
 
 _MIN_DRAWS = 30  # a fifth of them is the tail, and ArviZ fits a generalised Pareto to six numbers or more
 _NEGLIGIBLE = -700.0  # its exponential is the smallest number that ArviZ distinguishes from zero
@@ -146,6 +146,29 @@ def importance_ess(log_weights: Array) -> float:
     """
     weights = np.exp(_log_weights(log_weights))
     return float(weights.sum() ** 2 / (weights**2).sum())
+
+
+def systematic_rows(shares: Tensor, number: int) -> Tensor:
+    """Draw rows in proportion to their shares, each as often as its share of the number, to the nearest integer.
+
+    Args:
+        shares: of the weight, which sum to 1 along the last dimension; each batch element is drawn from by itself.
+        number: of rows to draw.
+
+    Shapes:
+        shares: ``(*batch, n)``; the rows: ``(*batch, number)``.
+
+    References:
+        Monte Carlo Filter and Smoother for Non-Gaussian Nonlinear State Space Models, Kitagawa, 1996.
+
+    Example:
+        >>> systematic_rows(torch.tensor([0.0, 0.5, 0.5]), 4)
+        tensor([1, 1, 2, 2])
+    """
+    edges = shares.double().cumsum(-1)
+    offset = torch.rand((*shares.shape[:-1], 1), dtype=torch.float64, device=shares.device)
+    places = (torch.arange(number, dtype=torch.float64, device=shares.device) + offset) / number
+    return torch.searchsorted(edges, places).clamp(max=shares.shape[-1] - 1)
 
 
 def _log_weights(log_weights: Array) -> NumPyArray:

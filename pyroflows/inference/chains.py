@@ -11,6 +11,7 @@ from torch.distributions import MultivariateNormal
 
 from pyroflows.diagnostics.arrays import NumPyArray
 from pyroflows.diagnostics.chains import bridge_evidence, ensemble_ess, nested_rhat
+from pyroflows.diagnostics.weights import systematic_rows
 from pyroflows.flow import Flow
 from pyroflows.inference.log_joint import LogJoint
 from pyroflows.layers import TriangularAffine
@@ -185,15 +186,20 @@ def run_ensemble(
 
     Args:
         log_joint: the density of the posterior.
-        flow: whose latent space the chains run in, and whose prior they are annealed from.
+        flow: whose latent space the chains run in, and whose prior, a standard normal, they are annealed from.
         num_chains, num_draws: by default more chains, of fewer draws, the fewer latents there are.
         num_warmup: draws of each chain that adapt it.
         out_of_time: asked before each move.
+
+    Raises:
+        ValueError: the flow has another prior.
 
     References:
         Sequential Monte Carlo Samplers, Del Moral et al., 2006; An Adaptive-MCMC Scheme for Setting Trajectory Lengths
         in Hamiltonian Monte Carlo, Hoffman, Radul and Sountsov, 2021 (ChEES).
     """
+    if not isinstance(flow.prior, StandardNormal):
+        raise ValueError(f"expected a flow with a StandardNormal prior; got {type(flow.prior).__name__}")
     density = _Density(log_joint, flow)
     num_chains = num_chains or _number_of_chains(log_joint.dim)
     num_draws = num_draws or max(10, _NUM_DRAWS // num_chains)
@@ -329,9 +335,7 @@ def _next_temperature(log_ratio: Tensor, beta: float) -> float:
 def _resampled(log_w: Tensor) -> Tensor:
     """Return rows drawn by weights, systematically within each island, ``(islands * particles,)``."""
     islands, size = log_w.shape
-    edges = log_w.double().softmax(-1).cumsum(-1)
-    places = (torch.arange(size).to(edges) + torch.rand(islands, 1).to(edges)) / size
-    rows = torch.searchsorted(edges, places).clamp(max=size - 1)
+    rows = systematic_rows(log_w.double().softmax(-1), size)
     return (rows + size * torch.arange(islands, device=rows.device)[:, None]).flatten()
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from pyroflows.diagnostics.weights import importance_ess, psis
+from pyroflows.diagnostics.weights import importance_ess, psis, systematic_rows
 from pyroflows.flow import Flow
 from pyroflows.inference.guide import AutoFlow
 from pyroflows.inference.init import climb
@@ -77,11 +77,7 @@ class Weights:
 
     def resample(self, n: int) -> Tensor:
         """Resample draws by their smoothed weights (PSIS)."""
-        smoothed = psis(self.log_weights)[0].exp()
-        # Systematic resampling: each draw comes up in proportion to its weight, to the nearest integer.
-        steps = torch.arange(n, dtype=torch.float64, device="cpu")
-        positions = (steps + torch.rand((), dtype=torch.float64, device="cpu")) / n
-        rows = torch.searchsorted(smoothed.cpu().cumsum(0), positions).clamp(max=len(self.u) - 1)
+        rows = systematic_rows(psis(self.log_weights)[0].exp().cpu(), n)
         return self.u[rows[torch.randperm(n, device="cpu")].to(self.u.device)]
 
     @property

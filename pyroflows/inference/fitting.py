@@ -94,8 +94,7 @@ def fit_posterior(
     check_model(model)
     _check_argument_names(model)
     check_sizes(num_draws=num_draws, max_steps=max_steps)
-    if max_seconds is not None:
-        check_number("max_seconds", max_seconds, "(0, inf)")
+    check_number("max_seconds", max_seconds, "(0, inf)", optional=True)
     device = device_of(args, kwargs)
     distributed.initialize(device)
     with seeded(seed), distributed.together(device), Watch(max_seconds, progress) as watch:
@@ -104,7 +103,7 @@ def fit_posterior(
         enumerated = config_enumerate(model)
         log_joint = LogJoint(enumerated, args, kwargs, start=start_of(init))
         refuse_randomness(log_joint)
-        out_of_time = partial(watch.says, share=_START_SHARE)
+        out_of_time = partial(watch.is_over, share=_START_SHARE)
         guide = AutoFlow(enumerated, flow, init, log_joint=log_joint, out_of_time=out_of_time)
         require_log_joint(guide)
         guide_fit = GuideFit(guide, log_joint, num_draws, watch)
@@ -172,8 +171,10 @@ class GuideFit:
         """Choose the learning rate whose short run ends at the best ELBO, and keep the weights of that run."""
         initial = self._weights()
         began = self.watch.seconds()
-        floor = self._evaluate(1000)[0]
-        self.seconds_per_draw = (self.watch.seconds() - began) / 1000
+        self._evaluate(_MIN_DRAWS)
+        self.seconds_per_draw = (self.watch.seconds() - began) / _MIN_DRAWS
+        number_of_draws = self.affordable_draws(1000)
+        floor = self._evaluate(number_of_draws)[0]
         best = floor, _RATES[-1], initial
         for number, rate in enumerate(_RATES, 1):
             if number > 3 and best[0] > floor:
@@ -182,7 +183,7 @@ class GuideFit:
                 break
             self.flow.load_state_dict(initial)
             self._fit(100, rate, f"learning rate {number}")
-            elbo = self._evaluate(1000)[0]
+            elbo = self._evaluate(number_of_draws)[0]
             if elbo > best[0]:
                 best = elbo, rate, self._weights()
         if best[0] == -math.inf and not self._is_over():
@@ -234,12 +235,12 @@ class GuideFit:
         left = self._time_left()
         return left is not None and left <= 0
 
-    def affordable_draws(self) -> int:
-        """Return the number of draws to compute the weights from in the time that is left."""
+    def affordable_draws(self, most: int = _NUM_DRAWS) -> int:
+        """Return a number of draws that a fourth of the time left pays for: a verdict asks for about four runs each."""
         if self.watch.max_seconds is None or not self.seconds_per_draw:
-            return _NUM_DRAWS
+            return most
         left = max(self.watch.max_seconds - self.watch.seconds(), 0.0)
-        return int(min(max(left / self.seconds_per_draw / 4, _MIN_DRAWS), _NUM_DRAWS))
+        return int(min(max(left / self.seconds_per_draw / 4, _MIN_DRAWS), most))
 
     def _fit(self, steps: int, learning_rate: float, label: str) -> None:
         self.watch.hide()  # the fit shows a bar of its own
@@ -265,6 +266,8 @@ class GuideFit:
         for objective in (self.total, self.path):
             gradients = []
             for _ in range(_GRADIENTS):
+                if self._is_over():
+                    return self.total
                 gradient = torch.cat([g.flatten() for g in torch.autograd.grad(objective(), parameters)])
                 gradients.append(distributed.all_reduce(gradient) / distributed.world_size())
             variance = float(torch.stack(gradients).var(0).sum())

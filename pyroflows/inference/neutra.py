@@ -150,7 +150,7 @@ def run_chains(
         def note(_: Any, point: Any, stage: str, step: int, number: int = number, kept: list[Tensor] = kept) -> None:
             if stage == "Sample":
                 kept.append(point[site].clone())
-            if watch.says(f"chain {number} of {len(starts)}, {stage.lower()} {step}", number / len(starts)):
+            if watch.is_over(f"chain {number} of {len(starts)}, {stage.lower()} {step}", number / len(starts)):
                 raise _OutOfTime
 
         mcmc = MCMC(

@@ -315,15 +315,19 @@ def _nan_in(value: Any) -> str:
 class _CheckData(Messenger):
     """Refuses observed data that are no tensors or hold NaN, before the distribution's own checks."""
 
+    refusal: Exception | None = None  # to raise in place of what Pyro makes of it
+
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["is_observed"] or site_is_subsample(msg):
             return
         if not isinstance(msg["value"], (Tensor, Number)):
             got = f"{type(msg['value']).__name__}: convert it, for example by torch.as_tensor"
-            raise TypeError(f"expected data as a tensor at site {msg['name']!r}; got {got}")
-        if where := _nan_in(msg["value"]):
+            self.refusal = TypeError(f"expected data as a tensor at site {msg['name']!r}; got {got}")
+        elif where := _nan_in(msg["value"]):
             advice = "leave such rows out, or mask them with another number in their place, whose gradient exists"
-            raise ValueError(f"expected data without NaN at site {msg['name']!r}; got {where}: {advice}")
+            self.refusal = ValueError(f"expected data without NaN at site {msg['name']!r}; got {where}: {advice}")
+        if self.refusal is not None:
+            raise self.refusal
 
 
 def explain_by_arguments(args: Sequence[Any], kwargs: Mapping[str, Any], problem: str) -> None:
@@ -339,10 +343,20 @@ def explain_by_arguments(args: Sequence[Any], kwargs: Mapping[str, Any], problem
 
 
 def _run_at_median(model: Model, args: Any, kwargs: Any, like: Tensor) -> poutine.Trace:
-    with poutine.block(), torch.no_grad(), _CheckData(), InitMessenger(partial(initial_value, like=like)):
-        trace = poutine.trace(model).get_trace(*args, **kwargs)
-        trace.compute_log_prob()
+    check = _CheckData()
+    try:
+        with poutine.block(), torch.no_grad(), check, InitMessenger(partial(initial_value, like=like)):
+            trace = poutine.trace(model).get_trace(*args, **kwargs)
+            trace.compute_log_prob()
+    except Exception:
+        if check.refusal is not None:
+            raise _RefusedError(check.refusal) from None
+        raise
     return trace
+
+
+class _RefusedError(Exception):
+    """Carries a sentence past the handling of other errors."""
 
 
 def _first_run(model: Model, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[poutine.Trace, str]:
@@ -355,13 +369,15 @@ def _first_run(model: Model, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     for like in unique:
         try:
             return _run_at_median(model, args, kwargs, like), ""
+        except _RefusedError as error:
+            raise error.args[0] from None
         except Exception as error:
-            if not str(error).startswith("expected data"):  # a sentence already
-                explain_by_arguments(args, kwargs, f"{type(error).__name__} in the model: {str(error).splitlines()[0]}")
-                with suppress(Exception), pyro.validation_enabled(False):
-                    trace = _run_at_median(model, args, kwargs, like)
-                    if isinstance(error, ValueError) and not trace.log_prob_sum().isfinite():
-                        return trace, " ".join(str(error).splitlines()[:2])
+            first_line, *others = str(error).splitlines() or [""]
+            explain_by_arguments(args, kwargs, f"{type(error).__name__} in the model: {first_line}")
+            with suppress(Exception), pyro.validation_enabled(False):
+                trace = _run_at_median(model, args, kwargs, like)
+                if isinstance(error, ValueError) and not trace.log_prob_sum().isfinite():
+                    return trace, " ".join([first_line, *others[:1]])
             # An improper prior's value of another dtype than the data in a closure.
             if like is unique[-1] or not isinstance(error, RuntimeError):
                 raise

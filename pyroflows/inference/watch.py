@@ -13,7 +13,7 @@ _log = logging.getLogger("pyroflows")
 
 
 class Watch:
-    """The time of a fit: its limit, and what a bar and a log say of it.
+    """A context that counts the time of a call.
 
     Args:
         max_seconds: the limit of wall time, from now on; None for none.
@@ -42,8 +42,8 @@ class Watch:
         """Return the time since the start, by the first rank's clock."""
         return float(distributed.broadcast(time.perf_counter() - self.began))
 
-    def says(self, what: str, share: float = 1.0) -> bool:
-        """Show and log what is being done; return whether a share of the time is over."""
+    def says(self, what: str) -> None:
+        """Show and log what is being done."""
         now = time.perf_counter()
         if not self.bar.disable:
             self.bar.set_description(f"{what}, ", refresh=False)
@@ -51,4 +51,8 @@ class Watch:
         if now - self.logged >= _LOG_SECONDS and not distributed.rank():
             self.logged = now
             _log.info("posterior: %.0f s, %s", now - self.began, what)
+
+    def is_over(self, what: str, share: float = 1.0) -> bool:
+        """Say what is being done, and return whether a share of the time is over."""
+        self.says(what)
         return self.max_seconds is not None and self.seconds() >= share * self.max_seconds

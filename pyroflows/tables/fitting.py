@@ -21,6 +21,7 @@ from pyroflows.layers.linear import TriangularAffine
 from pyroflows.layers.pointwise import Standardize
 from pyroflows.networks.one_hot import OneHot
 from pyroflows.training import FitOptions, FitResult, fit, negative_log_likelihood
+from pyroflows.training.prepare import rows_of_share
 
 __all__ = ["fit_table", "table_flow"]
 
@@ -175,12 +176,7 @@ def _split(
     if weights is not None:  # equal rows are one row
         divided = weights > (1 + 1e-9) * share * weights.sum()
         order = rng.permutation(np.flatnonzero(~divided))
-        total = weights[order].cumsum()
-        limit = share * weights[order].sum() * (1 + 1e-9)
-        count = int((total <= limit).sum())
-        if count < len(order) and share and (not count or total[count - 1] < limit / 2):
-            count += 1  # a heavy row: those before it weigh too little to judge by
-        chosen = order[:count]
+        chosen = order[: rows_of_share(as_tensor(weights[order]), share) if share and len(order) else 0]
     else:
         if is_continuous:  # whole numbers alone are often equal by chance
             group = np.unique(_table(x, context), axis=0, return_inverse=True)[1].ravel()
@@ -342,18 +338,22 @@ def _embedding(context: Tensor, shares: Tensor) -> nn.Module:
     embedding: nn.Module
     if isinstance(context, Tensor) and context.is_floating_point():
         _check_numbers("a context", context)
-        if len(context) == len(shares):
-            mean, std = _mean_and_std(context, shares.to(context))
-            embedding = Standardize(mean, torch.where((context == context[0]).all(0), 1, std)).inv
+        _check_length(context, shares)
+        mean, std = _mean_and_std(context, shares.to(context))
+        embedding = Standardize(mean, torch.where((context == context[0]).all(0), 1, std)).inv
     elif isinstance(context, Tensor) and context.dim() == 1 and len(context):
+        _check_length(context, shares)
         embedding = OneHot(max(0, int(context.max())) + 1)
         embedding.check(context)
     else:
         got = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
         raise ValueError(f"expected a context of numbers, (rows, columns), or of class labels, (rows,); got {got}")
+    return embedding
+
+
+def _check_length(context: Tensor, shares: Tensor) -> None:
     if len(context) != len(shares):
         raise ValueError(f"expected a context for each of {len(shares)} rows; got {len(context)}")
-    return embedding
 
 
 def _mean_and_std(x: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:

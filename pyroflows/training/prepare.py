@@ -18,7 +18,7 @@ from pyroflows.networks.one_hot import OneHot
 from pyroflows.training.batches import Batches, MappedArray, Rows, Steps
 from pyroflows.training.options import FitOptions
 
-__all__ = ["prepare"]
+__all__ = ["prepare", "rows_of_share"]
 
 _CHECKED_NUMBERS = 2**22  # of a memory-mapped array at a time
 
@@ -71,14 +71,17 @@ def _split(rows: Any, weights: Tensor | None, share: float, *, vary: bool) -> tu
     """Draw the rows to hold out, a share of the rows or, with weights, of their weight; return them and the others."""
     # Drawn on the CPU, so that a fit that resumes on another device holds out the same rows.
     order = torch.randperm(len(rows), device="cpu").to(rows.device)
-    number = max(1, int(share * len(order)))
-    if weights is not None:
-        total = weights[order].cumsum(0)
-        number = int((total <= share * (1 + 1e-9) * total[-1]).sum())
-        if not number or total[number - 1] < share * total[-1] / 2:
-            number += 1  # a heavy row: those before it weigh too little to judge by
+    number = max(1, int(share * len(order))) if weights is None else rows_of_share(weights[order], share)
     held, trained = order[:number], order[number:]
     return _keep_varying(rows, held, trained) if vary and len(trained) else (held, trained)
+
+
+def rows_of_share(weights: Tensor, share: float) -> int:
+    """Return how many of the first rows hold a share of the weight: one at least, and half of the share or more."""
+    total = weights.cumsum(0)
+    number = int((total <= share * (1 + 1e-9) * total[-1]).sum())
+    is_enough = number and total[number - 1] >= share * total[-1] / 2
+    return number if is_enough else number + 1  # with a heavy row: those before it weigh too little to judge by
 
 
 def _keep_varying(rows: Tensor, held: Tensor, trained: Tensor) -> tuple[Tensor, Tensor]:
