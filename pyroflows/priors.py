@@ -83,8 +83,8 @@ class Prior(Recorded, nn.Module):
         if 0 in shape:  # torch's categorical distribution cannot draw zero samples
             return self.sample().new_empty(shape + self.event_shape)
         with torch.no_grad():
-            if temperature == 1.0:  # torch.normal, by which a Normal samples, makes a GPU's caller wait
-                return self().rsample(shape) if self.has_rsample else self().sample(shape)
+            if temperature == 1.0:
+                return self.rsample(shape) if self.has_rsample else self().sample(shape)
             check_number("temperature", temperature, "[0, inf)")
             return self._tempered(shape, float(temperature))
 
@@ -117,6 +117,14 @@ class Prior(Recorded, nn.Module):
         return brief_shape(self.event_shape)
 
 
+class _Normal(dist.Normal):
+    """A normal that samples without ``torch.normal``, which makes a GPU's caller wait to check the scale."""
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        with torch.no_grad():
+            return self.rsample(Size(sample_shape))
+
+
 class _Joint(dist.Independent):
     """Independent features as one event; unlike torch's class it can sum over them in an empty batch."""
 
@@ -146,7 +154,7 @@ class StandardNormal(Prior):
         self.register_buffer("scale", torch.ones(self.event_shape), persistent=False)
 
     def forward(self) -> TorchDistribution:
-        return _Joint(dist.Normal(self.loc, self.scale, validate_args=False), len(self.event_shape))
+        return _Joint(_Normal(self.loc, self.scale, validate_args=False), len(self.event_shape))
 
     def _tempered(self, shape: Size, temperature: float) -> Tensor:
         return temperature * self().sample(shape)
@@ -177,7 +185,7 @@ class DiagonalNormal(Prior):
         self.log_scale = nn.Parameter(torch.zeros(self.event_shape))
 
     def forward(self) -> TorchDistribution:
-        return _Joint(dist.Normal(self.loc, self.log_scale.exp(), validate_args=False), len(self.event_shape))
+        return _Joint(_Normal(self.loc, self.log_scale.exp(), validate_args=False), len(self.event_shape))
 
     def _tempered(self, shape: Size, temperature: float) -> Tensor:
         return self.loc + temperature * (self().sample(shape) - self.loc)
@@ -277,7 +285,7 @@ class GaussianMixture(Prior):
         if self.covariance == "full":
             components = dist.MultivariateNormal(self.loc, scale_tril=self._factor(), validate_args=False)
         else:
-            components = _Joint(dist.Normal(self.loc, self.log_scale.exp(), validate_args=False), len(self.event_shape))
+            components = _Joint(_Normal(self.loc, self.log_scale.exp(), validate_args=False), len(self.event_shape))
         choice = dist.Categorical(logits=self.logits, validate_args=False)
         return dist.MixtureSameFamily(choice, components, validate_args=False)
 
@@ -354,6 +362,11 @@ class StudentT(Prior):
     def forward(self) -> TorchDistribution:
         each = dist.StudentT(self.df, self.loc, torch.ones_like(self.loc), validate_args=False)
         return _Joint(each, len(self.event_shape))
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        half = 0.5 * self.df  # torch's StudentT copies a number to a GPU when it is made, which makes the caller wait
+        precision = dist.Gamma(half, half, validate_args=False).rsample(Size(sample_shape))
+        return torch.randn_like(precision) * precision.rsqrt()
 
     def log_prob(self, z: Tensor) -> Tensor:
         self._check(z)

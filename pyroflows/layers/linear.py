@@ -146,8 +146,8 @@ class DenseLinear(Bijection):
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> Pair:
         y = x if self.bias is None else x - self.bias
-        y = torch.linalg.solve(self.weight.T, y.reshape(-1, x.shape[-1]), left=False)
-        return y.reshape(x.shape), -self.log_det().expand(x.shape[:-1])
+        y, info = torch.linalg.solve_ex(self.weight.T, y.reshape(-1, x.shape[-1]), left=False)
+        return _nan_if_singular(y, info).reshape(x.shape), -self.log_det().expand(x.shape[:-1])
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> Pair:
         with _full_precision(y):
@@ -157,12 +157,17 @@ class DenseLinear(Bijection):
     @cached
     def inverse_weight(self) -> Tensor:
         """The inverse of W."""
-        return torch.linalg.inv(self.weight)
+        return _nan_if_singular(*torch.linalg.inv_ex(self.weight))
 
     @cached
     def log_det(self) -> Tensor:
         """The log-determinant of W."""
         return torch.linalg.slogdet(self.weight).logabsdet
+
+
+def _nan_if_singular(result: Tensor, info: Tensor) -> Tensor:
+    """Return what a solver gave, or NaN if its matrix is singular; an error would make a GPU's caller wait."""
+    return torch.where(info == 0, result, torch.nan)
 
 
 class InvertibleConv(Bijection):
