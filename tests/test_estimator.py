@@ -18,6 +18,7 @@ from sklearn.model_selection import (
     GridSearchCV,
     GroupKFold,
     KFold,
+    PredefinedSplit,
     StratifiedKFold,
     TimeSeriesSplit,
     cross_val_score,
@@ -521,8 +522,10 @@ def test_rows_to_validate_on():
         FlowDensity("maf", validation=np.zeros((4, 3)), **options).fit(x)
     with pytest.raises(ValueError, match="class labels among 0, 1; got 7"):
         FlowDensity("maf", validation=(held, held_y + 7), conditional="class", **options).fit(x, y)
-    with pytest.raises(TypeError, match=r"a share, rows, \(X, y\) or a splitter"):
+    with pytest.raises(TypeError, match=r"a share, rows, a tuple \(X, y\) or a splitter.*got 'half'"):
         FlowDensity("maf", validation="half", **options).fit(x)
+    with pytest.raises(TypeError, match=r"a tuple \(X, y\) or a splitter of scikit-learn; got a list of 2"):
+        FlowDensity("maf", validation=[held, held_y], conditional="class", **options).fit(x, y)
     with pytest.raises(ValueError, match="groups only with a splitter"):
         FlowDensity("maf", **options).fit(x, groups=y)
 
@@ -561,6 +564,18 @@ def test_a_column_that_varies_only_in_the_held_out_split_is_named():
     x.loc[59, "shop"] = 2.0
     with pytest.raises(ValueError, match="in the rows to train on; got column 'shop', which is constant there, in the"):
         FlowDensity("maf", validation=TimeSeriesSplit(3), epochs=1).fit(x)
+
+
+def test_a_splitter_made_for_all_rows_stands_beside_rows_without_weight():
+    x = correlated(60)
+    fold, weights = np.where(np.arange(60) % 3, -1, 0), (np.arange(60) % 4 > 0).astype(float)
+    options = {"num_layers": 1, "hidden_features": (4,), "epochs": 2, "random_state": 0}
+    density = FlowDensity("maf", validation=PredefinedSplit(fold), **options).fit(x, sample_weight=weights)
+    used = weights > 0
+    same = FlowDensity("maf", validation=PredefinedSplit(fold[used]), **options).fit(x[used])
+    np.testing.assert_array_equal(density.score_samples(x), same.score_samples(x))
+    with pytest.raises(ValueError, match="rows of a weight to train on and to hold out; got 40 and 0 in the last"):
+        FlowDensity("maf", validation=PredefinedSplit(fold), **options).fit(x, sample_weight=-1.0 * fold)
 
 
 def test_validation_none_holds_nothing_out():

@@ -652,6 +652,8 @@ def test_an_unpickled_guide_whose_supports_depend_on_other_sites_needs_its_model
         lambda guide: list(guide.parameters()),
         lambda guide: torch.optim.Adam(guide.parameters()),
         lambda guide: neutra(of_data, guide),
+        lambda guide: NeuTraReparam(guide).reparam(of_data)(Y),
+        lambda guide: poutine.reparam(of_data, config=lambda site: NeuTraReparam(guide))(Y),
     ],
 )
 def test_before_setup_nothing_is_silently_empty(use):
@@ -1168,7 +1170,7 @@ class Mean(PyroModule):
 )
 def test_models_of_every_form_are_built_at_the_first_call(model):
     guide = AutoFlow(model)
-    assert guide.prototype_trace is None
+    assert not guide.prototype_trace
     loss = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step(torch.tensor([1.0, 2.0, 1.5]))
     assert math.isfinite(loss)
     assert [site.name for site in guide.latents] == ["mu"]

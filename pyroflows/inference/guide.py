@@ -123,6 +123,7 @@ class AutoFlow(AutoContinuous):
             raise TypeError(f"expected flow to be a builder or a Flow; got {flow!r}")
         # Not AutoContinuous's own, which would look for initial values again in every run of the model.
         AutoGuide.__init__(self, model)
+        self.prototype_trace = _NotBuilt()
         self.init, self.max_triangular = init, max_triangular
         self.log_joint: LogJoint | None = None
         self.latents: list[LatentSite] = []
@@ -166,8 +167,8 @@ class AutoFlow(AutoContinuous):
 
     def require_flow(self) -> Flow:
         """Return the flow; refuse a guide that is not built."""
-        if self.prototype_trace is None:
-            raise ValueError("expected a guide that is built: call guide.setup(...) with the model's arguments first")
+        if isinstance(self.prototype_trace, _NotBuilt):
+            raise self.prototype_trace.refusal
         # Not self.flow, which registers every parameter with Pyro again in a call.
         return cast(Flow, self._modules["flow"])
 
@@ -184,7 +185,7 @@ class AutoFlow(AutoContinuous):
         return self.require_flow()()
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        if self.prototype_trace is None:
+        if isinstance(self.prototype_trace, _NotBuilt):
             self.setup(*args, **kwargs)
         _check_sites(self, args, kwargs)
         self._register_parameters()
@@ -294,10 +295,28 @@ class AutoFlow(AutoContinuous):
         state = {**self.__dict__, "_model": (None,), "master": None, "log_joint": None}
         # A copy of a parameter has none of the attributes that Pyro's store sets on it, which do not pickle.
         state["_modules"] = copy.deepcopy(self._modules)
-        if self.prototype_trace is not None:
+        if not isinstance(self.prototype_trace, _NotBuilt):
             nodes = self.prototype_trace.nodes.items()
             state["prototype_trace"] = _trace_of({name: {**node, "fn": _shape_of(node["fn"])} for name, node in nodes})
         return state
+
+
+class _NotBuilt:
+    """Stands for the trace of a guide that is not built, and refuses what Pyro, as in NeuTraReparam, asks of it."""
+
+    @property
+    def refusal(self) -> ValueError:
+        return ValueError("expected a guide that is built: call guide.setup(...) with the model's arguments first")
+
+    @property
+    def nodes(self) -> Any:
+        raise self.refusal
+
+    def __contains__(self, name: str) -> bool:
+        raise self.refusal
+
+    def __bool__(self) -> bool:
+        return False
 
 
 def _check_sites(guide: "AutoFlow", args: Any, kwargs: Any) -> None:

@@ -112,11 +112,8 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         weights = _sample_weights(sample_weight, x)
         is_used = weights > 0
         context = self._learn_targets(x, y, is_used)
-        x, weights = x[is_used], weights[is_used]
-        for_splitter = context, _subset("groups", groups, is_used)
-        if context is None and hasattr(self.validation, "get_n_splits"):  # such as StratifiedKFold
-            for_splitter = _subset("y", y, is_used), for_splitter[1]
-        (x, context, weights), validation = _hold_out(self, x, context, weights, *for_splitter)
+        split = _last_split(self, x, y, groups, is_used)
+        (x, context, weights), validation = _hold_out(self, x[is_used], context, weights[is_used], split)
         flow_options = {"num_layers": self.num_layers, "hidden_features": self.hidden_features}
         flow_options = {name: value for name, value in flow_options.items() if value is not None}
         shared = ("batch_size", "epochs", "learning_rate", "max_seconds", "patience", "standardize")
@@ -339,21 +336,38 @@ class FlowClassifier(ClassifierMixin, BaseEstimator):
         return self.classes_[best]
 
 
+def _last_split(density: "FlowDensity", x: np.ndarray, y: Any, groups: Any, is_used: np.ndarray) -> Any:
+    """Return the rows to train on and to hold out by the last split of a splitter, as indices among those used.
+
+    The splitter sees all rows, since it may have been made for them, as a ``PredefinedSplit`` is.
+    """
+    splitter = density.validation
+    groups = _one_of_each_row("groups", groups, len(x))
+    if not hasattr(splitter, "get_n_splits"):
+        if groups is not None:
+            raise ValueError(f"expected groups only with a splitter as validation; got validation={splitter!r}")
+        return None
+    *_, split = splitter.split(x, _one_of_each_row("y", y, len(x)), groups)
+    index = is_used.cumsum() - 1
+    training, held_out = (index[rows][is_used[rows]] for rows in split)
+    if not (len(training) and len(held_out)):
+        got = f"{len(training)} and {len(held_out)} in the last split of {splitter!r}"
+        raise ValueError(f"expected rows of a weight to train on and to hold out; got {got}")
+    return training, held_out
+
+
 def _hold_out(
-    density: "FlowDensity", x: np.ndarray, context: np.ndarray | None, weights: np.ndarray, y: Any, groups: Any
+    density: "FlowDensity", x: np.ndarray, context: np.ndarray | None, weights: np.ndarray, split: Any
 ) -> tuple[Any, Any]:
-    """Return rows, context and weights to train on, and the share or those to hold out; ``y`` is for a splitter."""
+    """Return rows, context and weights to train on, and the share or those to hold out."""
     columns, validation = (x, context, weights), density.validation
-    is_splitter = hasattr(validation, "get_n_splits")
-    if groups is not None and not is_splitter:
-        raise ValueError(f"expected groups only with a splitter as validation; got validation={validation!r}")
     if validation is None:
         return columns, 0.0
     if isinstance(validation, Real):
         check_number("validation", validation, "[0, 1)")
         return columns, float(validation)
-    if is_splitter:
-        *_, (training, held_out) = validation.split(x, y, groups)
+    if split is not None:
+        training, held_out = split
         missing = np.array([]) if context is None else np.setdiff1d(context, context[training])
         if density.conditional == "class" and len(missing):
             got = f"none of {density.classes_[missing[0]]!r} in the last split of {validation!r}"
@@ -368,22 +382,27 @@ def _hold_out(
         )
         return train, held
     given = validation if isinstance(validation, tuple) else (validation, None)
-    if isinstance(validation, str) or len(given) != 2:
-        expected = "validation as a share, rows, (X, y) or a splitter of scikit-learn"
-        raise TypeError(f"expected {expected}; got {validation!r}")
+    holds_tables = isinstance(validation, list) and any(
+        hasattr(rows, "shape") and len(rows.shape) > 1 for rows in given[0]
+    )
+    if isinstance(validation, str) or len(given) != 2 or holds_tables:
+        got = f"a {type(validation).__name__} of {len(validation)}" if holds_tables else repr(validation)
+        raise TypeError(
+            f"expected validation as a share, rows, a tuple (X, y) or a splitter of scikit-learn; got {got}"
+        )
     rows = density._rows(given[0])
     targets = density._context(given[1], len(rows))
     return columns, (rows, None if targets is None else targets.numpy(), None)
 
 
-def _subset(name: str, values: Any, is_used: np.ndarray) -> np.ndarray | None:
-    """Return the values, one of each row, of the rows that are used."""
+def _one_of_each_row(name: str, values: Any, rows: int) -> np.ndarray | None:
+    """Return values as an array; refuse those that are not one of each row."""
     if values is None:
         return None
     values = np.asarray(values)
-    if values.shape[:1] != is_used.shape:
-        raise ValueError(f"expected {name} of length {len(is_used)}, one for each row; got shape {values.shape}")
-    return values[is_used]
+    if values.shape[:1] != (rows,):
+        raise ValueError(f"expected {name} of length {rows}, one for each row; got shape {values.shape}")
+    return values
 
 
 def _device(name: str) -> torch.device:
