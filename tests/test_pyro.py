@@ -403,13 +403,25 @@ def test_an_elbo_by_the_tracing_compiler_meets_a_conjugate_posterior():
     assert float(draws.std()) == pytest.approx(13**-0.5, rel=0.35)
 
 
-@pytest.mark.parametrize("name", ["realnvp", "maf", "nsf", "iaf", "planar", "radial", "glow", "nice"])
-def test_parameters_from_pyros_store_give_a_newly_built_flow_the_same_density(name, tmp_path):
-    x, densities = torch.randn(5, 4), []
+SHUFFLED = {"permutation": "shuffle"}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "options"),
+    [
+        *((name, 4, {}) for name in ["realnvp", "maf", "nsf", "iaf", "planar", "radial", "glow", "nice"]),
+        *((name, 7, SHUFFLED) for name in ["realnvp", "nsf", "glow"]),
+        *((name, 7, {**SHUFFLED, "order": "random"}) for name in ["maf", "iaf"]),
+        ("glow", (3, 8, 8), {**SHUFFLED, "num_levels": 2, "num_steps": 2, "hidden_channels": 8}),
+    ],
+)
+def test_parameters_from_pyros_store_give_a_newly_built_flow_the_same_density(name, shape, options, tmp_path):
+    densities = []
+    x = torch.rand(5, *(shape if isinstance(shape, tuple) else (shape,)))
     for seed in (0, 1):
         pyro.clear_param_store()
         torch.manual_seed(seed)
-        flow = getattr(pyroflows, name)(4).eval()
+        flow = getattr(pyroflows, name)(shape, **options).eval()
         if seed == 0:
             perturb(flow, 0.1)
             pyro.module("flow", flow)

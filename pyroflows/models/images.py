@@ -22,12 +22,13 @@ from pyroflows.priors import Prior, StandardNormal
 
 __all__ = ["image_glow", "image_realnvp"]
 
-_PERMUTATIONS: dict[str, Callable[[Size], list[Bijection]]] = {
-    "conv": lambda shape: [InvertibleConv(shape)],
-    "conv-full": lambda shape: [InvertibleConv(shape, factored=False)],
-    "shuffle": lambda shape: [Permutation(shape, "random")],
-    "reverse": lambda shape: [Permutation(shape, "reverse")],
-    "none": lambda shape: [],
+# Made from the shape and the number of the step, which is the seed of a permutation, as in flows of vectors.
+_PERMUTATIONS: dict[str, Callable[[Size, int], list[Bijection]]] = {
+    "conv": lambda shape, number: [InvertibleConv(shape)],
+    "conv-full": lambda shape, number: [InvertibleConv(shape, factored=False)],
+    "shuffle": lambda shape, number: [Permutation(shape, "random", seed=number)],
+    "reverse": lambda shape, number: [Permutation(shape, "reverse")],
+    "none": lambda shape, number: [],
 }
 
 
@@ -57,16 +58,16 @@ def image_glow(
     transformer = Affine(scale=scale) if coupling == "affine" else Additive()
     network: dict[str, Any] = {"context_features": context, "hidden_channels": hidden_channels, "norm": norm}
 
-    def step(shape: Size) -> Bijection:
+    def step(shape: Size, number: int) -> Bijection:
         coupling_layer = ConvCoupling(shape, transformer=transformer, **network)
-        return Compose([coupling_layer, *_PERMUTATIONS[permutation](shape), ActNorm(shape)])
+        return Compose([coupling_layer, *_PERMUTATIONS[permutation](shape, number), ActNorm(shape)])
 
     levels: list[Bijection] = []
     shape = _divisible(features, num_levels)
     for number in range(num_levels):
         squeeze = Squeeze(shape)
         shape = squeeze.latent_shape
-        layers = [step(shape) for _ in range(num_steps)]
+        layers = [step(shape, step_number) for step_number in range(num_steps)]
         if number < num_levels - 1:
             layers.insert(0, _split_prior(shape, context))
         elif learn_top:

@@ -32,12 +32,14 @@ _NORMS: dict[str, Callable[[int], list[Bijection]]] = {
     "batchnorm": lambda features: [BatchNorm(features)],
     "none": lambda features: [],
 }
-_PERMUTATIONS: dict[str, Callable[[int], list[Bijection]]] = {
-    "lu": lambda features: [LULinear(features)],
-    "dense": lambda features: [DenseLinear(features)],
-    "reverse": lambda features: [],  # every second layer is built for reversed features instead
-    "shuffle": lambda features: [Permutation(features, "random")],
-    "none": lambda features: [],
+# Made from the features and the number of the layer, which is the seed of a permutation: all flows built alike have the
+# same, so that parameters mean the same in each of them.
+_PERMUTATIONS: dict[str, Callable[[int, int], list[Bijection]]] = {
+    "lu": lambda features, number: [LULinear(features)],
+    "dense": lambda features, number: [DenseLinear(features)],
+    "reverse": lambda features, number: [],  # every second layer is built for reversed features instead
+    "shuffle": lambda features, number: [Permutation(features, "random", seed=number)],
+    "none": lambda features, number: [],
 }
 
 P = ParamSpec("P")
@@ -94,7 +96,7 @@ def _stack(
     check_option("norm", norm, _NORMS)
     layers: list[Bijection] = []
     for number in range(num_layers):
-        layers += [make_layer(number), *_PERMUTATIONS[permutation](features), *_NORMS[norm](features)]
+        layers += [make_layer(number), *_PERMUTATIONS[permutation](features, number), *_NORMS[norm](features)]
     return layers
 
 
@@ -116,7 +118,9 @@ def _autoregressive(
     if permutation == "reverse":
         named = {"sequential": "reversed", "reversed": "sequential", "random": "random"}
         reversed_order = named.get(order, order) if isinstance(order, str) else [features - 1 - i for i in order]
-    return lambda number: MaskedAutoregressive(features, order=reversed_order if number % 2 else order, **options)
+    return lambda number: MaskedAutoregressive(
+        features, order=reversed_order if number % 2 else order, **{"seed": number, **options}
+    )
 
 
 @_or_for_images(image_realnvp)
