@@ -364,9 +364,10 @@ class StudentT(Prior):
         return _Joint(each, len(self.event_shape))
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        half = 0.5 * self.df  # torch's StudentT copies a number to a GPU when it is made, which makes the caller wait
-        precision = dist.Gamma(half, half, validate_args=False).rsample(Size(sample_shape))
-        return torch.randn_like(precision) * precision.rsqrt()
+        # As torch's StudentT draws it, which when it is made copies a number to a GPU, for which the caller waits.
+        half = 0.5 * self.df
+        normal = torch.randn(Size(sample_shape) + self.event_shape, dtype=half.dtype, device=half.device)
+        return normal * dist.Gamma(half, half, validate_args=False).rsample(Size(sample_shape)).rsqrt()
 
     def log_prob(self, z: Tensor) -> Tensor:
         self._check(z)

@@ -376,3 +376,12 @@ def test_logit_normal_in_a_model():
     loss = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), pyro.infer.Trace_ELBO()).step()
     assert math.isfinite(loss)
     pyro.clear_param_store()
+
+
+def test_student_t_draws_what_its_distribution_draws():
+    prior = StudentT(3, df=torch.tensor([1.5, 4.0, 30.0])).double()
+    draws = []
+    for draw in (prior.rsample, lambda shape: prior().rsample(shape)):
+        torch.manual_seed(0)
+        draws.append(draw((100,)))
+    torch.testing.assert_close(*draws)
