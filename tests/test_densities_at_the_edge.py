@@ -70,10 +70,11 @@ def test_a_saturated_sample_can_be_scored(alpha, dtype):
     assert flow.log_prob(flow.decode(z)).isfinite().all()
 
 
-def test_images_that_saturate_can_be_scored():
-    torch.manual_seed(0)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_images_that_saturate_can_be_scored(seed):
+    torch.manual_seed(seed)
     flow = realnvp((3, 16, 16), num_levels=2, num_blocks=1, hidden_channels=8)
-    optimizer = torch.optim.Adam(flow.parameters(), 0.1)
+    optimizer = torch.optim.Adam(flow.parameters(), 0.01)  # far more, and densities are below float32's range
     x = torch.rand(8, 3, 16, 16)
     for _ in range(3):
         optimizer.zero_grad()
