@@ -291,7 +291,7 @@ class GaussianMixture(Prior):
 
     def _tempered(self, shape: Size, temperature: float) -> Tensor:
         component = dist.Categorical(logits=self.logits, validate_args=False).sample(shape)
-        standard = torch.randn(shape + self.event_shape).to(self.loc) * temperature
+        standard = temperature * torch.randn(shape + self.event_shape, dtype=self.loc.dtype, device=self.loc.device)
         if self.covariance == "full":
             return self.loc[component] + (self._factor()[component] @ standard.unsqueeze(-1)).squeeze(-1)
         return self.loc[component] + self.log_scale[component].exp() * standard

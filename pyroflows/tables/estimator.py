@@ -382,14 +382,11 @@ def _hold_out(
         )
         return train, held
     given = validation if isinstance(validation, tuple) else (validation, None)
-    holds_tables = isinstance(validation, list) and any(
-        hasattr(rows, "shape") and len(rows.shape) > 1 for rows in given[0]
-    )
+    holds_tables = isinstance(validation, list) and any(len(getattr(rows, "shape", ())) > 1 for rows in validation)
     if isinstance(validation, str) or len(given) != 2 or holds_tables:
-        got = f"a {type(validation).__name__} of {len(validation)}" if holds_tables else repr(validation)
-        raise TypeError(
-            f"expected validation as a share, rows, a tuple (X, y) or a splitter of scikit-learn; got {got}"
-        )
+        expected = "validation as a share, rows, a tuple (X, y) or a splitter of scikit-learn"
+        got = f"a list of {len(validation)}" if holds_tables else repr(validation)
+        raise TypeError(f"expected {expected}; got {got}")
     rows = density._rows(given[0])
     targets = density._context(given[1], len(rows))
     return columns, (rows, None if targets is None else targets.numpy(), None)
