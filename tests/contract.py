@@ -128,6 +128,7 @@ LAYERS: dict[str, Callable[[int, int], Bijection]] = {
     "coupling, mask of one": lambda d, c: _coupling(d, c, mask=torch.arange(d) == d // 2),
     "coupling, mask of all": lambda d, c: _coupling(d, c, mask=[True] * d),
     "coupling, sigmoid scale": lambda d, c: _coupling(d, c, transformer=Affine(scale="sigmoid")),
+    "coupling, bounded shift": lambda d, c: _coupling(d, c, transformer=Affine(bound=1.0, shift_bound=0.5)),
     "coupling, additive": lambda d, c: _coupling(d, c, transformer="additive"),
     "coupling, spline": lambda d, c: _coupling(d, c, transformer="spline", flip=True),
     "coupling, residual": lambda d, c: _coupling(d, c, residual=True, activation="silu"),

@@ -31,7 +31,7 @@ from pyroflows.inference.sites import (
     constrain,
     unconstrain,
 )
-from pyroflows.layers import TriangularAffine
+from pyroflows.layers import Affine, LULinear, TriangularAffine
 from pyroflows.models import iaf, maf, nsf, realnvp
 from pyroflows.private import inside_pyro_call, name_in_store
 
@@ -39,14 +39,15 @@ __all__ = ["AutoFlow", "Builder", "build_flow", "claim_parameters", "start_of"]
 
 Builder = Callable[..., Flow]
 
-_SMALL: dict[str, Any] = {"hidden_features": (64, 64)}
 _OPTIONS: dict[Builder, dict[str, Any]] = {
-    # Whitened latents need neither mixing nor norms; layers initialised to the identity start at the Gaussian.
-    realnvp: {**_SMALL, "num_layers": 8, "permutation": "none", "norm": "none"},
-    iaf: {**_SMALL, "num_layers": 4, "permutation": "reverse", "norm": "none"},
-    maf: {**_SMALL, "num_layers": 4, "permutation": "reverse", "norm": "none"},
-    nsf: {**_SMALL, "num_layers": 4, "permutation": "none", "norm": "none", "bound": 5.0},
+    # Whitened latents need no norms; layers initialised to the identity start at the Gaussian. Bounded couplings bound
+    # what one large step does to a draw: at a learning rate of 0.05 others run out of the range of float32.
+    realnvp: {"num_layers": 8, "permutation": "none", "norm": "none", "scale": Affine(bound=1.0, shift_bound=3.0)},
+    iaf: {"num_layers": 4, "permutation": "reverse", "norm": "none"},
+    maf: {"num_layers": 4, "permutation": "reverse", "norm": "none"},
+    nsf: {"num_layers": 4, "permutation": "none", "norm": "none", "bound": 5.0},
 }
+_WIDTHS = 32, 64  # of the networks: eight times the number of latents, within these
 
 
 class AutoFlow(AutoContinuous):
@@ -160,8 +161,8 @@ class AutoFlow(AutoContinuous):
             name: tuple(frame for frame in node["cond_indep_stack"] if frame.vectorized) for name, node in nodes.items()
         }
         self._prototype_frames = {frame.name: frame for stack in self._cond_indep_stacks.values() for frame in stack}
-        inner = _inner_flow(*self._builder, self.options, self.latent_dim)
-        whitening = TriangularAffine(self.latent_dim, diagonal=self.latent_dim > self.max_triangular)
+        inner = _inner_flow(*self._builder, self.options, self.latent_dim, rotate=not diagonal)
+        whitening = TriangularAffine(self.latent_dim, diagonal=diagonal)
         self.flow = Flow(inner.prior, [*inner.layers, whitening]).to(log_joint.device, log_joint.dtype)
         whitening.start_at(inits[0].loc, inits[0].scale_tril)
 
@@ -366,14 +367,23 @@ def claim_parameters(guide: PyroModule, name: str, module: nn.Module) -> dict[st
     return parameters
 
 
-def _inner_flow(builder: Builder | Flow, options: Mapping[str, Any], features: int) -> Flow:
+def _inner_flow(builder: Builder | Flow, options: Mapping[str, Any], features: int, *, rotate: bool) -> Flow:
     """Return the flow of a guide without the layer that starts at a Gaussian."""
     if isinstance(builder, Flow):
         return build_flow(copy.deepcopy(builder), features)
     # A coupling of a single feature has no identity feature to condition on: only splines bend it.
     if builder is realnvp and features == 1 and not {"scale", "mask"} & set(options):
         builder = nsf
-    return build_flow(builder, features, **{**_OPTIONS.get(builder, {}), **options})
+    if builder not in _OPTIONS:
+        return build_flow(builder, features, **options)
+    width = min(max(8 * features, _WIDTHS[0]), _WIDTHS[1])
+    flow = build_flow(builder, features, **{**_OPTIONS[builder], "hidden_features": (width, width), **options})
+    if features == 1 or not rotate or "permutation" in options:
+        return flow
+    # Between latents that are skewed but nearly independent, as whitened ones often are, the ELBO's gradient by what
+    # one half does to the other vanishes. Half of the layers act on rotated latents, which are not independent.
+    half = len(flow.layers) // 2
+    return Flow(flow.prior, [*flow.layers[:half], LULinear(features, bias=False), *flow.layers[half:]])
 
 
 def _trace_of(nodes: Mapping[str, Mapping[str, Any]]) -> poutine.Trace:

@@ -66,9 +66,10 @@ class Affine:
     Args:
         scale: "exp" or "sigmoid".
         bound: the largest absolute log-scale of "exp".
+        shift_bound: the largest absolute shift, bounded likewise; None for none.
 
     Shapes:
-        x, y: ``(*batch, features)``; parameters, the shift :math:`t` and the raw log-scale :math:`h`: the same.
+        x, y: ``(*batch, features)``; parameters, the raw shift :math:`t` and the raw log-scale :math:`h`: the same.
 
     Raises:
         ValueError: an unknown scale, or a bound that is not positive.
@@ -84,29 +85,38 @@ class Affine:
 
     scale: str = "exp"
     bound: float = 5.0
+    shift_bound: float | None = None
     parameter_shapes: ClassVar[tuple[tuple[int, ...], ...]] = ((), ())
 
     def __post_init__(self) -> None:
         check_option("scale", self.scale, ("exp", "sigmoid"))
         check_number("bound", self.bound, "(0, inf)")
+        check_number("shift_bound", self.shift_bound, "(0, inf)", optional=True)
 
     def forward(self, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         shift, raw = parameters
         log_scale = self._log_scale(raw)
-        return torch.addcmul(shift, x, _exp(log_scale)), log_scale
+        return torch.addcmul(self._shift(shift), x, _exp(log_scale)), log_scale
 
     def inverse(self, y: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         shift, raw = parameters
         log_scale = self._log_scale(raw, sign=-1)
-        return (y - shift) * _exp(log_scale), log_scale
+        return (y - self._shift(shift)) * _exp(log_scale), log_scale
+
+    def _shift(self, raw: Tensor) -> Tensor:
+        return raw if self.shift_bound is None else _soft_clip(raw, self.shift_bound)
 
     def _log_scale(self, raw: Tensor, sign: int = 1) -> Tensor:
         """Return the log-scale, times a sign."""
         if self.scale == "sigmoid":
             return -sign * F.logsigmoid(raw + 2)
-        # b tanh(h / b) = b - 2 b sigmoid(-2 h / b); on a CPU torch's tanh takes ten times as long as its sigmoid.
-        bound = sign * self.bound
-        return torch.rsub((raw * (-2 / self.bound)).sigmoid_(), bound, alpha=2 * bound)
+        return _soft_clip(raw, self.bound, sign)
+
+
+def _soft_clip(raw: Tensor, bound: float, sign: int = 1) -> Tensor:
+    """Return :math:`b \\tanh(h / b)`, times a sign."""
+    # b tanh(h / b) = b - 2 b sigmoid(-2 h / b); on a CPU torch's tanh takes ten times as long as its sigmoid.
+    return torch.rsub((raw * (-2 / bound)).sigmoid_(), sign * bound, alpha=2 * sign * bound)
 
 
 def _exp(x: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ def realnvp(
     *,
     context_features: int = 0,
     num_layers: int = 8,
-    scale: str = "exp",
+    scale: str | Affine = "exp",
     mask: str = "halves",
     permutation: str = "lu",
     norm: str = "actnorm",
@@ -148,7 +148,7 @@ def realnvp(
         context_features: length of the context, as the layers take it; 0 for none.
         embedding: network that computes it from the user's context, see :class:`Flow`; cannot be combined with
             ``num_classes``.
-        scale: "exp" or "sigmoid", see :class:`Affine`.
+        scale: "exp" or "sigmoid", see :class:`Affine`; of vectors also an ``Affine`` with bounds of its own.
         dropout: dropout of the networks, in training only (0).
         prior: prior of the latent, a vector; by default a standard normal.
 
@@ -185,7 +185,8 @@ def realnvp(
         >>> realnvp((1, 8, 8), num_blocks=1, hidden_channels=8).sample((2,)).shape
         torch.Size([2, 1, 8, 8])
     """
-    options: dict[str, Any] = {"transformer": Affine(scale=scale), "context_features": context_features, **network}
+    transformer = scale if isinstance(scale, Affine) else Affine(scale=scale)
+    options: dict[str, Any] = {"transformer": transformer, "context_features": context_features, **network}
     layer = _couplings(features, permutation, mask=mask, **options)
     return _flow(prior, embedding, features, _stack(layer, features, num_layers, permutation, norm))
 
