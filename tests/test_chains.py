@@ -98,7 +98,7 @@ def test_time_that_is_over_leaves_what_there_is():
     def model():
         pyro.sample("x", dist.Normal(tensor([0.0, 1.0]), 1.0).to_event(1))
 
-    _, ensemble = run(model, out_of_time=lambda: True)
+    _, ensemble = run(model, out_of_time=lambda _: True)
     assert not ensemble.complete
     assert not ensemble.has_converged
     assert ensemble.u.isfinite().all()

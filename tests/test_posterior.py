@@ -235,8 +235,17 @@ def test_a_missed_mode_is_named():
 
 @pytest.mark.usefixtures("_one_rate")
 def test_a_fit_of_two_modes_is_honest():
-    posterior = fit_posterior(bimodal, flow=plain, seed=0, max_steps=1)
+    posterior = fit_posterior(bimodal, flow=plain, seed=0, max_steps=1, refine="never")
     assert posterior.verdict != "trust"
+
+
+def test_chains_mend_a_fit_of_two_modes():
+    posterior = fit_posterior(bimodal, flow=plain, seed=0, max_steps=1)
+    assert posterior.verdict == "trust"
+    assert "chains" in posterior.reason
+    x = posterior.draws(20_000)["x"]
+    assert float((x > 0).double().mean()) == pytest.approx(0.5, abs=0.03)
+    assert posterior.log_evidence == pytest.approx(0.0, abs=0.03)
 
 
 @pytest.mark.usefixtures("_one_rate")
@@ -247,9 +256,11 @@ def test_a_mode_far_off_under_a_wide_prior_is_not_forgotten(seed):
         modes = torch.stack([x - 5, x + 5], -2)
         pyro.factor("f", dist.Normal(0.0, 0.5).log_prob(modes).sum(-1).logsumexp(-1))
 
-    posterior = fit_posterior(model, flow=plain, seed=seed, max_steps=1)
+    posterior = fit_posterior(model, flow=plain, seed=seed, max_steps=1, refine="never")
     assert posterior.verdict == "do not trust"
     assert "1 other mode with" in posterior.reason
+    x = posterior.refine(seed=seed).draws(10_000)["x"]
+    assert float((x[:, 0] > 0).double().mean()) == pytest.approx(0.5, abs=0.05)
 
 
 def test_a_verdict_where_the_density_ends():
@@ -323,11 +334,91 @@ def test_resampling_mends_a_slightly_wrong_guide():
     close(x.mean(0), tensor([0.3, 0.0]), 0.03)
 
 
-def test_refine_meets_the_posterior():
+@pytest.fixture(scope="module")
+def refined():
+    """An ensemble of chains that mends a guide that is off."""
+    guide = placed(line, MEAN.tolist() + np.array([0.1, -0.1]), [0.3, 0.3], args=(X, OBSERVED))
+    return Posterior(guide).refine(num_chains=64, num_draws=50, seed=0, progress=False)
+
+
+def test_an_ensemble_meets_the_posterior(refined):
+    assert refined.verdict == "trust"
+    assert "64 chains from 4 groups of particles agree" in refined.reason
+    assert refined.chains.shape == (64, 50, 2)
+    assert refined.weights is None
+    b, sd = refined.draws(3200)["b"], COVARIANCE.diagonal().sqrt()
+    close((b.mean(0) - MEAN) / sd, torch.zeros(2), 0.1)
+    close(b.std(0) / sd, torch.ones(2), 0.1)
+    assert refined.rhat < 1.02
+    assert 400 < refined.ess <= 3200
+    assert abs(refined.log_evidence - LOG_EVIDENCE) < 4 * refined.log_evidence_error < 0.3
+    assert refined.log_evidence_note == ""
+    assert "by chains over 2 latents: trust" in repr(refined)
+    for name in ("elbo", "khat"):
+        with pytest.raises(ValueError, match="expected a posterior by a guide, .*; got one by Markov chains"):
+            getattr(refined, name)
+
+
+def test_an_ensemble_is_reported_with_its_own_figures(refined):
+    groups = refined.to_arviz(num_draws=1000)
+    assert groups.posterior["b"].shape == (22, 50, 2)
+    assert groups.log_likelihood["y"].shape == (22, 50, 24)
+    assert groups.attrs["log_evidence"] == refined.log_evidence
+    assert groups.attrs["draws"] == "chains"
+    table = refined.summary()
+    assert (table["nested_rhat"] == round(refined.rhat, 3)).all()
+    assert (table["ess"] == round(refined.ess, 1)).all()
+    assert not {"r_hat", "ess_bulk"} & set(table)
+
+
+def test_an_ensemble_comes_back_from_a_file(refined, tmp_path):
+    refined.save(tmp_path / "ensemble")
+    loaded = Posterior.load(tmp_path / "ensemble", line, X, OBSERVED)
+    assert torch.equal(loaded.chains, refined.chains)
+    for name in ("verdict", "reason", "log_evidence", "log_evidence_error", "rhat", "ess"):
+        assert getattr(loaded, name) == getattr(refined, name)
+
+
+def test_an_ensemble_repeats_by_a_seed_and_leaves_the_random_state(fitted):
+    state = torch.get_rng_state()
+    options = {"num_chains": 16, "num_draws": 8, "num_warmup": 4, "seed": 3}
+    first, second = (fitted.refine(**options) for _ in range(2))
+    assert torch.equal(first.chains, second.chains)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert fitted.chains is None
+
+
+def test_chains_that_did_not_converge_say_so_and_give_no_error_of_the_evidence(fitted):
+    refined = fitted.refine(num_chains=16, num_draws=2, num_warmup=1, seed=0)
+    assert refined.verdict == "do not trust"
+    assert "draws are effective" in refined.reason
+    assert refined.log_evidence_error == math.inf
+    assert "have not converged" in refined.log_evidence_note
+
+
+def test_time_that_is_over_leaves_chains_that_are_not_to_be_trusted(fitted):
+    refined = fitted.refine(max_seconds=1e-6, seed=0)
+    assert refined.verdict == "do not trust"
+    assert "there was no time" in refined.reason
+
+
+def test_a_funnel_is_refined_in_the_latent_space_of_its_guide():
+    def funnel():
+        v = pyro.sample("v", dist.Normal(tensor(0.0), 2.5))
+        pyro.sample("x", dist.Normal(torch.zeros(4).double(), (v / 2).exp()[..., None]).to_event(1))
+
+    posterior = fit_posterior(funnel, seed=0, max_steps=500, refine="never")
+    refined = posterior.refine(num_chains=512, num_draws=20, seed=0)
+    assert refined.verdict == "trust"
+    assert float(refined.draws(10_000)["v"].std()) == pytest.approx(2.5, rel=0.05)
+    assert refined.log_evidence == pytest.approx(0.0, abs=0.03)
+
+
+def test_nuts_meets_the_posterior():
     guide = placed(line, MEAN.tolist() + np.array([0.1, -0.1]), [0.3, 0.3], args=(X, OBSERVED))
     posterior = Posterior(guide)
     assert posterior.verdict != "trust"
-    refined = posterior.refine(num_chains=2, num_draws=120, num_warmup=40, seed=0)
+    refined = posterior.refine("nuts", num_chains=2, num_draws=120, num_warmup=40, seed=0)
     assert refined.chains.shape == (2, 120, 2)
     assert refined.rhat < 1.05
     assert refined.ess > 50
@@ -353,23 +444,25 @@ def test_refine_meets_the_posterior():
         _ = posterior.rhat
 
 
-def test_refine_follows_supports_that_depend_on_other_sites():
+def test_nuts_follows_supports_that_depend_on_other_sites():
     def model():
         a = pyro.sample("a", dist.Uniform(tensor(0.0), 1.0))
         with pyro.plate("rows", 2):
             pyro.sample("b", dist.Uniform(tensor(0.0), 1 - a))
 
-    refined = Posterior(AutoFlow(model, plain, "fullrank")).refine(num_chains=1, num_draws=60, num_warmup=30, seed=0)
+    refined = Posterior(AutoFlow(model, plain, "fullrank")).refine(
+        "nuts", num_chains=1, num_draws=60, num_warmup=30, seed=0
+    )
     draws = refined.draws(60)
     assert (draws["b"] <= 1 - draws["a"][:, None]).all()
     assert draws["a"].mean().item() == pytest.approx(0.5, abs=0.2)
     assert draws["b"].mean().item() == pytest.approx(0.25, abs=0.1)
 
 
-def test_refine_starts_a_chain_at_a_missed_mode():
+def test_nuts_starts_a_chain_at_a_missed_mode():
     guide = AutoFlow(bimodal, plain, "auto")
     guide.flow.layers[-1].start_at(tensor([5.0]), tensor([1.0]))
-    refined = Posterior(guide).refine(num_chains=2, num_draws=50, num_warmup=20, seed=0)
+    refined = Posterior(guide).refine("nuts", num_chains=2, num_draws=50, num_warmup=20, seed=0)
     signs = {float(chain.mean().sign()) for chain in refined.chains}
     assert signs == {-1.0, 1.0}
     assert refined.rhat > 1.5
@@ -377,9 +470,9 @@ def test_refine_starts_a_chain_at_a_missed_mode():
     assert "run longer chains" in refined.reason
 
 
-def test_refine_repeats_by_a_seed_and_leaves_the_random_state(fitted):
+def test_nuts_repeats_by_a_seed_and_leaves_the_random_state(fitted):
     state = torch.get_rng_state()
-    first, second = (fitted.refine(num_chains=1, num_draws=8, num_warmup=4, seed=3) for _ in range(2))
+    first, second = (fitted.refine("nuts", num_chains=1, num_draws=8, num_warmup=4, seed=3) for _ in range(2))
     assert torch.equal(first.chains, second.chains)
     assert torch.equal(torch.get_rng_state(), state)
     assert fitted.chains is None
@@ -529,7 +622,7 @@ def test_save_and_load(fitted, tmp_path):
 
 
 def test_save_and_load_chains(fitted, tmp_path):
-    refined = fitted.refine(num_chains=2, num_draws=10, num_warmup=4, seed=0)
+    refined = fitted.refine("nuts", num_chains=2, num_draws=10, num_warmup=4, seed=0)
     refined.save(tmp_path / "chains")
     loaded = Posterior.load(tmp_path / "chains", line, x=X, y=OBSERVED, flow=plain)
     assert torch.equal(loaded.chains, refined.chains)
@@ -741,6 +834,16 @@ def counting():
             lambda: Posterior(placed(curved)).predictive(num_draws=0),
             ValueError,
             "expected num_draws to be a positive integer; got 0",
+        ),
+        (
+            lambda: Posterior(placed(curved)).refine("mh"),
+            ValueError,
+            "expected method to be one of 'ensemble', 'nuts'; got 'mh'",
+        ),
+        (
+            lambda: Posterior(placed(curved)).refine(num_chains=30),
+            ValueError,
+            "expected a multiple of 4 chains, 16 or more; got num_chains=30",
         ),
         (
             lambda: Posterior(placed(curved)).refine(num_chains=0),

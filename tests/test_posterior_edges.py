@@ -16,6 +16,7 @@ from scipy import integrate, stats
 
 from pyroflows import AutoFlow, fit_posterior
 from pyroflows.inference import fitting, watch
+from pyroflows.inference.diagnosis import notes_on
 from pyroflows.inference.init import find_init
 from pyroflows.inference.log_joint import LogJoint
 
@@ -116,8 +117,8 @@ def test_nothing_observed_is_said():
     def model():
         pyro.sample("x", dist.Normal(tensor(0.0), 1.0))
 
-    assert fitting.notes_on(LogJoint(model)) == ["the model observes nothing, so that this is its prior"]
-    assert fitting.notes_on(LogJoint(line, (Y, Y))) == []
+    assert notes_on(LogJoint(model)) == ["the model observes nothing, so that this is its prior"]
+    assert notes_on(LogJoint(line, (Y, Y))) == []
 
 
 def test_a_model_that_runs_for_one_point_at_a_time_is_said():
@@ -128,7 +129,7 @@ def test_a_model_that_runs_for_one_point_at_a_time_is_said():
             z = pyro.sample("z", dist.Bernoulli(tensor(0.5)))
             pyro.sample("y", dist.Normal(loc[z.long()], 1.0), obs=y)
 
-    (note,) = fitting.notes_on(LogJoint(model, (Y,)))
+    (note,) = notes_on(LogJoint(model, (Y,)))
     assert "one point at a time" in note
 
 
@@ -217,9 +218,9 @@ def test_a_limit_of_time_bounds_the_whole_call_and_the_log_says_what_is_done(mon
 
 def test_a_limit_of_time_bounds_refine():
     posterior = fitting.Posterior(AutoFlow(line, args=(torch.ones(5), torch.zeros(5))))
-    refined = posterior.refine(num_chains=2, num_draws=100_000, num_warmup=5, max_seconds=2.0, seed=0)
+    refined = posterior.refine("nuts", num_chains=2, num_draws=100_000, num_warmup=5, max_seconds=2.0, seed=0)
     assert refined.seconds < 4
     assert len(refined.chains) >= 1
     assert 4 <= refined.chains.shape[1] < 100_000
     with pytest.raises(ValueError, match="expected time for 4 draws of a chain after its 100000 steps of warm-up"):
-        posterior.refine(num_chains=1, num_warmup=100_000, max_seconds=0.3)
+        posterior.refine("nuts", num_chains=1, num_warmup=100_000, max_seconds=0.3)

@@ -1,9 +1,10 @@
 """Many Markov chains at once: annealed from a flow to a posterior, then Hamiltonian Monte Carlo in its latent space."""
 
+import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +28,9 @@ _RHAT, _DRIFT, _ESS, _BFMI = 1.02, 0.05, 400, 0.2  # of an ensemble that has con
 _MAX_STEP_SIZE = 1.5
 
 _ESS_SHARE = 0.6  # of the particles, at which the next temperature is chosen
+_FEW, _PARTICLES = 16, 4  # latents, up to which there are so many particles for each chain, since modes need them
 _MOVES = 3  # at each temperature
+_DRAWS_PER_LATENT = 5  # from which on they tell the correlations
 _MAX_STEPS = 64  # of the leapfrog integrator in a move
 _LENGTH = 1.5  # mean length of a trajectory, in standard deviations, before it is adapted
 _WINDOWS = (15, 35, 65, 110, 170, 240, 330)  # ends of the windows whose draws give the metric
@@ -89,18 +92,53 @@ class _Move(NamedTuple):
     energy: Tensor  # at the start, negative
 
 
+class _Metric:
+    """The scale of the momentum: the factor of a covariance, or deviations alone, ``(dim,)``."""
+
+    def __init__(self, factor: Tensor):
+        self.factor, self.is_diagonal = factor, factor.dim() == 1
+
+    @staticmethod
+    def of(z: Tensor) -> "_Metric":
+        """Return the metric of draws; with correlations if there are enough to tell."""
+        scale = z.std(0).clamp(min=1e-4)
+        number, dim = z.shape
+        if number < _DRAWS_PER_LATENT * dim:
+            return _Metric(scale)
+        x = (z - z.mean(0)) / scale
+        shrink = dim / (dim + number)
+        correlation = (1 - shrink) * (x.mT @ x) / number
+        correlation.diagonal().add_(shrink)
+        factor, info = torch.linalg.cholesky_ex(correlation)
+        return _Metric(scale) if info else _Metric(scale[:, None] * factor)
+
+    def stretch(self, x: Tensor) -> Tensor:
+        """Map standard normal numbers to the metric's covariance."""
+        return x * self.factor if self.is_diagonal else x @ self.factor.mT
+
+    def pull(self, score: Tensor) -> Tensor:
+        """Return the gradient by numbers that are stretched."""
+        return score * self.factor if self.is_diagonal else score @ self.factor
+
+    def whiten(self, z: Tensor) -> Tensor:
+        """Undo :meth:`stretch`."""
+        if self.is_diagonal:
+            return z / self.factor
+        return torch.linalg.solve_triangular(self.factor.mT, z, upper=True, left=False)
+
+
 def _hamiltonian(
-    density: _Density, points: _Points, beta: float, scale: Tensor, step_size: float, num_steps: int
+    density: _Density, points: _Points, beta: float, metric: _Metric, step_size: float, num_steps: int
 ) -> _Move:
-    """Integrate Hamilton's equations by leapfrog steps, with a momentum in units of ``scale``."""
+    """Integrate Hamilton's equations by leapfrog steps."""
     start = torch.randn_like(points.z)
     before = points.tempered(beta)[0] - 0.5 * start.square().sum(-1)
     momentum, moved = start, points
-    force = moved.tempered(beta)[1] * scale
+    force = metric.pull(moved.tempered(beta)[1])
     for _ in range(num_steps):
         momentum = momentum + 0.5 * step_size * force
-        moved = density(moved.z + step_size * scale * momentum)
-        force = moved.tempered(beta)[1] * scale
+        moved = density(moved.z + step_size * metric.stretch(momentum))
+        force = metric.pull(moved.tempered(beta)[1])
         momentum = momentum + 0.5 * step_size * force
     after = moved.tempered(beta)[0] - 0.5 * momentum.square().sum(-1)
     return _Move(moved, momentum, (after - before).nan_to_num(-torch.inf).exp().clamp(max=1.0), before)
@@ -129,7 +167,7 @@ class Ensemble:
         num_islands: groups of chains whose particles were resampled among themselves.
         log_evidence: in nats, by bridge sampling from a Gaussian in the latent space; NaN if the chains did not run.
         log_evidence_error: its standard error.
-        nested_rhat, ess: the largest and the smallest over the latents.
+        rhat, ess: the largest nested R-hat and the smallest effective number of draws over the latents.
         drift: the largest change of a mean or a standard deviation from the first half of the draws to the second, in
             standard deviations, by as much as it is beyond three standard errors.
         bfmi: the energy's mean squared change over its variance: low where chains hardly reach a neck or a tail.
@@ -140,7 +178,7 @@ class Ensemble:
     num_islands: int
     log_evidence: float
     log_evidence_error: float
-    nested_rhat: float
+    rhat: float
     ess: float
     drift: float
     bfmi: float
@@ -149,19 +187,62 @@ class Ensemble:
     @property
     def has_converged(self) -> bool:
         """Whether islands and halves agree, and there are enough effective draws."""
-        moves = self.bfmi >= _BFMI or self.ess >= 10 * len(self.u)
-        return self.complete and moves and self.nested_rhat < _RHAT and self.drift < _DRIFT and self.ess >= _ESS
+        return not self._faults
+
+    @property
+    def _faults(self) -> list[str]:
+        if not self.complete:
+            return ["there was no time for them to reach the posterior"]
+        faults = []
+        if not self.rhat < _RHAT:
+            faults.append(f"groups of chains disagree (nested R-hat {self.rhat:.3f})")
+        if not self.drift < _DRIFT:
+            faults.append(f"moments drift by {self.drift:.2f} sd from the first half of the draws to the second")
+        if not self.ess >= _ESS:
+            faults.append(f"only {self.ess:.0f} draws are effective")
+        if not (self.bfmi >= _BFMI or self.ess >= 10 * len(self.u)):
+            faults.append(f"they hardly reach a neck or a tail (BFMI {self.bfmi:.2f})")
+        return faults
+
+    def verdict(self) -> tuple[str, str]:
+        """Return "trust" or "do not trust", and the reason."""
+        if self._faults:
+            return "do not trust", f"of {len(self.u)} chains: {', '.join(self._faults)}"
+        figures = f"nested R-hat {self.rhat:.3f}, ESS {self.ess:.0f} of {self.u.shape[0] * self.u.shape[1]} draws"
+        return "trust", f"{len(self.u)} chains from {self.num_islands} groups of particles agree ({figures})"
+
+    def evidence_error(self) -> tuple[float, str]:
+        """Return the standard error of the log evidence, and what is wrong with it."""
+        if self.has_converged:
+            return self.log_evidence_error, ""
+        return math.inf, "not to be trusted, and without a standard error, since the chains have not converged"
+
+    def figures(self) -> dict[str, Any]:
+        """Return all but the draws."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "u"}
 
 
-def scale_of_prior(log_joint: LogJoint) -> Flow:
-    """Return a flow that maps standard normal draws to the place and the width of the prior of each latent."""
+@torch.no_grad()
+def scale_of_prior(log_joint: LogJoint, coordinates: Flow | None = None) -> Flow:
+    """Return a flow that maps standard normal draws to the place and the width of the prior of each latent.
+
+    Args:
+        log_joint: the density of the model.
+        coordinates: a flow in whose latent space the place and the width are, and which then is a part of the result.
+    """
     draws = log_joint.prior_draws(512)
+    if len(draws) < 2:  # a prior that cannot be drawn from
+        draws = torch.stack([log_joint.initial - 1, log_joint.initial, log_joint.initial + 1])
+    layers = [] if coordinates is None else list(copy.deepcopy(coordinates).layers)
+    if coordinates is not None:
+        draws = coordinates.encode(draws)
+        draws = draws[draws.isfinite().all(-1)]
     median = draws.median(0).values
     width = (draws - median).abs().quantile(0.6827, dim=0).clamp(min=1e-3)
-    layer = TriangularAffine(log_joint.dim, diagonal=True)
-    flow = Flow(StandardNormal(log_joint.dim), [layer]).to(log_joint.device, log_joint.dtype)
-    layer.start_at(median, width.diag())
-    return flow.requires_grad_(False)
+    scale = TriangularAffine(log_joint.dim, diagonal=True)
+    flow = Flow(StandardNormal(log_joint.dim), [scale, *layers]).to(log_joint.device, log_joint.dtype)
+    scale.start_at(median, width.diag())
+    return flow.requires_grad_(False).eval()
 
 
 @torch.no_grad()
@@ -172,7 +253,7 @@ def run_ensemble(
     num_chains: int | None = None,
     num_draws: int | None = None,
     num_warmup: int = 50,
-    out_of_time: Callable[[], bool] = lambda: False,
+    out_of_time: Callable[[str], bool] = lambda _: False,
 ) -> Ensemble:
     r"""Anneal particles from a flow to the posterior, and let each start a chain of Hamiltonian Monte Carlo.
 
@@ -181,18 +262,18 @@ def run_ensemble(
     .. math:: q(z)^{1 - \beta} \, p(z)^\beta
 
     are chosen such that most particles stay effective; they are resampled within islands, which shows the error. The
-    chains adapt their step size and the length of their trajectories; while islands or halves disagree, they go on for
-    as long again, four times at most.
+    chains adapt their step size, the length of their trajectories and, if there are enough draws for it, a dense
+    metric. While islands or halves disagree, they go on for as long again, three times at most.
 
     Args:
         log_joint: the density of the posterior.
         flow: whose latent space the chains run in, and whose prior, a standard normal, they are annealed from.
         num_chains, num_draws: by default more chains, of fewer draws, the fewer latents there are.
         num_warmup: draws of each chain that adapt it.
-        out_of_time: asked before each move.
+        out_of_time: asked before each move, and told what is being done.
 
     Raises:
-        ValueError: the flow has another prior.
+        ValueError: the flow has another prior, or the chains make no groups of one size.
 
     References:
         Sequential Monte Carlo Samplers, Del Moral et al., 2006; An Adaptive-MCMC Scheme for Setting Trajectory Lengths
@@ -202,8 +283,12 @@ def run_ensemble(
         raise ValueError(f"expected a flow with a StandardNormal prior; got {type(flow.prior).__name__}")
     density = _Density(log_joint, flow)
     num_chains = num_chains or _number_of_chains(log_joint.dim)
+    if num_chains < 16 or num_chains % _ISLANDS:
+        raise ValueError(f"expected a multiple of {_ISLANDS} chains, 16 or more; got num_chains={num_chains}")
     num_draws = num_draws or max(10, _NUM_DRAWS // num_chains)
-    points, step_size, complete = _anneal(density, num_chains, out_of_time)
+    few = log_joint.dim <= _FEW
+    points, step_size, complete = _anneal(density, num_chains * (_PARTICLES if few else 1), out_of_time)
+    points = points.at(torch.arange(0, len(points.z), len(points.z) // num_chains, device=points.z.device))
     sampler = _Sampler(density, points, step_size)
     complete = complete and sampler.warm_up(num_warmup, out_of_time)
     thin, ensemble = 1, None
@@ -291,7 +376,7 @@ def _gaussian_of(z: Tensor) -> MultivariateNormal:
     return MultivariateNormal(mean, scale_tril=factor, validate_args=False)
 
 
-def _anneal(density: _Density, num_particles: int, out_of_time: Callable[[], bool]) -> tuple[_Points, float, bool]:
+def _anneal(density: _Density, num_particles: int, out_of_time: Callable[[str], bool]) -> tuple[_Points, float, bool]:
     """Return particles annealed to the posterior, the step size in the end, and whether there was time."""
     points = density(density.flow.prior.sample((num_particles,)))
     beta, step_size, index = 0.0, 0.3, 0
@@ -299,13 +384,13 @@ def _anneal(density: _Density, num_particles: int, out_of_time: Callable[[], boo
         log_ratio = (points.log_p - _standard_normal(points.z)).clamp(min=-1e30)
         new = _next_temperature(log_ratio, beta)
         points, beta = points.at(_resampled(((new - beta) * log_ratio).view(_ISLANDS, -1))), new
-        scale = points.z.std(0).clamp(min=1e-4)
+        metric = _Metric.of(points.z)
         for _ in range(_MOVES):
-            if out_of_time():
+            if out_of_time(f"annealing {num_particles} particles, {beta:.0%}"):
                 return points, step_size, False
             index += 1
             length = max(2 * _halton(index) * _LENGTH, step_size)
-            move = _hamiltonian(density, points, beta, scale, step_size, _number_of_steps(length, step_size))
+            move = _hamiltonian(density, points, beta, metric, step_size, _number_of_steps(length, step_size))
             points = _accept(points, move)
             step_size = min(_MAX_STEP_SIZE, step_size * math.exp(float(move.acceptance.mean()) - 0.8))
     return points, step_size, True
@@ -366,13 +451,14 @@ class _Length:
     def __init__(self, length: float):
         self.log, self.second_moment, self.count = math.log(length), 0.0, 0
 
-    def update(self, points: _Points, move: _Move, scale: Tensor, time: float, bounds: tuple[float, float]) -> None:
+    def update(self, points: _Points, move: _Move, metric: _Metric, time: float, bounds: tuple[float, float]) -> None:
         fine = move.acceptance > 1e-20
         if int(fine.sum()) <= len(fine) // 4:
             return
         weight = torch.where(fine, move.acceptance, 0.0)
         weight = weight / weight.sum()
-        before, after = points.z / scale, torch.where(fine[:, None], move.proposal.z / scale, 0.0)
+        before = metric.whiten(points.z)
+        after = metric.whiten(torch.where(fine[:, None], move.proposal.z, 0.0))
         before = before - before.mean(0)
         after = after - (weight[:, None] * after).sum(0)
         momentum = torch.where(fine[:, None], move.momentum, 0.0)
@@ -391,41 +477,41 @@ class _Sampler:
     def __init__(self, density: _Density, points: _Points, step_size: float):
         self.density, self.points = density, points
         self.step, self.length, self.index = _DualAveraging(min(step_size, 1.0), factor=1.5), _Length(_LENGTH), 0
-        self.scale = points.z.std(0).clamp(min=1e-4)
+        self.metric = _Metric.of(points.z)
         self.energies: list[Tensor] = []  # of the last run
 
     def _propose(self, step_size: float) -> tuple[_Move, float]:
         self.index += 1
         length = max(2 * _halton(self.index) * math.exp(self.length.log), step_size)
         num_steps = _number_of_steps(length, step_size)
-        move = _hamiltonian(self.density, self.points, 1.0, self.scale, step_size, num_steps)
+        move = _hamiltonian(self.density, self.points, 1.0, self.metric, step_size, num_steps)
         return move, num_steps * step_size
 
-    def warm_up(self, number: int, out_of_time: Callable[[], bool]) -> bool:
+    def warm_up(self, number: int, out_of_time: Callable[[str], bool]) -> bool:
         """Adapt the chains; return whether there was time."""
         recent: list[Tensor] = []
         for index in range(number):
-            if out_of_time():
+            if out_of_time(f"adapting {len(self.points.z)} chains, {index} of {number}"):
                 return False
             size = math.exp(self.step.log_step)
             move, time = self._propose(size)
             self.step.update(1 / float((1 / move.acceptance.clamp(min=0.05)).mean()))  # chains that stick count most
             if index >= 5:
-                self.length.update(self.points, move, self.scale, time, (size, _MAX_STEPS * size / 2))
+                self.length.update(self.points, move, self.metric, time, (size, _MAX_STEPS * size / 2))
             self.points = _accept(self.points, move)
             recent.append(self.points.z)
             if index + 1 in _WINDOWS and index + 1 <= 0.8 * number:
-                self.scale = torch.cat(recent[len(recent) // 3 :]).std(0).clamp(min=1e-4)
+                self.metric = _Metric.of(torch.cat(recent[len(recent) // 3 :]))
                 self.step.restart()
                 recent = []
         return True
 
-    def run(self, num_draws: int, thin: int, out_of_time: Callable[[], bool]) -> list[_Points]:
+    def run(self, num_draws: int, thin: int, out_of_time: Callable[[str], bool]) -> list[_Points]:
         """Return every ``thin``-th state of the chains, fewer if time is out."""
         states: list[_Points] = []
         self.energies = []
         for index in range(num_draws * thin):
-            if out_of_time():
+            if out_of_time(f"moving {len(self.points.z)} chains, {index} of {num_draws * thin}"):
                 break
             move, _ = self._propose(math.exp(self.step.log_mean))
             self.points = _accept(self.points, move)

@@ -16,11 +16,11 @@ from pyroflows.inference.log_joint import LogJoint
 from pyroflows.priors import StandardNormal
 
 __all__ = [
+    "Chains",
     "Weights",
-    "chain_statistics",
-    "diagnose_chains",
     "importance_sample",
     "missed_modes",
+    "notes_on",
     "summarize_weights",
 ]
 
@@ -283,19 +283,40 @@ def _are_connected(log_joint: LogJoint, first: Tensor, second: Tensor) -> bool:
     return bool(log_p.min() > log_p[[0, -1]].min() - _DIP)
 
 
-def chain_statistics(chains: Tensor) -> tuple[float, float]:
-    """Return the largest split R-hat and the smallest effective sample size of chains ``(chains, draws, latents)``."""
-    import arviz as az
+def notes_on(log_joint: LogJoint) -> list[str]:
+    """Return what a verdict should mention of a model."""
+    notes = []
+    if not log_joint.structure.observations and not log_joint.structure.factors:
+        notes.append("the model observes nothing, so that this is its prior")
+    if log_joint.vectorize == "loop":
+        notes.append("the model was run for one point at a time, since it cannot run for many at once")
+    return notes
 
-    data = az.convert_to_dataset(chains.cpu().numpy())
-    return float(az.rhat(data)["x"].max()), float(az.ess(data)["x"].min())
 
+@dataclass(frozen=True)
+class Chains:
+    """Draws of a few long Markov chains in unconstrained space, ``(chains, draws, latents)``, and what they show.
 
-def diagnose_chains(chains: Tensor) -> tuple[str, str]:
-    """Return a verdict on chains, and the reason."""
-    rhat, ess = chain_statistics(chains)
-    number = len(chains)
-    reason = f"the largest R-hat of {number} chains is {rhat:.3f} and the smallest effective sample size {ess:.0f}"
-    if rhat < 1.02 and ess >= 50 * number:
-        return "trust", reason
-    return "do not trust", f"{reason}: run longer chains"
+    ``rhat`` is the largest split R-hat over the latents, ``ess`` the smallest effective number of draws.
+    """
+
+    u: Tensor
+    rhat: float
+    ess: float
+
+    @staticmethod
+    def of(u: Tensor) -> "Chains":
+        """Return the chains with their statistics."""
+        import arviz as az
+
+        data = az.convert_to_dataset(u.cpu().numpy())
+        return Chains(u, float(az.rhat(data)["x"].max()), float(az.ess(data)["x"].min()))
+
+    def verdict(self) -> tuple[str, str]:
+        """Return "trust" or "do not trust", and the reason."""
+        number = len(self.u)
+        sizes = f"the smallest effective sample size {self.ess:.0f}"
+        reason = f"the largest R-hat of {number} chains is {self.rhat:.3f} and {sizes}"
+        if self.rhat < 1.02 and self.ess >= 50 * number:
+            return "trust", reason
+        return "do not trust", f"{reason}: run longer chains"

@@ -12,13 +12,14 @@ from pyro.infer.enum import config_enumerate
 from torch import Tensor
 
 from pyroflows import distributed
-from pyroflows.arguments import check_number, check_sizes
+from pyroflows.arguments import check_number, check_option, check_sizes
 from pyroflows.contexts import seeded
 from pyroflows.flow import Flow
-from pyroflows.inference.diagnosis import importance_sample
+from pyroflows.inference.diagnosis import importance_sample, notes_on
 from pyroflows.inference.guide import AutoFlow, Builder, start_of
 from pyroflows.inference.log_joint import LogJoint, refuse_randomness
 from pyroflows.inference.posterior import Posterior, require_log_joint
+from pyroflows.inference.refine import refine_by_ensemble
 from pyroflows.inference.sites import Model, check_model, device_of
 from pyroflows.inference.watch import Watch
 from pyroflows.models import realnvp
@@ -33,6 +34,8 @@ _GRADIENTS = 8  # of each kind, to compare their variances
 _START_SHARE = 0.4  # of the time, for the search of a Gaussian to start at
 _VERDICT_SHARE = 0.25  # of the time, at most, to compute the weights from draws
 _NUM_DRAWS, _MIN_DRAWS = 10_000, 200  # to compute them from, and the least if time is short
+_FEW = 50  # latents, up to which the ELBO leads to a good guide from anywhere
+_FAR_OFF = 1.0  # nats; the spread of a Gaussian's log weights above which it does not from more
 _OFF_SUPPORT = 100.0  # nats that a draw without a density costs
 
 
@@ -44,6 +47,7 @@ def fit_posterior(
     num_draws: int = 128,
     max_steps: int = 3500,
     max_seconds: float | None = None,
+    refine: str = "auto",
     seed: int | None = None,
     progress: bool | None = None,
     **kwargs: Any,
@@ -54,7 +58,9 @@ def fit_posterior(
     one; stages of 500 steps, 1,000 and so on follow, with a cosine schedule and averaged weights, each by the total or
     the path gradient, whichever has the smaller variance at its start. A stage that led to a worse ELBO is undone. The
     fit ends when a stage changes neither the spread of the log weights nor the guide's means and standard deviations,
-    or when that spread is small. The verdict is based on the importance weights of new draws.
+    or when that spread is small. The verdict is based on the importance weights of new draws. If these are not to be
+    trusted, many Markov chains are run from them (see :meth:`Posterior.refine`); at once, without stages, if there are
+    many latents and the Gaussian is far off, since the ELBO then rarely leads to a guide that can be trusted.
 
     Under ``torchrun`` the processes share the draws of each step, and compute the same posterior as one process but for
     rounding. Pass the same model and data to all, on the device of each.
@@ -67,6 +73,7 @@ def fit_posterior(
         num_draws: draws in a step, over all processes.
         max_steps: the largest number of steps, without those of the search for a learning rate.
         max_seconds: a limit of wall time for the whole call.
+        refine: "auto" runs chains where the guide is not to be trusted and time is left, "never" leaves them out.
         seed: seeds all draws and weights, and restores torch's generator afterwards; None uses the global generator.
         progress: whether to show bars; by default only on a terminal. A line at most every ten seconds goes to the
             logger "pyroflows", at level INFO.
@@ -95,6 +102,7 @@ def fit_posterior(
     _check_argument_names(model)
     check_sizes(num_draws=num_draws, max_steps=max_steps)
     check_number("max_seconds", max_seconds, "(0, inf)", optional=True)
+    check_option("refine", refine, ("auto", "never"))
     device = device_of(args, kwargs)
     distributed.initialize(device)
     with seeded(seed), distributed.together(device), Watch(max_seconds, progress) as watch:
@@ -107,24 +115,29 @@ def fit_posterior(
         guide = AutoFlow(enumerated, flow, init, log_joint=log_joint, out_of_time=out_of_time)
         require_log_joint(guide)
         guide_fit = GuideFit(guide, log_joint, num_draws, watch)
-        guide_fit.find_learning_rate()
-        guide_fit.run_stages(max_steps)
+        if refine == "never" or not guide_fit.starts_far_off():
+            guide_fit.find_learning_rate()
+            guide_fit.run_stages(max_steps)
         evaluations = log_joint.evaluations
         weights = importance_sample(guide, log_joint, guide_fit.affordable_draws())
         posterior = Posterior(guide, guide_fit.results, [*notes_on(log_joint), *guide_fit.notes], weights=weights)
+        if refine == "auto" and posterior.verdict == "do not trust":
+            posterior, evaluations = _refined(posterior, watch), log_joint.evaluations
         posterior.evaluations = evaluations
         posterior.seconds = watch.seconds()
         return posterior
 
 
-def notes_on(log_joint: LogJoint) -> list[str]:
-    """Return what a verdict should mention of a model."""
-    notes = []
-    if not log_joint.structure.observations and not log_joint.structure.factors:
-        notes.append("the model observes nothing, so that this is its prior")
-    if log_joint.vectorize == "loop":
-        notes.append("the model was run for one point at a time, since it cannot run for many at once")
-    return notes
+def _refined(posterior: Posterior, watch: Watch) -> Posterior:
+    """Return the posterior by an ensemble of chains; the guide's own if there is no time for them."""
+    if watch.is_over("refining"):
+        return posterior
+    guide, log_joint = posterior.guide, posterior.log_joint
+    ensemble = refine_by_ensemble(guide, log_joint, posterior.weights, posterior.missed, watch)
+    if ensemble.complete:
+        return Posterior(guide, posterior.results, notes_on(log_joint), chains=ensemble)
+    notes = [*posterior.notes, "the chains ended at max_seconds before they had reached the posterior"]
+    return Posterior(guide, posterior.results, notes, weights=posterior.weights, missed=posterior.missed)
 
 
 def _check_argument_names(model: Model) -> None:
@@ -166,6 +179,12 @@ class GuideFit:
         self.results: list[FitResult] = []
         self.notes: list[str] = []
         self.seconds_per_draw = 0.0  # to compute the weights from
+
+    def starts_far_off(self) -> bool:
+        """Whether there are many latents, and the Gaussian at which the guide starts is of no use."""
+        if self.log_joint.dim <= _FEW:
+            return False
+        return self._evaluate(1000)[1] > _FAR_OFF
 
     def find_learning_rate(self) -> None:
         """Choose the learning rate whose short run ends at the best ELBO, and keep the weights of that run."""

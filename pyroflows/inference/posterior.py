@@ -11,16 +11,17 @@ import torch
 from pyro.infer.enum import config_enumerate
 from torch import Tensor
 
-from pyroflows.arguments import check_number, check_sizes
+from pyroflows.arguments import check_number, check_option, check_sizes
 from pyroflows.contexts import seeded
 from pyroflows.files import read, write
 from pyroflows.flow import Flow
 from pyroflows.inference import diagnosis
 from pyroflows.inference.arviz_groups import ArvizGroups, Coords, Dims
-from pyroflows.inference.diagnosis import Weights
+from pyroflows.inference.chains import Ensemble
+from pyroflows.inference.diagnosis import Chains, Weights
 from pyroflows.inference.guide import AutoFlow, Builder
 from pyroflows.inference.log_joint import LogJoint
-from pyroflows.inference.neutra import run_chains
+from pyroflows.inference.refine import REFINEMENTS, refine_by_ensemble, refine_by_nuts
 from pyroflows.inference.sites import LatentSite, Model, ModelStructure, check_model
 from pyroflows.inference.watch import Watch
 from pyroflows.recipe import describe, is_plain, restore
@@ -49,10 +50,22 @@ def require_log_joint(guide: AutoFlow) -> LogJoint:
 
 
 def _figure(name: str, doc: str) -> Any:
-    """Return a property of a posterior: a figure of its weights."""
+    """Return a property of a posterior: a figure of its weights or of its ensemble of chains."""
 
     def figure(posterior: "Posterior") -> Any:
-        return getattr(posterior._weights(), name)
+        source = posterior._ensemble
+        return getattr(source if hasattr(source, name) else posterior._weights(), name)
+
+    return property(figure, doc=doc)
+
+
+def _evidence_figure(index: int, doc: str) -> Any:
+    """Return a property of a posterior: the error of its evidence, or what is wrong with it."""
+
+    def figure(posterior: "Posterior") -> Any:
+        if posterior._ensemble:
+            return posterior._ensemble.evidence_error()[index]
+        return posterior._weights().evidence_error(posterior.missed)[index]
 
     return property(figure, doc=doc)
 
@@ -64,8 +77,8 @@ class Posterior:
         guide: the guide, built and trained.
         results: of the fits that trained it.
         notes: events during them that the reason should mention.
-        chains: draws of Markov chains in unconstrained space, ``(chains, draws, latents)``, if the posterior is theirs
-            instead of the guide's.
+        chains: Markov chains, if the posterior is theirs instead of the guide's, or draws of a few in unconstrained
+            space, ``(chains, draws, latents)``.
         weights: importance weights of the guide's draws; by default computed from new draws.
         missed: modes that the guide does not cover; by default searched for.
 
@@ -74,6 +87,7 @@ class Posterior:
         verdict: "trust", "resample" (use the draws of :meth:`resampled`, not those of :meth:`draws`) or "do not trust".
         reason: of the verdict.
         weights: importance weights of the guide's draws; None for chains.
+        chains: draws of the chains in unconstrained space, ``(chains, draws, latents)``; None for a guide.
         seconds: wall time of the fit.
         evaluations: number of evaluations of the model's density in the fit, without those for the verdict.
     """
@@ -84,40 +98,41 @@ class Posterior:
         results: Sequence[FitResult] = (),
         notes: Sequence[str] = (),
         *,
-        chains: Tensor | None = None,
+        chains: Chains | Ensemble | Tensor | None = None,
         weights: Weights | None = None,
         missed: Sequence[Tensor] | None = None,
     ):
-        self.guide, self.results, self.notes, self.chains = guide, list(results), list(notes), chains
+        self.guide, self.results, self.notes = guide, list(results), list(notes)
+        self._sampled = Chains.of(chains) if isinstance(chains, Tensor) else chains
+        self.chains = self._sampled.u if self._sampled else None
         self.log_joint = require_log_joint(guide)
         self.seconds, self.evaluations = math.nan, 0
         self.weights: Weights | None = None
         self.missed = list(missed or ())
-        if chains is None:
+        if self._sampled is None:
             self.weights = weights or diagnosis.importance_sample(guide, self.log_joint, _NUM_DRAWS)
             if missed is None:
                 self.missed = diagnosis.missed_modes(guide, self.log_joint, self.weights)
             self.verdict, reason = self.weights.verdict(self.missed)
-            self.reason = "; ".join([reason, *self.notes])
         else:
-            self.verdict, self.reason = diagnosis.diagnose_chains(chains)
+            self.verdict, reason = self._sampled.verdict()
+        self.reason = "; ".join([reason, *self.notes])
 
     # Diagnostics
 
     elbo = _figure("elbo", "The evidence lower bound, in nats.")
     elbo_error = _figure("elbo_error", "The standard error of :attr:`elbo`.")
-    log_evidence = _figure("log_evidence", "The log evidence by importance sampling, in nats; see its note.")
+    log_evidence = _figure("log_evidence", "The log evidence in nats, by importance or bridge sampling; see its note.")
     khat = _figure("khat", "The Pareto shapes of the importance weights, over several sets of draws.")
 
-    @property
-    def log_evidence_error(self) -> float:
-        """The standard error of :attr:`log_evidence`: infinite if the weights do not tell it."""
-        return self._weights().evidence_error(self.missed)[0]
+    log_evidence_error = _evidence_figure(0, "The standard error of :attr:`log_evidence`; infinite if it is unknown.")
+    log_evidence_note = _evidence_figure(
+        1, "What is wrong with :attr:`log_evidence`, such as a missed mode, or nothing."
+    )
 
     @property
-    def log_evidence_note(self) -> str:
-        """What is wrong with :attr:`log_evidence`, such as a mode that is missed, or nothing."""
-        return self._weights().evidence_error(self.missed)[1]
+    def _ensemble(self) -> Ensemble | None:
+        return self._sampled if isinstance(self._sampled, Ensemble) else None
 
     def _weights(self) -> Weights:
         if self.weights is None:
@@ -127,12 +142,14 @@ class Posterior:
     @property
     def ess(self) -> float:
         """The effective number of draws: by Kish's formula for weights, the smallest over the latents for chains."""
-        return self.weights.ess if self.weights else _chain_statistics(self)[1]
+        return self._sampled.ess if self._sampled else self._weights().ess
 
     @property
     def rhat(self) -> float:
-        """The largest split R-hat of chains."""
-        return _chain_statistics(self)[0]
+        """The largest R-hat over the latents: nested for an ensemble of chains, split for a few of them."""
+        if self._sampled is None:
+            raise ValueError("expected a posterior by Markov chains; got one by a guide")
+        return self._sampled.rhat
 
     # Draws
 
@@ -191,7 +208,8 @@ class Posterior:
         others then are in one dimension, ``<site>_observed``. Scales of observations do not count.
 
         Args:
-            num_draws: of a guide, in one chain, since they are independent; Markov chains are returned whole.
+            num_draws: of a guide, in one chain, since they are independent; or about so many of an ensemble of chains,
+                by leaving chains out. Those of NUTS are returned whole.
             resample: whether the draws are resampled by their weights; by default if the verdict is "resample".
             coords: labels along dimensions, by their names.
             dims: names of the dimensions of sites; by default plates name those that they make.
@@ -220,55 +238,52 @@ class Posterior:
 
         A guide's draws are independent, and those of a bad guide too, so that neither R-hat nor an effective sample
         size of the draws says anything: "ess_weights" is that of the importance weights, of ``len(weights.u)`` draws.
+        Of an ensemble of chains "ess" and "nested_rhat" are the smallest and the largest over all latents.
 
         Args:
-            num_draws: of a guide, resampled by their weights if the verdict is "resample".
+            num_draws: of a guide, resampled by their weights if the verdict is "resample"; or of an ensemble.
             coords, dims: as in :meth:`to_arviz`.
         """
-        import arviz as az
-
-        resample = self.verdict == "resample"
-        groups = _arviz_groups(self, _select(self, num_draws, resample), resample, coords, dims)
-        table = az.summary(groups.build(), kind="all" if self.weights is None else "stats")
-        if self.weights is not None:
-            table["ess_weights"] = round(self.ess, 1)
-        table["verdict"] = self.verdict
-        table.attrs.update(_attributes(self))
-        for note in _cautions(self, resample):
-            warnings.warn(note, stacklevel=2)
-        return table
+        return _summary(self, num_draws, coords, dims)
 
     def refine(
         self,
+        method: str = "ensemble",
         *,
-        num_chains: int = 4,
-        num_draws: int = 250,
-        num_warmup: int = 200,
+        num_chains: int | None = None,
+        num_draws: int | None = None,
+        num_warmup: int | None = None,
         max_seconds: float | None = None,
         seed: int | None = None,
         progress: bool | None = None,
     ) -> "Posterior":
-        """Run NUTS in the latent space of the flow (see :func:`neutra`); return the posterior by its chains.
+        """Run Markov chains; return the posterior by their draws.
+
+        "ensemble" (see :func:`pyroflows.inference.chains.run_ensemble`) anneals many particles from the scale of the
+        prior to the posterior, lets each start a chain of Hamiltonian Monte Carlo, and finds the evidence too; if the
+        chains do not converge, others follow in the latent space of the guide, if it is of use. "nuts" runs Pyro's NUTS
+        there (see :func:`neutra`), one chain after the other, each from a draw of the guide or a mode that it misses.
 
         Args:
-            num_chains: number of chains, run one after the other, each from a draw of the guide or a mode it misses.
-            num_draws: of each chain.
-            num_warmup: steps of each chain that adapt it.
-            max_seconds: a limit of wall time, of which each chain has an equal share.
+            method: "ensemble" or "nuts".
+            num_chains: number of chains; a multiple of 4 and at least 16 of an ensemble, by the number of latents (4).
+            num_draws: of each chain, by the number of chains (250).
+            num_warmup: steps of each chain that adapt it, 50 (200).
+            max_seconds: a limit of wall time; each chain of NUTS has an equal share of it.
             seed: seeds the chains, and restores torch's generator afterwards; None uses the global generator.
-            progress: whether to show Pyro's bars; by default only on a terminal. A line at most every ten seconds goes
-                to the logger "pyroflows".
+            progress: whether to show bars; by default only on a terminal. A line at most every ten seconds goes to the
+                logger "pyroflows".
 
         Raises:
-            ValueError: there was no time for draws.
+            ValueError: another method or size, or there was no time for draws of NUTS.
         """
-        check_sizes(num_chains=num_chains, num_draws=num_draws, num_warmup=num_warmup)
+        check_option("method", method, REFINEMENTS)
+        sizes = {"num_chains": num_chains, "num_draws": num_draws, "num_warmup": num_warmup}
+        check_sizes(optional=True, **sizes)
         check_number("max_seconds", max_seconds, "(0, inf)", optional=True)
         with seeded(seed), Watch(max_seconds, progress) as watch:
-            watch.hide()  # Pyro shows a bar of its own
-            starts = torch.cat([*(mode[None] for mode in self.missed), self._draw(num_chains)])[:num_chains]
-            chains = run_chains(self.guide, self.log_joint, starts, num_draws, num_warmup, watch)
-        refined = Posterior(self.guide, self.results, self.notes, chains=chains)
+            chains = _refined(self, method, watch, **sizes)
+        refined = Posterior(self.guide, self.results, diagnosis.notes_on(self.log_joint), chains=chains)
         refined.seconds = watch.seconds()
         return refined
 
@@ -293,24 +308,17 @@ class Posterior:
             FileNotFoundError: there is no such file.
             ValueError: the file is not a posterior, is damaged, or belongs to another model, data or flow.
         """
-        guide, draws, header = _read_guide(path, model, args, kwargs, flow)
-        chains, missed = draws.get("chains"), list(draws.get("missed", ()))
-        weights = None
-        if chains is None:
-            weights = diagnosis.summarize_weights(require_log_joint(guide), draws["u"], draws["log_weights"])
-            weights = replace(weights, tail=header.get("tail", 0.0))
-        posterior = Posterior(guide, (), header["notes"], chains=chains, weights=weights, missed=missed)
-        posterior.seconds = header["seconds"]
-        return posterior
+        return _read(path, model, args, kwargs, flow)
 
     def __repr__(self) -> str:
         return _describe(self)
 
 
-def _chain_statistics(posterior: Posterior) -> tuple[float, float]:
-    if posterior.chains is None:
-        raise ValueError("expected a posterior by Markov chains; got one by a guide")
-    return diagnosis.chain_statistics(posterior.chains)
+def _refined(posterior: Posterior, method: str, watch: Watch, **sizes: int | None) -> Chains | Ensemble:
+    guide, log_joint, missed = posterior.guide, posterior.log_joint, posterior.missed
+    if method == "nuts":
+        return refine_by_nuts(guide, log_joint, missed, watch, **sizes)
+    return refine_by_ensemble(guide, log_joint, posterior.weights, missed, watch, **sizes)
 
 
 def _resample(posterior: Posterior, n: int) -> Tensor:
@@ -325,31 +333,53 @@ def _resample(posterior: Posterior, n: int) -> Tensor:
 
 
 def _select(posterior: Posterior, n: int, resample: bool) -> Tensor:
-    """Return draws of a guide, by their weights on request, or all those of the chains."""
+    """Return draws of a guide, by their weights on request, or those of chains, ``(chains, draws, latents)``."""
+    if posterior._ensemble:
+        chains = posterior._ensemble.u
+        number = max(n // chains.shape[1], 4)
+        return chains[:: max(len(chains) // number, 1)]
     if posterior.chains is not None:
-        return posterior.chains.flatten(0, 1)
-    return _resample(posterior, n) if resample else posterior._draw(n)
+        return posterior.chains
+    return (_resample(posterior, n) if resample else posterior._draw(n))[None]
 
 
 def _arviz_groups(
     posterior: Posterior, u: Tensor, resampled: bool, coords: Coords | None, dims: Dims | None
 ) -> ArvizGroups:
     """Return the groups of draws, with the draws and the verdict on them."""
-    chains = posterior.chains
-    source = "chains" if chains is not None else "resampled" if resampled else "guide"
+    source = "chains" if posterior.weights is None else "resampled" if resampled else "guide"
     attributes = {**_attributes(posterior), "draws": source}
-    number = 1 if chains is None else len(chains)
-    groups = ArvizGroups(posterior.log_joint, u, number, coords=coords, dims=dims, attrs=attributes)
+    flat = u.flatten(0, 1)
+    groups = ArvizGroups(posterior.log_joint, flat, len(u), coords=coords, dims=dims, attrs=attributes)
     groups.add_posterior()
     return groups
 
 
+def _summary(posterior: Posterior, num_draws: int, coords: Coords | None, dims: Dims | None) -> Any:
+    import arviz as az
+
+    resample = posterior.verdict == "resample"
+    groups = _arviz_groups(posterior, _select(posterior, num_draws, resample), resample, coords, dims)
+    few = posterior.weights is None and posterior._ensemble is None
+    table = az.summary(groups.build(), kind="all" if few else "stats")
+    if not few:
+        table["ess_weights" if posterior.weights else "ess"] = round(posterior.ess, 1)
+    if posterior._ensemble:
+        table["nested_rhat"] = round(posterior.rhat, 3)
+    table["verdict"] = posterior.verdict
+    table.attrs.update(_attributes(posterior))
+    for note in _cautions(posterior, resample):
+        warnings.warn(note, stacklevel=3)
+    return table
+
+
 def _attributes(posterior: Posterior) -> dict[str, Any]:
     """Return the verdict and the figures that it is based on, of types that a netCDF file holds."""
-    names = ["verdict", "reason", "ess"]
+    names, evidence = ["verdict", "reason", "ess"], ["log_evidence", "log_evidence_error", "log_evidence_note"]
     if posterior.weights is None:
-        return {name: getattr(posterior, name) for name in [*names, "rhat"]}
-    names += ["elbo", "log_evidence", "log_evidence_error", "log_evidence_note"]
+        names += ["rhat", *(evidence if posterior._ensemble else [])]
+        return {name: getattr(posterior, name) for name in names}
+    names += ["elbo", *evidence]
     numbers = {"num_weights": len(posterior.weights.u), "missed_modes": len(posterior.missed)}
     return {name: getattr(posterior, name) for name in names} | {"khat": list(posterior.khat)} | numbers
 
@@ -364,15 +394,19 @@ def _cautions(posterior: Posterior, resampled: bool) -> list[str]:
 
 
 def _describe(posterior: Posterior) -> str:
-    if posterior.weights is None:
+    if posterior.weights is None and posterior._ensemble is None:
         return f"Posterior by chains ({posterior.verdict}: {posterior.reason})"
     seconds = f", {posterior.seconds:.1f} s" if math.isfinite(posterior.seconds) else ""
     error = f" +- {posterior.log_evidence_error:.3f}" if math.isfinite(posterior.log_evidence_error) else ""
     error += f" ({posterior.log_evidence_note})" if posterior.log_evidence_note else ""
+    evidence = f"log evidence {posterior.log_evidence:.3f}{error}"
+    kind, number = "by chains over ", posterior.chains.shape[:2].numel() if posterior.chains is not None else 0
+    if posterior.weights is not None:
+        kind, number = "of ", len(posterior.weights.u)
+        evidence = f"ELBO {posterior.elbo:.3f} +- {posterior.elbo_error:.3f}, {evidence}"
     return (
-        f"Posterior of {posterior.guide.latent_dim} latents: {posterior.verdict}, since {posterior.reason}\n"
-        f"ELBO {posterior.elbo:.3f} +- {posterior.elbo_error:.3f}, log evidence {posterior.log_evidence:.3f}{error}, "
-        f"ESS {posterior.ess:.0f} of {len(posterior.weights.u)}{seconds}"
+        f"Posterior {kind}{posterior.guide.latent_dim} latents: {posterior.verdict}, since {posterior.reason}\n"
+        f"{evidence}, ESS {posterior.ess:.0f} of {number}{seconds}"
     )
 
 
@@ -393,9 +427,25 @@ def _write(posterior: Posterior, path: str | Path) -> None:
         "notes": posterior.notes,
         "seconds": posterior.seconds,
         "tail": weights.tail if weights else 0.0,
+        "ensemble": posterior._ensemble.figures() if posterior._ensemble else None,
     }
     # The density at some draws verifies model and data on load.
     write(path, "posterior", header, {**tensors, **draws, "log_joint": posterior.log_joint.value(_few_of(draws))})
+
+
+def _read(path: str | Path, model: Model, args: Any, kwargs: Any, flow: Builder | Flow | None) -> Posterior:
+    guide, draws, header = _read_guide(path, model, args, kwargs, flow)
+    missed = list(draws.get("missed", ()))
+    chains: Any = draws.get("chains")
+    if chains is not None and header.get("ensemble"):
+        chains = Ensemble(chains, **header["ensemble"])
+    weights = None
+    if chains is None:
+        weights = diagnosis.summarize_weights(require_log_joint(guide), draws["u"], draws["log_weights"])
+        weights = replace(weights, tail=header.get("tail", 0.0))
+    posterior = Posterior(guide, (), header["notes"], chains=chains, weights=weights, missed=missed)
+    posterior.seconds = header["seconds"]
+    return posterior
 
 
 def _read_guide(

@@ -34,7 +34,7 @@ def main() -> None:
             seconds = time.process_time() - began
             print(
                 f"| {name} | {log_joint.dim} | {seed} | {seconds:.0f} | {found.log_evidence:.2f} +- "
-                f"{found.log_evidence_error:.2f} | {found.nested_rhat:.3f} | {found.ess:.0f} | {found.drift:.3f} | "
+                f"{found.log_evidence_error:.2f} | {found.rhat:.3f} | {found.ess:.0f} | {found.drift:.3f} | "
                 f"{found.bfmi:.2f} | {found.has_converged} |",
                 flush=True,
             )
