@@ -79,6 +79,7 @@ __all__ = [  # noqa: RUF022 - grouped by subject
     "PathELBO",
     "Posterior",
     "TemperedELBO",
+    "density_model",
     "fit_amortized",
     "fit_posterior",
     "importance_ess",

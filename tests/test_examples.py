@@ -25,6 +25,7 @@ QUICK = {
     "funnel": (["funnel.png"], 1.0, 6.0),
     "gaussian_mixture": (["gaussian_mixture.png"], -0.1, 3.0),
     "linear_mixing": (["linear_mixing.png", "linear_mixing.json"], -20.0, 20.0),
+    "log_density": ([], 0.0, 0.01),
     "logistic_regression": ([], 5.0, 60.0),
     "simulator": (["simulator.png"], 0.0, 1.0),
     "time_series": (["time_series.png"], -2.0, 1.0),

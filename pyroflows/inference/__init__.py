@@ -2,6 +2,7 @@
 
 from pyroflows.inference.amortized import AmortizedPosterior, fit_amortized
 from pyroflows.inference.amortized_guide import AmortizedFlow
+from pyroflows.inference.density import density_model
 from pyroflows.inference.diagnosis import Weights
 from pyroflows.inference.distributed_elbo import DistributedELBO
 from pyroflows.inference.elbo import ImportanceWeightedELBO, PathELBO, TemperedELBO
@@ -20,6 +21,7 @@ __all__ = [
     "Posterior",
     "TemperedELBO",
     "Weights",
+    "density_model",
     "fit_amortized",
     "fit_posterior",
     "neutra",

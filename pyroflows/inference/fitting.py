@@ -15,6 +15,7 @@ from pyroflows import distributed
 from pyroflows.arguments import check_number, check_option, check_sizes
 from pyroflows.contexts import seeded
 from pyroflows.flow import Flow
+from pyroflows.inference.density import density_model
 from pyroflows.inference.diagnosis import importance_sample, notes_on
 from pyroflows.inference.guide import AutoFlow, Builder, start_of
 from pyroflows.inference.log_joint import LogJoint, refuse_randomness
@@ -35,13 +36,17 @@ _START_SHARE = 0.4  # of the time, for the search of a Gaussian to start at
 _VERDICT_SHARE = 0.25  # of the time, at most, to compute the weights from draws
 _NUM_DRAWS, _MIN_DRAWS = 10_000, 200  # to compute them from, and the least if time is short
 _FEW = 50  # latents, up to which the ELBO leads to a good guide from anywhere
+_MANY = 512  # latents, from which on a step of the ELBO is too dear
 _FAR_OFF = 1.0  # nats; the spread of a Gaussian's log weights above which it does not from more
 _OFF_SUPPORT = 100.0  # nats that a draw without a density costs
 
 
 def fit_posterior(
-    model: Model,
+    model: Model | None = None,
     *args: Any,
+    log_density: Callable[..., Tensor] | None = None,
+    start: Mapping[str, Any] | None = None,
+    supports: Mapping[str, Any] | None = None,
     flow: Builder | Flow = realnvp,
     init: str | Mapping[str, Any] = "auto",
     num_draws: int = 128,
@@ -54,13 +59,14 @@ def fit_posterior(
 ) -> Posterior:
     r"""Fit a flow to the posterior of a Pyro model by the ELBO; return the posterior, with a verdict on the fit.
 
-    The guide starts at the best Gaussian found (see :func:`find_init`). Short runs at several learning rates choose
-    one; stages of 500 steps, 1,000 and so on follow, with a cosine schedule and averaged weights, each by the total or
-    the path gradient, whichever has the smaller variance at its start. A stage that led to a worse ELBO is undone. The
-    fit ends when a stage changes neither the spread of the log weights nor the guide's means and standard deviations,
-    or when that spread is small. The verdict is based on the importance weights of new draws. If these are not to be
-    trusted, many Markov chains are run from them (see :meth:`Posterior.refine`); at once, without stages, if there are
-    many latents and the Gaussian is far off, since the ELBO then rarely leads to a guide that can be trusted.
+    The guide starts at the best Gaussian found (see :func:`find_init`), and stays there if its weights say that little
+    is left to gain. Short runs at several learning rates choose one; stages of 500 steps, 1,000 and so on follow, with
+    a cosine schedule and averaged weights, each by the total or the path gradient, whichever has the smaller variance
+    at its start. A stage that led to a worse ELBO is undone. The fit ends when a stage changes neither the spread of
+    the log weights nor the guide's means and standard deviations, or when that spread is small (an effective share of
+    99 %). The verdict is based on the importance weights of new draws. If these are not to be trusted, many Markov
+    chains are run (see :meth:`Posterior.refine`); at once, without stages, if there are many latents and the Gaussian
+    is far off, since the ELBO then rarely leads to a guide that can be trusted.
 
     Under ``torchrun`` the processes share the draws of each step, and compute the same posterior as one process but for
     rounding. Pass the same model and data to all, on the device of each.
@@ -68,6 +74,8 @@ def fit_posterior(
     Args:
         model: a Pyro model; discrete latents are summed out.
         args, kwargs: its arguments.
+        log_density, start, supports: instead of a model, the log-density of a posterior, a value of each parameter to
+            start from, and where they live, as in :func:`density_model`.
         flow: builder of the flow, or a ready one, as in :class:`AutoFlow`.
         init: the Gaussian to start at, or values of sites to search from, ``{site: value}``, as in :class:`AutoFlow`.
         num_draws: draws in a step, over all processes.
@@ -79,7 +87,8 @@ def fit_posterior(
             logger "pyroflows", at level INFO.
 
     Raises:
-        TypeError: an array or a data frame among the model's arguments, with which it fails.
+        TypeError: both a model and a density or neither, or an array or a data frame among the model's arguments, with
+            which it fails.
         ValueError: the model has no continuous latents, subsampled plates, learnable parameters of its own
             (``pyro.param``: train those by ``SVI`` with an :class:`AutoFlow`), random numbers outside its sites,
             data with NaN or stretched to fit their distribution, or arguments named like options here.
@@ -98,6 +107,10 @@ def fit_posterior(
         >>> posterior.verdict, round(float(posterior.draws(1000)["mean"].mean()), 1)
         ('trust', 2.0)
     """
+    if log_density is not None:
+        model, init = _model_of(model, log_density, start, supports), start if init == "auto" and start else init
+    if model is None:
+        raise TypeError("expected a model, or log_density= and start=; got neither")
     check_model(model)
     _check_argument_names(model)
     check_sizes(num_draws=num_draws, max_steps=max_steps)
@@ -138,6 +151,14 @@ def _refined(posterior: Posterior, watch: Watch) -> Posterior:
         return Posterior(guide, posterior.results, notes_on(log_joint), chains=ensemble)
     notes = [*posterior.notes, "the chains ended at max_seconds before they had reached the posterior"]
     return Posterior(guide, posterior.results, notes, weights=posterior.weights, missed=posterior.missed)
+
+
+def _model_of(model: Model | None, log_density: Callable[..., Tensor], start: Any, supports: Any) -> Model:
+    if model is not None:
+        raise TypeError(f"expected a model or log_density=; got both, and the model {model!r}")
+    if start is None:
+        raise TypeError("expected start={parameter: value} beside log_density=; got none")
+    return density_model(log_density, start, supports)
 
 
 def _check_argument_names(model: Model) -> None:
@@ -184,27 +205,30 @@ class GuideFit:
         """Whether there are many latents, and the Gaussian at which the guide starts is of no use."""
         if self.log_joint.dim <= _FEW:
             return False
-        return self._evaluate(1000)[1] > _FAR_OFF
+        return self.log_joint.dim > _MANY or self._evaluate(1000)[1] > _FAR_OFF
 
     def find_learning_rate(self) -> None:
-        """Choose the learning rate whose short run ends at the best ELBO, and keep the weights of that run."""
+        """Choose the learning rate whose short run ends at the best ELBO, and keep the weights of that run.
+
+        Nothing is run once little is left to gain.
+        """
         initial = self._weights()
         began = self.watch.seconds()
         self._evaluate(_MIN_DRAWS)
         self.seconds_per_draw = (self.watch.seconds() - began) / _MIN_DRAWS
         number_of_draws = self.affordable_draws(1000)
-        floor = self._evaluate(number_of_draws)[0]
+        floor, best_spread, _ = self._evaluate(number_of_draws)
         best = floor, _RATES[-1], initial
         for number, rate in enumerate(_RATES, 1):
             if number > 3 and best[0] > floor:
                 break  # the smaller rates are for posteriors on which the usual ones make the initial guide worse
-            if self._is_over():
+            if best_spread < _CONVERGED or self._is_over():
                 break
             self.flow.load_state_dict(initial)
             self._fit(100, rate, f"learning rate {number}")
-            elbo = self._evaluate(number_of_draws)[0]
+            elbo, spread, _ = self._evaluate(number_of_draws)
             if elbo > best[0]:
-                best = elbo, rate, self._weights()
+                best, best_spread = (elbo, rate, self._weights()), spread
         if best[0] == -math.inf and not self._is_over():
             self.notes.append("no learning rate gave a finite ELBO")
         self.learning_rate = best[1]
@@ -217,7 +241,7 @@ class GuideFit:
             self.notes.append(f"the fit ended at max_seconds={self.watch.max_seconds:g}")
             return
         elbo, spread, moments = self._evaluate(4000)
-        while steps < max_steps and spread > 0.02:
+        while steps < max_steps and spread > _CONVERGED:
             size = min(size, max_steps - steps)
             weights, before = self._weights(), (elbo, spread, moments)
             self._fit(size, self.learning_rate, f"steps {steps} to {steps + size}")
