@@ -809,7 +809,7 @@ def counting():
             ValueError,
             "expected continuous latents, or discrete ones of finite",
         ),
-        (lambda: fit_posterior(None), TypeError, "expected a Pyro model, a callable; got NoneType"),
+        (lambda: fit_posterior(3), TypeError, "expected a Pyro model, a callable; got int"),
         (lambda: fit_posterior(curved, num_draws=0), ValueError, "expected num_draws to be a positive integer; got 0"),
         (
             lambda: fit_posterior(curved, max_steps=1.5),

@@ -37,6 +37,11 @@ def line(x, y):
         pyro.sample("y", dist.Normal(slope * x, 1.0), obs=y)
 
 
+def banana():
+    x = pyro.sample("x", dist.Normal(tensor(0.0), 1.0))
+    pyro.sample("y", dist.Normal(2 * x**2, 0.3))
+
+
 EDGES = {
     "log-normal": (dist.LogNormal(tensor(2.0), 1.0), stats.lognorm(1, scale=math.exp(2))),
     "Pareto, whose median has no density": (dist.Pareto(tensor(1.0), 1.5), stats.pareto(1.5)),
@@ -209,11 +214,35 @@ def test_a_limit_of_time_bounds_the_whole_call_and_the_log_says_what_is_done(mon
     clock = iter(range(10**9))
     monkeypatch.setattr(watch.time, "perf_counter", lambda: 0.5 * next(clock))
     with caplog.at_level(logging.INFO, logger="pyroflows"):
-        posterior = fit_posterior(line, torch.ones(5), torch.zeros(5), max_seconds=60, seed=0)
+        posterior = fit_posterior(banana, max_seconds=60, refine="never", seed=0)
     assert "the fit ended at max_seconds=60" in posterior.reason
     assert posterior.seconds < 90  # of this clock, which goes on by half a second whenever it is read
     assert 1 <= len(caplog.records) <= 9
     assert caplog.records[0].getMessage().startswith("posterior: 1")
+
+
+def test_a_gaussian_that_is_right_is_not_trained():
+    posterior = fit_posterior(line, torch.ones(5).double(), torch.zeros(5).double(), seed=0)
+    assert posterior.results == []
+    assert posterior.verdict == "trust"
+    assert posterior.ess > 9990
+    assert fit_posterior(banana, seed=0, max_steps=100).results
+
+
+def test_chains_that_have_no_time_leave_the_guide_and_a_note():
+    def two():
+        x = pyro.sample("x", dist.Normal(tensor(0.0), 10.0))
+        pyro.factor("f", dist.Normal(tensor([-5.0, 5.0]), 0.5).log_prob(x[..., None]).logsumexp(-1))
+
+    posterior = fitting.Posterior(AutoFlow(two))
+    assert posterior.verdict == "do not trust"
+    late = fitting._refined(posterior, watch.Watch(1e-9, False))
+    assert late is posterior
+    clock = watch.Watch(60.0, False)
+    clock.is_over = lambda what, share=1.0: "particles" in what
+    kept = fitting._refined(posterior, clock)
+    assert kept.weights is posterior.weights
+    assert "the chains ended at max_seconds" in kept.reason
 
 
 def test_a_limit_of_time_bounds_refine():

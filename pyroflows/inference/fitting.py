@@ -31,6 +31,7 @@ __all__ = ["fit_posterior"]
 
 _RATES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 _CONVERGED = 0.1  # nats; the spread of the log weights at which a fit ends, with an ESS of 99 %
+_SMALL_ERROR, _FEW_DRAWS = 0.05, 2000  # errors of moments that need no more training, and the draws to judge them by
 _GRADIENTS = 8  # of each kind, to compare their variances
 _START_SHARE = 0.4  # of the time, for the search of a Gaussian to start at
 _VERDICT_SHARE = 0.25  # of the time, at most, to compute the weights from draws
@@ -194,7 +195,7 @@ class GuideFit:
 
     def __init__(self, guide: AutoFlow, log_joint: LogJoint, num_draws: int, watch: Watch):
         self.log_joint, self.num_draws, self.watch = log_joint, num_draws, watch
-        self.flow = guide.require_flow()
+        self.guide, self.flow = guide, guide.require_flow()
         self.rank_flow = Flow(_RankSlice(self.flow.prior), self.flow.layers)
         self.learning_rate, self.label = 3e-3, ""
         self.results: list[FitResult] = []
@@ -222,7 +223,7 @@ class GuideFit:
         for number, rate in enumerate(_RATES, 1):
             if number > 3 and best[0] > floor:
                 break  # the smaller rates are for posteriors on which the usual ones make the initial guide worse
-            if best_spread < _CONVERGED or self._is_over():
+            if self._is_over() or self._has_little_to_gain(best[2], best_spread):
                 break
             self.flow.load_state_dict(initial)
             self._fit(100, rate, f"learning rate {number}")
@@ -241,7 +242,7 @@ class GuideFit:
             self.notes.append(f"the fit ended at max_seconds={self.watch.max_seconds:g}")
             return
         elbo, spread, moments = self._evaluate(4000)
-        while steps < max_steps and spread > _CONVERGED:
+        while steps < max_steps and not self._has_little_to_gain(self._weights(), spread):
             size = min(size, max_steps - steps)
             weights, before = self._weights(), (elbo, spread, moments)
             self._fit(size, self.learning_rate, f"steps {steps} to {steps + size}")
@@ -263,6 +264,16 @@ class GuideFit:
         else:
             if steps >= max_steps and spread > _CONVERGED:
                 self.notes.append(f"the fit ended at max_steps={max_steps}, perhaps before it had converged")
+
+    def _has_little_to_gain(self, weights: Mapping[str, Tensor], spread: float) -> bool:
+        """Whether draws of the flow with these weights are right, by the sites as users read them too."""
+        if spread >= _CONVERGED:
+            return False
+        self.flow.load_state_dict(weights)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            found = importance_sample(self.guide, self.log_joint, _FEW_DRAWS)
+        return found.ess_ratio >= 0.99 and max(found.mean_error, found.sd_error) <= _SMALL_ERROR and not found.tail
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in self.flow.state_dict().items()}
