@@ -204,6 +204,16 @@ def test_a_posterior_is_fitted_where_the_data_are():
     posterior.to_arviz()
 
 
+def test_a_posterior_of_a_density_is_fitted_and_refined_where_its_start_is():
+    start = {"x": torch.zeros(3, device="cuda")}
+    posterior = fit_posterior(log_density=lambda x: -x.square().sum(-1) / 2, start=start, seed=0, progress=False)
+    refined = posterior.refine(num_chains=64, num_draws=20, seed=0)
+    for each in (posterior, refined):
+        assert each.verdict == "trust"
+        assert each.draws(10)["x"].device.type == "cuda"
+        assert each.log_evidence == pytest.approx(1.5 * math.log(2 * math.pi), abs=0.05)
+
+
 def test_a_guide_trains_by_svi_with_a_default_device():
     with torch.device("cuda"):
         y = torch.tensor([1.0, 2.0, 1.5])

@@ -56,7 +56,7 @@ def density_model(
         parts = {name: pyro.sample(name, prior) for name, prior in priors.items()}
         first = next(iter(values))
         batch = parts[first].shape[: parts[first].dim() - values[first].dim()]
-        points = {name: part.reshape(-1, *values[name].shape).to(values[name].dtype) for name, part in parts.items()}
+        points = {name: part.reshape(-1, *values[name].shape).to(values[name]) for name, part in parts.items()}
         result = log_density(**points)
         number = len(points[first])
         if not isinstance(result, Tensor) or result.shape != (number,):

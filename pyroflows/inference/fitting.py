@@ -117,7 +117,7 @@ def fit_posterior(
     check_sizes(num_draws=num_draws, max_steps=max_steps)
     check_number("max_seconds", max_seconds, "(0, inf)", optional=True)
     check_option("refine", refine, ("auto", "never"))
-    device = device_of(args, kwargs)
+    device = device_of(args, kwargs, start or {})
     distributed.initialize(device)
     with seeded(seed), distributed.together(device), Watch(max_seconds, progress) as watch:
         if num_draws < distributed.world_size():
