@@ -3,18 +3,31 @@
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import MultivariateNormal
 
 from pyroflows.diagnostics.arrays import NumPyArray
-from pyroflows.diagnostics.chains import bridge_evidence, ensemble_ess, nested_rhat
-from pyroflows.diagnostics.weights import systematic_rows
+from pyroflows.diagnostics.chains import ensemble_ess, nested_rhat
 from pyroflows.flow import Flow
+from pyroflows.inference.evidence import evidence_of_draws, gaussian_of_draws
 from pyroflows.inference.log_joint import LogJoint
+from pyroflows.inference.moves import (
+    LENGTH,
+    MAX_STEPS,
+    Density,
+    Metric,
+    Move,
+    Points,
+    Temperatures,
+    accept,
+    halton,
+    hamiltonian,
+    number_of_steps,
+)
 from pyroflows.layers import TriangularAffine
 from pyroflows.priors import StandardNormal
 
@@ -22,140 +35,11 @@ __all__ = ["Ensemble", "run_ensemble", "scale_of_prior"]
 
 _NUM_DRAWS = 12_800  # of all chains
 _ISLANDS = 4
-_CHUNK = 1024  # points evaluated at once
 _MAX_THIN = 8
 _RHAT, _DRIFT, _ESS, _BFMI = 1.02, 0.05, 400, 0.2  # of an ensemble that has converged
-_MAX_STEP_SIZE = 1.5
 
-_ESS_SHARE = 0.6  # of the particles, at which the next temperature is chosen
 _FEW, _PARTICLES = 16, 4  # latents, up to which there are so many particles for each chain, since modes need them
-_MOVES = 3  # at each temperature
-_DRAWS_PER_LATENT = 5  # from which on they tell the correlations
-_MAX_STEPS = 64  # of the leapfrog integrator in a move
-_LENGTH = 1.5  # mean length of a trajectory, in standard deviations, before it is adapted
 _WINDOWS = (15, 35, 65, 110, 170, 240, 330)  # ends of the windows whose draws give the metric
-
-
-class _Points(NamedTuple):
-    """Points in the latent space of the flow, with the posterior's log-density there and its gradient."""
-
-    z: Tensor
-    log_p: Tensor
-    score: Tensor
-
-    def at(self, rows: Tensor) -> "_Points":
-        return _Points(self.z[rows], self.log_p[rows], self.score[rows])
-
-    def replaced(self, accepted: Tensor, others: "_Points") -> "_Points":
-        keep = accepted[:, None]
-        log_p = torch.where(accepted, others.log_p, self.log_p)
-        return _Points(torch.where(keep, others.z, self.z), log_p, torch.where(keep, others.score, self.score))
-
-    def tempered(self, beta: float) -> tuple[Tensor, Tensor]:
-        """Return log-density and gradient between those of the standard normal (0) and of the posterior (1)."""
-        if beta == 1:
-            return self.log_p, self.score
-        return beta * self.log_p + (1 - beta) * _standard_normal(self.z), beta * self.score - (1 - beta) * self.z
-
-
-def _standard_normal(z: Tensor) -> Tensor:
-    return -0.5 * z.square().sum(-1) - 0.5 * z.shape[-1] * math.log(2 * math.pi)
-
-
-class _Density:
-    """The log joint density in the latent space of a flow."""
-
-    def __init__(self, log_joint: LogJoint, flow: Flow):
-        self.log_joint, self.flow = log_joint, flow
-
-    def value(self, z: Tensor) -> Tensor:
-        u, log_det = self.flow.bijection.forward_and_log_det(z)
-        return self.log_joint.value(u) + log_det
-
-    def __call__(self, z: Tensor) -> _Points:
-        with torch.enable_grad():
-            z = z.detach().requires_grad_()
-            u, log_det = self.flow.bijection.forward_and_log_det(z)
-            log_p, score = self.log_joint.value_and_score(u.detach())
-            (gradient,) = torch.autograd.grad((score * u).sum() + log_det.sum(), z)
-        log_p = log_p + log_det.detach()
-        fine = log_p.isfinite() & gradient.isfinite().all(-1)
-        return _Points(z.detach(), torch.where(fine, log_p, -torch.inf), torch.where(fine[:, None], gradient, 0.0))
-
-
-class _Move(NamedTuple):
-    """A Hamiltonian proposal for each chain."""
-
-    proposal: _Points
-    momentum: Tensor
-    acceptance: Tensor  # probability
-    energy: Tensor  # at the start, negative
-
-
-class _Metric:
-    """The scale of the momentum: the factor of a covariance, or deviations alone, ``(dim,)``."""
-
-    def __init__(self, factor: Tensor):
-        self.factor, self.is_diagonal = factor, factor.dim() == 1
-
-    @staticmethod
-    def of(z: Tensor) -> "_Metric":
-        """Return the metric of draws; with correlations if there are enough to tell."""
-        scale = z.std(0).clamp(min=1e-4)
-        number, dim = z.shape
-        if number < _DRAWS_PER_LATENT * dim:
-            return _Metric(scale)
-        x = (z - z.mean(0)) / scale
-        shrink = dim / (dim + number)
-        correlation = (1 - shrink) * (x.mT @ x) / number
-        correlation.diagonal().add_(shrink)
-        factor, info = torch.linalg.cholesky_ex(correlation)
-        return _Metric(scale) if info else _Metric(scale[:, None] * factor)
-
-    def stretch(self, x: Tensor) -> Tensor:
-        """Map standard normal numbers to the metric's covariance."""
-        return x * self.factor if self.is_diagonal else x @ self.factor.mT
-
-    def pull(self, score: Tensor) -> Tensor:
-        """Return the gradient by numbers that are stretched."""
-        return score * self.factor if self.is_diagonal else score @ self.factor
-
-    def whiten(self, z: Tensor) -> Tensor:
-        """Undo :meth:`stretch`."""
-        if self.is_diagonal:
-            return z / self.factor
-        return torch.linalg.solve_triangular(self.factor.mT, z, upper=True, left=False)
-
-
-def _hamiltonian(
-    density: _Density, points: _Points, beta: float, metric: _Metric, step_size: float, num_steps: int
-) -> _Move:
-    """Integrate Hamilton's equations by leapfrog steps."""
-    start = torch.randn_like(points.z)
-    before = points.tempered(beta)[0] - 0.5 * start.square().sum(-1)
-    momentum, moved = start, points
-    force = metric.pull(moved.tempered(beta)[1])
-    for _ in range(num_steps):
-        momentum = momentum + 0.5 * step_size * force
-        moved = density(moved.z + step_size * metric.stretch(momentum))
-        force = metric.pull(moved.tempered(beta)[1])
-        momentum = momentum + 0.5 * step_size * force
-    after = moved.tempered(beta)[0] - 0.5 * momentum.square().sum(-1)
-    return _Move(moved, momentum, (after - before).nan_to_num(-torch.inf).exp().clamp(max=1.0), before)
-
-
-def _accept(points: _Points, move: _Move) -> _Points:
-    return points.replaced(torch.rand_like(move.acceptance) < move.acceptance, move.proposal)
-
-
-def _halton(index: int) -> float:
-    """Return a number of Halton's sequence in base 2."""
-    share, number = 1.0, 0.0
-    while index:
-        share /= 2
-        number += share * (index % 2)
-        index //= 2
-    return number
 
 
 @dataclass(frozen=True)
@@ -165,7 +49,7 @@ class Ensemble:
     Args:
         u: the draws in unconstrained space, ``(chains, draws, latents)``, chains of an island next to each other.
         num_islands: groups of chains whose particles were resampled among themselves.
-        log_evidence: in nats, by bridge sampling from a Gaussian in the latent space; NaN if the chains did not run.
+        log_evidence: in nats, see :func:`evidence_of_draws`; NaN if there was no time for it.
         log_evidence_error: its standard error.
         rhat, ess: the largest nested R-hat and the smallest effective number of draws over the latents.
         drift: the largest change of a mean or a standard deviation from the first half of the draws to the second, in
@@ -213,6 +97,8 @@ class Ensemble:
 
     def evidence_error(self) -> tuple[float, str]:
         """Return the standard error of the log evidence, and what is wrong with it."""
+        if math.isnan(self.log_evidence):
+            return math.inf, "unknown, since there was no time to find it"
         if self.has_converged:
             return self.log_evidence_error, ""
         return math.inf, "not to be trusted, and without a standard error, since the chains have not converged"
@@ -281,7 +167,7 @@ def run_ensemble(
     """
     if not isinstance(flow.prior, StandardNormal):
         raise ValueError(f"expected a flow with a StandardNormal prior; got {type(flow.prior).__name__}")
-    density = _Density(log_joint, flow)
+    density = Density(log_joint, flow)
     num_chains = num_chains or _number_of_chains(log_joint.dim)
     if num_chains < 16 or num_chains % _ISLANDS:
         raise ValueError(f"expected a multiple of {_ISLANDS} chains, 16 or more; got num_chains={num_chains}")
@@ -299,31 +185,36 @@ def run_ensemble(
         if ensemble.has_converged or thin >= _MAX_THIN:
             break
         thin *= 2
-    return ensemble
+    return _with_evidence(density, ensemble, out_of_time) if ensemble.complete else ensemble
 
 
 def _number_of_chains(dim: int) -> int:
     return int(min(max(2 ** round(math.log2(2**14 / dim)), 128), 4096))
 
 
-def _summarize(density: "_Density", states: list[_Points], energies: list[Tensor], complete: bool) -> Ensemble:
+def _summarize(density: Density, states: list[Points], energies: list[Tensor], complete: bool) -> Ensemble:
     z = torch.stack([state.z for state in states], 1)
     chains = z.double().cpu().numpy()
     ess = ensemble_ess(chains)
-    evidence = math.nan, math.inf
-    if complete:
-        evidence = _bridge(density, z, torch.stack([state.log_p for state in states], 1), ess)
-    u = density.flow.decode(z.flatten(0, 1)).view_as(z)
     return Ensemble(
-        u,
+        density.flow.decode(z.flatten(0, 1)).view_as(z),
         _ISLANDS,
-        *evidence,
+        math.nan,
+        math.inf,
         float(nested_rhat(chains, _ISLANDS).max()),
         float(ess.min()),
         _drift(chains),
         _bfmi(energies),
         complete,
     )
+
+
+def _with_evidence(density: Density, ensemble: Ensemble, out_of_time: Callable[[str], bool]) -> Ensemble:
+    """Return the ensemble with the evidence, which half of its chains give with the Gaussian of the others."""
+    chains = ensemble.u.view(_ISLANDS, -1, *ensemble.u.shape[1:])
+    base = gaussian_of_draws(chains[:, ::2].flatten(0, 2), density.flow)
+    value, error = evidence_of_draws(density.log_joint, base, chains[:, 1::2].flatten(1, 2), out_of_time)
+    return replace(ensemble, log_evidence=value, log_evidence_error=error)
 
 
 def _drift(chains: NumPyArray) -> float:
@@ -351,77 +242,14 @@ def _bfmi(energies: list[Tensor]) -> float:
     return float(energy.diff(dim=0).square().mean() / energy.var())
 
 
-def _bridge(density: "_Density", z: Tensor, log_p: Tensor, ess: NumPyArray) -> tuple[float, float]:
-    """Estimate the evidence twice: from the Gaussian of either half of the chains, and the draws of the other half."""
-    estimates = []
-    for fitted, used in ((0, 1), (1, 0)):
-        gaussian = _gaussian_of(z[fitted::2].flatten(0, 1))
-        x, u = z[used::2].flatten(0, 1), gaussian.sample((len(z) * z.shape[1] // 2,))
-        at_u = torch.cat([density.value(part) for part in u.split(_CHUNK)])
-        log_q, log_q_of_q = gaussian.log_prob(x), gaussian.log_prob(u)
-        effective = min(max(float(ess.min()) / 2, 1.0), float(len(x)))
-        estimates.append(bridge_evidence(log_p[used::2].flatten(), log_q, at_u, log_q_of_q, ess=effective))
-    (first, first_error), (second, second_error) = estimates
-    return (first + second) / 2, max(math.hypot(first_error, second_error) / 2, abs(first - second) / 2)
-
-
-def _gaussian_of(z: Tensor) -> MultivariateNormal:
-    """Return the Gaussian of draws; without correlations if these are too few to tell."""
-    mean, centred = z.mean(0), z - z.mean(0)
-    if len(z) < 4 * z.shape[1]:
-        factor = centred.std(0).diag()
-    else:
-        factor, info = torch.linalg.cholesky_ex(centred.mT @ centred / (len(z) - 1))
-        factor = centred.std(0).diag() if info else factor
-    return MultivariateNormal(mean, scale_tril=factor, validate_args=False)
-
-
-def _anneal(density: _Density, num_particles: int, out_of_time: Callable[[str], bool]) -> tuple[_Points, float, bool]:
+def _anneal(density: Density, num_particles: int, out_of_time: Callable[[str], bool]) -> tuple[Points, float, bool]:
     """Return particles annealed to the posterior, the step size in the end, and whether there was time."""
-    points = density(density.flow.prior.sample((num_particles,)))
-    beta, step_size, index = 0.0, 0.3, 0
-    while beta < 1:
-        log_ratio = (points.log_p - _standard_normal(points.z)).clamp(min=-1e30)
-        new = _next_temperature(log_ratio, beta)
-        points, beta = points.at(_resampled(((new - beta) * log_ratio).view(_ISLANDS, -1))), new
-        metric = _Metric.of(points.z)
-        for _ in range(_MOVES):
-            if out_of_time(f"annealing {num_particles} particles, {beta:.0%}"):
-                return points, step_size, False
-            index += 1
-            length = max(2 * _halton(index) * _LENGTH, step_size)
-            move = _hamiltonian(density, points, beta, metric, step_size, _number_of_steps(length, step_size))
-            points = _accept(points, move)
-            step_size = min(_MAX_STEP_SIZE, step_size * math.exp(float(move.acceptance.mean()) - 0.8))
-    return points, step_size, True
-
-
-def _number_of_steps(length: float, step_size: float) -> int:
-    return max(1, min(_MAX_STEPS, math.ceil(length / step_size)))
-
-
-def _next_temperature(log_ratio: Tensor, beta: float) -> float:
-    """Return the largest inverse temperature at which enough particles remain effective, by bisection."""
-
-    def is_fine(new: float) -> bool:
-        log_w = (new - beta) * log_ratio.double()
-        ess = 2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)
-        return float(ess) >= math.log(_ESS_SHARE * len(log_w))
-
-    low, high = beta, 1.0
-    if is_fine(high):
-        return high
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if is_fine(middle) else (low, middle)
-    return max(low, beta + 1e-12)
-
-
-def _resampled(log_w: Tensor) -> Tensor:
-    """Return rows drawn by weights, systematically within each island, ``(islands * particles,)``."""
-    islands, size = log_w.shape
-    rows = systematic_rows(log_w.double().softmax(-1), size)
-    return (rows + size * torch.arange(islands, device=rows.device)[:, None]).flatten()
+    path = Temperatures(density, density(density.flow.prior.sample((num_particles,))), 0.0, _ISLANDS)
+    complete = True
+    while path.beta < 1 and complete:
+        beta = path.next(1.0)
+        complete = path.move_to(beta, partial(out_of_time, f"annealing {num_particles} particles, {beta:.0%}"))
+    return path.points, path.step_size, complete
 
 
 class _DualAveraging:
@@ -451,7 +279,7 @@ class _Length:
     def __init__(self, length: float):
         self.log, self.second_moment, self.count = math.log(length), 0.0, 0
 
-    def update(self, points: _Points, move: _Move, metric: _Metric, time: float, bounds: tuple[float, float]) -> None:
+    def update(self, points: Points, move: Move, metric: Metric, time: float, bounds: tuple[float, float]) -> None:
         fine = move.acceptance > 1e-20
         if int(fine.sum()) <= len(fine) // 4:
             return
@@ -474,17 +302,17 @@ class _Length:
 class _Sampler:
     """Chains of Hamiltonian Monte Carlo that share a step size, a mean length of trajectories, and a metric."""
 
-    def __init__(self, density: _Density, points: _Points, step_size: float):
+    def __init__(self, density: Density, points: Points, step_size: float):
         self.density, self.points = density, points
-        self.step, self.length, self.index = _DualAveraging(min(step_size, 1.0), factor=1.5), _Length(_LENGTH), 0
-        self.metric = _Metric.of(points.z)
+        self.step, self.length, self.index = _DualAveraging(min(step_size, 1.0), factor=1.5), _Length(LENGTH), 0
+        self.metric = Metric.of(points.z)
         self.energies: list[Tensor] = []  # of the last run
 
-    def _propose(self, step_size: float) -> tuple[_Move, float]:
+    def _propose(self, step_size: float) -> tuple[Move, float]:
         self.index += 1
-        length = max(2 * _halton(self.index) * math.exp(self.length.log), step_size)
-        num_steps = _number_of_steps(length, step_size)
-        move = _hamiltonian(self.density, self.points, 1.0, self.metric, step_size, num_steps)
+        length = max(2 * halton(self.index) * math.exp(self.length.log), step_size)
+        num_steps = number_of_steps(length, step_size)
+        move = hamiltonian(self.density, self.points, 1.0, self.metric, step_size, num_steps)
         return move, num_steps * step_size
 
     def warm_up(self, number: int, out_of_time: Callable[[str], bool]) -> bool:
@@ -497,24 +325,24 @@ class _Sampler:
             move, time = self._propose(size)
             self.step.update(1 / float((1 / move.acceptance.clamp(min=0.05)).mean()))  # chains that stick count most
             if index >= 5:
-                self.length.update(self.points, move, self.metric, time, (size, _MAX_STEPS * size / 2))
-            self.points = _accept(self.points, move)
+                self.length.update(self.points, move, self.metric, time, (size, MAX_STEPS * size / 2))
+            self.points = accept(self.points, move)
             recent.append(self.points.z)
             if index + 1 in _WINDOWS and index + 1 <= 0.8 * number:
-                self.metric = _Metric.of(torch.cat(recent[len(recent) // 3 :]))
+                self.metric = Metric.of(torch.cat(recent[len(recent) // 3 :]))
                 self.step.restart()
                 recent = []
         return True
 
-    def run(self, num_draws: int, thin: int, out_of_time: Callable[[str], bool]) -> list[_Points]:
+    def run(self, num_draws: int, thin: int, out_of_time: Callable[[str], bool]) -> list[Points]:
         """Return every ``thin``-th state of the chains, fewer if time is out."""
-        states: list[_Points] = []
+        states: list[Points] = []
         self.energies = []
         for index in range(num_draws * thin):
             if out_of_time(f"moving {len(self.points.z)} chains, {index} of {num_draws * thin}"):
                 break
             move, _ = self._propose(math.exp(self.step.log_mean))
-            self.points = _accept(self.points, move)
+            self.points = accept(self.points, move)
             self.energies.append(move.energy)
             if (index + 1) % thin == 0:
                 states.append(self.points)
