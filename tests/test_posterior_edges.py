@@ -226,7 +226,14 @@ def test_a_gaussian_that_is_right_is_not_trained():
     assert posterior.results == []
     assert posterior.verdict == "trust"
     assert posterior.ess > 9990
-    assert fit_posterior(banana, seed=0, max_steps=100).results
+    straight = fit_posterior(banana, seed=0)  # in the coordinates that its program gives, it is a Gaussian
+    assert straight.results == []
+    assert straight.ess > 9990
+
+    def skewed():
+        pyro.sample("x", dist.Gamma(tensor([2.0, 3.0]), 1.0).to_event(1))
+
+    assert fit_posterior(skewed, seed=0, max_steps=100).results
 
 
 def test_chains_that_have_no_time_leave_the_guide_and_a_note():

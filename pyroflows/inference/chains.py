@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyroflows.bijection import Bijection
 from pyroflows.diagnostics.arrays import NumPyArray
 from pyroflows.diagnostics.chains import ensemble_ess, nested_rhat
 from pyroflows.flow import Flow
+from pyroflows.inference.coordinates import best_centring, moved, recentred
 from pyroflows.inference.evidence import evidence_of_draws, gaussian_of_draws
 from pyroflows.inference.log_joint import LogJoint
 from pyroflows.inference.moves import (
@@ -34,6 +36,7 @@ from pyroflows.priors import StandardNormal
 __all__ = ["Ensemble", "run_ensemble", "scale_of_prior"]
 
 _NUM_DRAWS = 12_800  # of all chains
+_MANY = 512  # latents, above which half as many do
 _ISLANDS = 4
 _MAX_THIN = 8
 _RHAT, _DRIFT, _ESS, _BFMI = 1.02, 0.05, 400, 0.2  # of an ensemble that has converged
@@ -47,6 +50,7 @@ class Ensemble:
     """Draws of many chains, which began at particles annealed to the posterior.
 
     Args:
+        log_joint: the density, in the coordinates of the draws.
         u: the draws in unconstrained space, ``(chains, draws, latents)``, chains of an island next to each other.
         num_islands: groups of chains whose particles were resampled among themselves.
         log_evidence: in nats, see :func:`evidence_of_draws`; NaN if there was no time for it.
@@ -58,6 +62,7 @@ class Ensemble:
         complete: whether there was time for all of it.
     """
 
+    log_joint: LogJoint
     u: Tensor
     num_islands: int
     log_evidence: float
@@ -104,8 +109,9 @@ class Ensemble:
         return math.inf, "not to be trusted, and without a standard error, since the chains have not converged"
 
     def figures(self) -> dict[str, Any]:
-        """Return all but the draws."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "u"}
+        """Return all but density and draws."""
+        names = [field.name for field in fields(self) if field.name not in ("log_joint", "u")]
+        return {name: getattr(self, name) for name in names}
 
 
 @torch.no_grad()
@@ -125,9 +131,14 @@ def scale_of_prior(log_joint: LogJoint, coordinates: Flow | None = None) -> Flow
         draws = draws[draws.isfinite().all(-1)]
     median = draws.median(0).values
     width = (draws - median).abs().quantile(0.6827, dim=0).clamp(min=1e-3)
-    scale = TriangularAffine(log_joint.dim, diagonal=True)
-    flow = Flow(StandardNormal(log_joint.dim), [scale, *layers]).to(log_joint.device, log_joint.dtype)
-    scale.start_at(median, width.diag())
+    return _diagonal(median, width, layers)
+
+
+def _diagonal(loc: Tensor, scale: Tensor, layers: Sequence[Bijection] = ()) -> Flow:
+    """Return a flow that scales and shifts standard normal draws, before other layers."""
+    layer = TriangularAffine(len(loc), diagonal=True)
+    flow = Flow(StandardNormal(len(loc)), [layer, *layers]).to(loc.device, loc.dtype)
+    layer.start_at(loc, scale.diag())
     return flow.requires_grad_(False).eval()
 
 
@@ -143,7 +154,9 @@ def run_ensemble(
 ) -> Ensemble:
     r"""Anneal particles from a flow to the posterior, and let each start a chain of Hamiltonian Monte Carlo.
 
-    All particles move at once, in the latent space of the flow. The temperatures of
+    All particles move at once, in the latent space of the flow. If hierarchical sites are in non-centred coordinates,
+    the annealed particles tell how far each entry is better centred, and the chains run in those coordinates. The
+    temperatures of
 
     .. math:: q(z)^{1 - \beta} \, p(z)^\beta
 
@@ -171,32 +184,46 @@ def run_ensemble(
     num_chains = num_chains or _number_of_chains(log_joint.dim)
     if num_chains < 16 or num_chains % _ISLANDS:
         raise ValueError(f"expected a multiple of {_ISLANDS} chains, 16 or more; got num_chains={num_chains}")
-    num_draws = num_draws or max(10, _NUM_DRAWS // num_chains)
+    num_draws = num_draws or max(10, _NUM_DRAWS // (num_chains if log_joint.dim <= _MANY else 2 * num_chains))
     few = log_joint.dim <= _FEW
     points, step_size, complete = _anneal(density, num_chains * (_PARTICLES if few else 1), out_of_time)
     points = points.at(torch.arange(0, len(points.z), len(points.z) // num_chains, device=points.z.device))
+    if complete and log_joint.centring and len(flow.layers) == 1:
+        density, points = _recentred(density, points)
     sampler = _Sampler(density, points, step_size)
     complete = complete and sampler.warm_up(num_warmup, out_of_time)
     thin, ensemble = 1, None
     while complete or ensemble is None:
         states = sampler.run(num_draws, thin, out_of_time) if complete else []
         complete = len(states) == num_draws
-        ensemble = _summarize(density, states or [sampler.points], sampler.energies, complete)
+        z = torch.stack(states or [sampler.points.z], 1)
+        ensemble = _summarize(density, z, sampler.energies, complete)
         if ensemble.has_converged or thin >= _MAX_THIN:
             break
         thin *= 2
     return _with_evidence(density, ensemble, out_of_time) if ensemble.complete else ensemble
 
 
+@torch.no_grad()
+def _recentred(density: Density, points: Points) -> tuple[Density, Points]:
+    """Return the density in coordinates that fit the particles, and the particles there."""
+    log_joint, u = density.log_joint, density.flow.decode(points.z)
+    precision = log_joint.value_and_score(u)[1].square().mean(0)  # the mean of squared scores is that of the curvature
+    informed = recentred(log_joint, best_centring(log_joint, precision))
+    u = moved(u, log_joint, informed)
+    density = Density(informed, _diagonal(u.median(0).values, u.std(0).clamp(min=1e-6)))
+    return density, density(density.flow.encode(u))
+
+
 def _number_of_chains(dim: int) -> int:
     return int(min(max(2 ** round(math.log2(2**14 / dim)), 128), 4096))
 
 
-def _summarize(density: Density, states: list[Points], energies: list[Tensor], complete: bool) -> Ensemble:
-    z = torch.stack([state.z for state in states], 1)
+def _summarize(density: Density, z: Tensor, energies: list[Tensor], complete: bool) -> Ensemble:
     chains = z.double().cpu().numpy()
     ess = ensemble_ess(chains)
     return Ensemble(
+        density.log_joint,
         density.flow.decode(z.flatten(0, 1)).view_as(z),
         _ISLANDS,
         math.nan,
@@ -334,9 +361,9 @@ class _Sampler:
                 recent = []
         return True
 
-    def run(self, num_draws: int, thin: int, out_of_time: Callable[[str], bool]) -> list[Points]:
+    def run(self, num_draws: int, thin: int, out_of_time: Callable[[str], bool]) -> list[Tensor]:
         """Return every ``thin``-th state of the chains, fewer if time is out."""
-        states: list[Points] = []
+        states: list[Tensor] = []
         self.energies = []
         for index in range(num_draws * thin):
             if out_of_time(f"moving {len(self.points.z)} chains, {index} of {num_draws * thin}"):
@@ -345,5 +372,5 @@ class _Sampler:
             self.points = accept(self.points, move)
             self.energies.append(move.energy)
             if (index + 1) % thin == 0:
-                states.append(self.points)
+                states.append(self.points.z)
         return states

@@ -297,12 +297,15 @@ def notes_on(log_joint: LogJoint) -> list[str]:
 class Chains:
     """Draws of a few long Markov chains in unconstrained space, ``(chains, draws, latents)``, and what they show.
 
-    ``rhat`` is the largest split R-hat over the latents, ``ess`` the smallest effective number of draws.
+    ``rhat`` is the largest split R-hat over the latents, ``ess`` the smallest effective number of draws, and
+    ``log_evidence`` NaN if it was not found.
     """
 
     u: Tensor
     rhat: float
     ess: float
+    log_evidence: float = math.nan
+    log_evidence_error: float = math.inf
 
     @staticmethod
     def of(u: Tensor) -> "Chains":
@@ -320,3 +323,16 @@ class Chains:
         if self.rhat < 1.02 and self.ess >= 50 * number:
             return "trust", reason
         return "do not trust", f"{reason}: run longer chains"
+
+    def evidence_error(self) -> tuple[float, str]:
+        """Return the standard error of the log evidence, and what is wrong with it."""
+        if math.isnan(self.log_evidence):
+            return math.inf, "unknown, since there was no time to find it"
+        if self.verdict()[0] == "trust":
+            return self.log_evidence_error, ""
+        return math.inf, "not to be trusted, and without a standard error, since the chains have not converged"
+
+    def figures(self) -> dict[str, float]:
+        """Return all but the draws."""
+        names = ("rhat", "ess", "log_evidence", "log_evidence_error")
+        return {name: getattr(self, name) for name in names}

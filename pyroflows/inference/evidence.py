@@ -17,7 +17,8 @@ from pyroflows.priors import StandardNormal
 
 __all__ = ["evidence_of_draws", "gaussian_of_draws"]
 
-_MOVED = 512, 4096  # points: at least, and at most if there are few latents
+_MOVED = 128, 512, 4096  # points: at least, at most, and at most if there are few latents
+_FEW = 16  # latents
 _CHUNK = 1024  # points evaluated at once
 _DRAWS_PER_LATENT = 4  # from which on they tell the correlations
 
@@ -65,7 +66,7 @@ def evidence_of_draws(
     density = Density(log_joint, base)
     parts = [density(base.encode(part)) for part in u.flatten(0, 1).split(_CHUNK)]
     path = Temperatures(density, Points(*map(torch.cat, zip(*parts, strict=True))), 1.0, islands, step_size=0.5)
-    number = min(max(2**15 // log_joint.dim, _MOVED[0]), _MOVED[1])
+    number = min(max(2**17 // log_joint.dim, _MOVED[0]), _MOVED[1] if log_joint.dim > _FEW else _MOVED[2])
     total, variance, totals = 0.0, 0.0, torch.zeros(islands, dtype=torch.float64, device="cpu")
     while path.beta > 0:
         points, betas = path.points, (path.beta, path.next(0.0))

@@ -15,11 +15,12 @@ from pyroflows import distributed
 from pyroflows.arguments import check_number, check_option, check_sizes
 from pyroflows.contexts import seeded
 from pyroflows.flow import Flow
+from pyroflows.inference.coordinates import best_centring, non_centred, recentred
 from pyroflows.inference.density import density_model
 from pyroflows.inference.diagnosis import importance_sample, notes_on
 from pyroflows.inference.guide import AutoFlow, Builder, start_of
 from pyroflows.inference.log_joint import LogJoint, refuse_randomness
-from pyroflows.inference.posterior import Posterior, require_log_joint
+from pyroflows.inference.posterior import Posterior, posterior_by_chains, require_log_joint
 from pyroflows.inference.refine import refine_by_ensemble
 from pyroflows.inference.sites import Model, check_model, device_of
 from pyroflows.inference.watch import Watch
@@ -39,6 +40,7 @@ _NUM_DRAWS, _MIN_DRAWS = 10_000, 200  # to compute them from, and the least if t
 _FEW = 50  # latents, up to which the ELBO leads to a good guide from anywhere
 _MANY = 512  # latents, from which on a step of the ELBO is too dear
 _FAR_OFF = 1.0  # nats; the spread of a Gaussian's log weights above which it does not from more
+_CENTRED = 0.1  # centring of an entry that makes coordinates other than non-centred ones
 _OFF_SUPPORT = 100.0  # nats that a draw without a density costs
 
 
@@ -125,21 +127,42 @@ def fit_posterior(
         enumerated = config_enumerate(model)
         log_joint = LogJoint(enumerated, args, kwargs, start=start_of(init))
         refuse_randomness(log_joint)
-        out_of_time = partial(watch.is_over, share=_START_SHARE)
-        guide = AutoFlow(enumerated, flow, init, log_joint=log_joint, out_of_time=out_of_time)
+        if log_joint.dim > _FEW and log_joint.hierarchical:
+            log_joint = non_centred(log_joint)
+        is_large = log_joint.dim > _MANY and refine == "auto" and init == "auto"
+        make = partial(AutoFlow, enumerated, flow, "none" if is_large else init)
+        guide = make(log_joint=log_joint, out_of_time=partial(watch.is_over, share=_START_SHARE))
         require_log_joint(guide)
         guide_fit = GuideFit(guide, log_joint, num_draws, watch)
-        if refine == "never" or not guide_fit.starts_far_off():
+        trains = refine == "never" or not guide_fit.starts_far_off()
+        if trains:
+            if log_joint.hierarchical and log_joint.dim <= _FEW and not guide_fit.starts_well():
+                guide = _in_best_coordinates(guide, make, watch)
+                log_joint = require_log_joint(guide)
+                guide_fit = GuideFit(guide, log_joint, num_draws, watch)
             guide_fit.find_learning_rate()
             guide_fit.run_stages(max_steps)
         evaluations = log_joint.evaluations
-        weights = importance_sample(guide, log_joint, guide_fit.affordable_draws())
+        weights = importance_sample(guide, log_joint, guide_fit.affordable_draws() if trains else _MIN_DRAWS)
         posterior = Posterior(guide, guide_fit.results, [*notes_on(log_joint), *guide_fit.notes], weights=weights)
         if refine == "auto" and posterior.verdict == "do not trust":
             posterior, evaluations = _refined(posterior, watch), log_joint.evaluations
         posterior.evaluations = evaluations
         posterior.seconds = watch.seconds()
         return posterior
+
+
+def _in_best_coordinates(guide: AutoFlow, make: Callable[..., AutoFlow], watch: Watch) -> AutoFlow:
+    """Return a guide that starts at the best Gaussian in centred, non-centred, or partly centred coordinates."""
+    guides, out_of_time = [guide], partial(watch.is_over, share=_START_SHARE)
+    straight = non_centred(require_log_joint(guide))
+    guides.append(make(log_joint=straight, out_of_time=out_of_time))
+    factor = guides[-1].inits[0].scale_tril
+    precision = torch.cholesky_inverse(factor).diagonal()
+    centring = best_centring(straight, precision)
+    if any((value > _CENTRED).any() for value in centring.values()) and not out_of_time("searching for coordinates"):
+        guides.append(make(log_joint=recentred(straight, centring), out_of_time=out_of_time))
+    return max(guides, key=lambda guide: guide.inits[0].elbo)
 
 
 def _refined(posterior: Posterior, watch: Watch) -> Posterior:
@@ -149,7 +172,7 @@ def _refined(posterior: Posterior, watch: Watch) -> Posterior:
     guide, log_joint = posterior.guide, posterior.log_joint
     ensemble = refine_by_ensemble(guide, log_joint, posterior.weights, posterior.missed, watch)
     if ensemble.complete:
-        return Posterior(guide, posterior.results, notes_on(log_joint), chains=ensemble)
+        return posterior_by_chains(guide, log_joint, ensemble, watch, posterior.results)
     notes = [*posterior.notes, "the chains ended at max_seconds before they had reached the posterior"]
     return Posterior(guide, posterior.results, notes, weights=posterior.weights, missed=posterior.missed)
 
@@ -207,6 +230,10 @@ class GuideFit:
         if self.log_joint.dim <= _FEW:
             return False
         return self.log_joint.dim > _MANY or self._evaluate(1000)[1] > _FAR_OFF
+
+    def starts_well(self) -> bool:
+        """Whether little is left to gain from the Gaussian at which the guide starts."""
+        return self._has_little_to_gain(self._weights(), self._evaluate(1000)[1])
 
     def find_learning_rate(self) -> None:
         """Choose the learning rate whose short run ends at the best ELBO, and keep the weights of that run.

@@ -166,6 +166,11 @@ class AutoFlow(AutoContinuous):
         self.flow = Flow(inner.prior, [*inner.layers, whitening]).to(log_joint.device, log_joint.dtype)
         whitening.start_at(inits[0].loc, inits[0].scale_tril)
 
+    def like(self, log_joint: LogJoint) -> "AutoFlow":
+        """Return a guide with the same kind of flow, not trained, for a density in other coordinates of its model."""
+        options = {"max_triangular": self.max_triangular, "log_joint": log_joint, **self.options}
+        return AutoFlow(self.model, self._builder[0], "none", **options)
+
     def require_flow(self) -> Flow:
         """Return the flow; refuse a guide that is not built."""
         if isinstance(self.prototype_trace, _NotBuilt):
@@ -193,15 +198,10 @@ class AutoFlow(AutoContinuous):
         vector = self.sample_latent(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
         parts = {node["name"]: part for node, part in self._unpack_latent(vector)}
-        supports = {site.name: site.support for site in self.latents}
-        if None in supports.values():
-            self._refuse_dependent_supports()
-            with poutine.block(), Evaluation(parts, {}, None, densities=False) as run:
-                self.model(*args, **kwargs)
-            supports = run.supports
+        transforms = _transforms(self, parts, args, kwargs)
         values = {}
         for name, part in parts.items():
-            transform, event_dim = biject_to(supports[name]), self.prototype_trace.nodes[name]["fn"].event_dim
+            transform, event_dim = transforms[name], self.prototype_trace.nodes[name]["fn"].event_dim
             value = transform(part)
             log_density: Any = 0.0
             if poutine.get_mask() is not False:
@@ -300,6 +300,17 @@ class AutoFlow(AutoContinuous):
             nodes = self.prototype_trace.nodes.items()
             state["prototype_trace"] = _trace_of({name: {**node, "fn": _shape_of(node["fn"])} for name, node in nodes})
         return state
+
+
+def _transforms(guide: AutoFlow, parts: Mapping[str, Tensor], args: Any, kwargs: Any) -> dict[str, Any]:
+    """Return the transform of each site from unconstrained space, by a run of the model if others set it."""
+    if all(site.support is not None for site in guide.latents):
+        return {site.name: biject_to(site.support) for site in guide.latents}
+    guide._refuse_dependent_supports()
+    centring = {} if guide.log_joint is None else guide.log_joint.centring
+    with poutine.block(), Evaluation(parts, {}, None, densities=False, centring=centring) as run:
+        guide.model(*args, **kwargs)
+    return run.transforms
 
 
 class _NotBuilt:

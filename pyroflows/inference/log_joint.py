@@ -19,9 +19,9 @@ from pyro.ops.contract import contract_tensor_tree
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Size, Tensor
-from torch.distributions import biject_to
 
 from pyroflows.arguments import check_option
+from pyroflows.inference.centring import depends_on_others, has_matrix, transform_of
 from pyroflows.inference.sites import (
     LatentSite,
     Model,
@@ -55,16 +55,19 @@ class Evaluation(Messenger):
         constrained: bool = False,
         densities: bool = True,
         resample_observed: bool = False,
+        centring: Mapping[str, Tensor] | None = None,
     ):
         super().__init__()
         self.values = values  # parts of the unconstrained vector by site, or values of the sites if ``constrained``
         self.fixed = fixed  # values of subsample sites, the same in every run
         self.num_points = num_points  # in the leftmost plate, if the model runs under one of points
         self.constrained, self.densities, self.resample_observed = constrained, densities, resample_observed
+        self.centring = centring or {}  # coordinates of hierarchical sites, see transform_of
         self.log_prob: Any = 0.0
         self.parts: dict[str, Tensor] = {}  # latents in unconstrained space
         self.sites: dict[str, Tensor] = {}  # latents and deterministic sites, in constrained space
-        self.supports: dict[str, Any] = {}
+        self.transforms: dict[str, Any] = {}  # from unconstrained space
+        self.priors: dict[str, Any] = {}
         self.shapes: dict[str, Size] = {}  # of the latents, by their distributions
         self.drawn: dict[str, Tensor] = {}  # every site's value
         self.observed: dict[str, Tensor] = {}  # log-densities of the observations
@@ -78,8 +81,9 @@ class Evaluation(Messenger):
             msg["value"], msg["is_observed"] = None, False
         if name not in self.values or msg["is_observed"]:
             return
-        self.supports[name], self.shapes[name] = msg["fn"].support, msg["fn"].shape()
-        transform, value = biject_to(msg["fn"].support), self.values[name]
+        self.priors[name], self.shapes[name] = msg["fn"], msg["fn"].shape()
+        transform = self.transforms[name] = transform_of(msg["fn"], self.centring.get(name))
+        value = self.values[name]
         part, value = (transform.inv(value), value) if self.constrained else (value, transform(value))
         self._add(transform.log_abs_det_jacobian(part, value))
         self.parts[name] = part
@@ -121,7 +125,7 @@ class _PriorDraws(Evaluation):
         if msg["name"] in self.parts:
             with suppress(NotImplementedError):
                 value = msg["fn"].sample()
-                msg["value"], self.parts[msg["name"]] = value, biject_to(msg["fn"].support).inv(value)
+                msg["value"], self.parts[msg["name"]] = value, self.transforms[msg["name"]].inv(value)
 
 
 class LogJoint:
@@ -149,18 +153,22 @@ class LogJoint:
         check_option("vectorize", vectorize, ("auto", *_MODES))
         self.model, self.args, self.kwargs = model, tuple(args), dict(kwargs or {})
         self.evaluations = 0  # points evaluated by value and value_and_score
+        self.hierarchical: dict[str, bool] = {}  # sites of which other latents set location or scale; if by a matrix
+        self.centring: dict[str, Tensor] = {}  # of these, see recentred
         self.structure = ModelStructure.of(model, self.args, self.kwargs)
         self.initial, self.latents = self.structure.initial, self.structure.latents
         self.dim, self.dtype, self.device = len(self.initial), self.initial.dtype, self.initial.device
-        self.vectorize = "loop"
-        self._of_discrete: set[str] = set()  # deterministic sites with a value for each of a discrete latent's
+        self.vectorize, self._of_discrete = (
+            "loop",
+            set[str](),
+        )  # deterministic sites with a value for each of a discrete latent's
         self._find_dependent_supports()
         if start is not None:
             self.initial = _start_at(self, start)
         if vectorize == "auto":
             self.initial = _with_density(self, "the prior median" if start is None else "the start")
-        self.vectorize = self._fastest_mode() if vectorize == "auto" else vectorize
-        self._refuse_flat_latents()
+        self.vectorize = self.fastest_mode() if vectorize == "auto" else vectorize
+        _refuse_flat_latents(self)
 
     @property
     def names(self) -> list[str]:
@@ -181,10 +189,14 @@ class LogJoint:
             sites = runs[0].sites.items()
             self._of_discrete = {name for name, value in sites if value.shape != self.structure.shapes[name]}
         for index, site in enumerate(self.latents):
-            if not have_one_image([run.supports[site.name] for run in runs], site.slice_of(other)):
+            first, second = (run.priors[site.name] for run in runs)
+            if not have_one_image([first.support, second.support], site.slice_of(other)):
                 self.latents[index] = replace(site, support=None)
+            elif not self.structure.discrete and depends_on_others(first, second):
+                self.hierarchical[site.name] = has_matrix(first)
 
-    def _fastest_mode(self) -> str:
+    def fastest_mode(self) -> str:
+        """Return the fastest way to evaluate many points that agrees with single runs."""
         points = self._points_nearby(8)
         single = self._read_all("loop", points, len(points))
         finite = single[_LOG_JOINT].isfinite()
@@ -204,18 +216,6 @@ class LogJoint:
         generator = torch.Generator().manual_seed(seed)
         steps = torch.randn(number, self.dim, generator=generator, dtype=torch.float64, device="cpu").to(self.initial)
         return self.initial + 0.1 * steps
-
-    def _refuse_flat_latents(self) -> None:
-        """Refuse a latent that the density does not depend on: a guide would widen without end."""
-        value, score = _guarded(self._value_and_score, self._points_nearby(3))
-        flat = (score[value.isfinite()] == 0).all(0)
-        if self.structure.subsampled or not value.isfinite().any():
-            return  # the density may depend on it in other rows
-        for site in self.latents:
-            if number := int(flat[site.start : site.stop].sum()):
-                got = f"one that is flat in {number} of {site.stop - site.start} of site {site.name!r}"
-                example = "for example a latent that is masked out (by obs_mask) or has neither a prior nor data"
-                raise ValueError(f"expected a density that depends on every latent; got {got}, {example}")
 
     # Evaluation
 
@@ -273,16 +273,17 @@ class LogJoint:
 
     def _parts(self, u: Tensor, num_points: int | None = None) -> dict[str, Tensor]:
         """Return the latents' parts of one point, or of points in a plate left of the model's plates."""
-        parts = {}
-        for site in self.latents:
-            plates = (1,) * (self.structure.max_plate_nesting - site.plate_ndim)
-            batch = () if num_points is None else (num_points, *plates)
-            parts[site.name] = u[..., site.start : site.stop].reshape((*batch, *site.unconstrained_shape))
-        return parts
+        parts = {site.name: site.slice_of(u) for site in self.latents}
+        return parts if num_points is None else self._in_plates(parts, num_points)
+
+    def _in_plates(self, values: Mapping[str, Tensor], num_points: int) -> dict[str, Tensor]:
+        """Return the sites' values or parts at points with a dimension for each plate that a site is not in."""
+        inner = {site.name: (1,) * (self.structure.max_plate_nesting - site.plate_ndim) for site in self.latents}
+        return {name: value.reshape(num_points, *inner[name], *value.shape[1:]) for name, value in values.items()}
 
     def _evaluate(self, values: Mapping[str, Tensor], num_points: int | None, **options: bool) -> Evaluation:
         """Evaluate the log joint density at one point, or at points in a plate; sum the discrete latents out."""
-        evaluation = Evaluation(values, self.structure.fixed, num_points, **options)
+        evaluation = Evaluation(values, self.structure.fixed, num_points, centring=self.centring, **options)
         if not self.structure.discrete:
             self._run(evaluation, self.model, self.args, self.kwargs)
             return evaluation
@@ -328,11 +329,15 @@ class LogJoint:
         if self.is_static:
             return unconstrain(self.latents, values)
 
-        number = len(values[self.names[0]])
-        points = [{name: value[i].to(self.dtype) for name, value in values.items()} for i in range(number)]
-        runs = [self._evaluate(point, None, constrained=True, densities=False) for point in points]
-        u = [torch.cat([run.parts[name].reshape(-1) for name in self.names]) for run in runs]
-        return torch.stack(u), torch.stack([run.log_prob for run in runs])
+        values, number = {name: value.to(self.initial) for name, value in values.items()}, len(values[self.names[0]])
+        if self.vectorize == "plate":
+            runs = [self._evaluate(self._in_plates(values, number), number, constrained=True, densities=False)]
+        else:
+            points = [{name: value[i] for name, value in values.items()} for i in range(number)]
+            runs = [self._evaluate(point, None, constrained=True, densities=False) for point in points]
+        rows = number // len(runs)
+        u = [torch.cat([run.parts[name].reshape(rows, -1) for name in self.names], -1) for run in runs]
+        return torch.cat(u), torch.cat([run.log_prob.reshape(rows) for run in runs])
 
     # Draws
 
@@ -341,14 +346,15 @@ class LogJoint:
         """Run the model on any arguments at every point; return the observations that it draws, and other sites."""
 
         def run(parts: Mapping[str, Tensor], num_points: int | None) -> dict[str, Tensor]:
-            evaluation = Evaluation(parts, {}, num_points, densities=False, resample_observed=True)
+            options: Any = {"densities": False, "resample_observed": True, "centring": self.centring}
+            evaluation = Evaluation(parts, {}, num_points, **options)
             self._run(evaluation, self.model, args, kwargs)
             return {name: value for name, value in evaluation.drawn.items() if name not in parts}
 
         if self.vectorize != "plate":
             return self._map(u, run, "loop")
-        shapes = {name: value.shape for name, value in run(self._parts(u[0]), None).items()}
-        return _by_point(len(u), self._map(u, run, "plate"), shapes)
+        single = run(self._parts(u[0]), None).items()
+        return _by_point(len(u), self._map(u, run, "plate"), {name: value.shape for name, value in single})
 
     @torch.no_grad()
     def prior_draws(self, n: int, *, seed: int = 0) -> Tensor:
@@ -358,7 +364,8 @@ class LogJoint:
         """
 
         def run(u: Tensor, num_points: int | None) -> Tensor:
-            draws = _PriorDraws(self._parts(u, num_points), self.structure.fixed, num_points, densities=False)
+            options: Any = {"densities": False, "centring": self.centring}
+            draws = _PriorDraws(self._parts(u, num_points), self.structure.fixed, num_points, **options)
             self._run(draws, self.model, self.args, self.kwargs)
             return torch.cat([draws.parts[name].reshape(num_points or 1, -1) for name in self.names], -1)
 
@@ -385,6 +392,19 @@ def _guarded(evaluate: Callable[[Tensor], tuple[Tensor, Tensor]], u: Tensor) -> 
             return u.new_full((1,), -torch.inf), torch.zeros_like(u)
         first, second = (_guarded(evaluate, half) for half in u.detach().chunk(2))
         return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]])
+
+
+def _refuse_flat_latents(log_joint: LogJoint) -> None:
+    """Refuse a latent that the density does not depend on: a guide would widen without end."""
+    value, score = _guarded(log_joint._value_and_score, log_joint._points_nearby(3))
+    flat = (score[value.isfinite()] == 0).all(0)
+    if log_joint.structure.subsampled or not value.isfinite().any():
+        return  # the density may depend on it in other rows
+    for site in log_joint.latents:
+        if number := int(flat[site.start : site.stop].sum()):
+            got = f"one that is flat in {number} of {site.stop - site.start} of site {site.name!r}"
+            example = "for example a latent that is masked out (by obs_mask) or has neither a prior nor data"
+            raise ValueError(f"expected a density that depends on every latent; got {got}, {example}")
 
 
 @torch.no_grad()
@@ -450,7 +470,7 @@ def refuse_randomness(log_joint: LogJoint) -> None:
 def _check_latents(latents: Sequence[LatentSite], runs: Sequence[Evaluation]) -> None:
     """Refuse latents that are in some runs only, or have another shape in some."""
     for run in runs:
-        if changes := ", ".join(map(repr, sorted(set(run.supports) ^ {site.name for site in latents}))):
+        if changes := ", ".join(map(repr, sorted(set(run.priors) ^ {site.name for site in latents}))):
             raise ValueError(f"expected the same latent sites in every run of the model; got changes in {changes}")
         for site in latents:
             # Enumeration of discrete latents adds dimensions on the left.

@@ -18,16 +18,19 @@ from pyroflows.flow import Flow
 from pyroflows.inference import diagnosis
 from pyroflows.inference.arviz_groups import ArvizGroups, Coords, Dims
 from pyroflows.inference.chains import Ensemble
+from pyroflows.inference.coordinates import recentred
 from pyroflows.inference.diagnosis import Chains, Weights
 from pyroflows.inference.guide import AutoFlow, Builder
+from pyroflows.inference.learning import guide_of_draws, points_of_draws, recentred_by_draws
 from pyroflows.inference.log_joint import LogJoint
-from pyroflows.inference.refine import REFINEMENTS, refine_by_ensemble, refine_by_nuts
+from pyroflows.inference.refine import REFINEMENTS, refine_by_ensemble, refine_by_nuts, with_evidence
 from pyroflows.inference.sites import LatentSite, Model, ModelStructure, check_model
 from pyroflows.inference.watch import Watch
+from pyroflows.models import realnvp
 from pyroflows.recipe import describe, is_plain, restore
 from pyroflows.training import FitResult
 
-__all__ = ["Posterior", "require_log_joint"]
+__all__ = ["Posterior", "posterior_by_chains", "require_log_joint"]
 
 _NUM_DRAWS = 10_000  # of a guide, to compute the weights from
 
@@ -50,10 +53,10 @@ def require_log_joint(guide: AutoFlow) -> LogJoint:
 
 
 def _figure(name: str, doc: str) -> Any:
-    """Return a property of a posterior: a figure of its weights or of its ensemble of chains."""
+    """Return a property of a posterior: a figure of its weights or of its chains."""
 
     def figure(posterior: "Posterior") -> Any:
-        source = posterior._ensemble
+        source = posterior._sampled
         return getattr(source if hasattr(source, name) else posterior._weights(), name)
 
     return property(figure, doc=doc)
@@ -63,11 +66,62 @@ def _evidence_figure(index: int, doc: str) -> Any:
     """Return a property of a posterior: the error of its evidence, or what is wrong with it."""
 
     def figure(posterior: "Posterior") -> Any:
-        if posterior._ensemble:
-            return posterior._ensemble.evidence_error()[index]
+        if posterior._sampled:
+            return posterior._sampled.evidence_error()[index]
         return posterior._weights().evidence_error(posterior.missed)[index]
 
     return property(figure, doc=doc)
+
+
+def _from_draws(
+    draws: Any,
+    model: Model,
+    *args: Any,
+    flow: Builder | Flow = realnvp,
+    max_seconds: float | None = None,
+    seed: int | None = None,
+    progress: bool | None = None,
+    **kwargs: Any,
+) -> "Posterior":
+    """Return the posterior by draws of any sampler, with a flow fitted to them, and the evidence.
+
+    Args:
+        draws: values of each latent site, ``(draws, *shape)`` or ``(chains, draws, *shape)``, at least 50 of each
+            chain; or ArviZ's data with a group "posterior". Draws of one chain are taken as in the order of a chain.
+        model: the Pyro model of the draws.
+        args, kwargs: its arguments.
+        flow: builder of the flow, or a ready one, as in :class:`AutoFlow`.
+        max_seconds: a limit of wall time for flow and evidence.
+        seed: seeds both, and restores torch's generator afterwards; None uses the global generator.
+        progress: whether to show bars, by default on a terminal only.
+
+    Raises:
+        TypeError: draws of another kind.
+        ValueError: a site is missing or has another shape, a draw has no density under the model, or too few draws.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(y):
+        ...     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(mean, 1.0).expand(y.shape).to_event(1), obs=y)
+        >>> y = torch.tensor([0.5, 1.5, 1.0])
+        >>> draws = {"mean": 0.75 + 0.5 * torch.randn(4, 500, generator=torch.Generator().manual_seed(0))}
+        >>> posterior = Posterior.from_draws(draws, model, y, seed=0)
+        >>> posterior.verdict, round(posterior.log_evidence, 1)
+        ('trust', -4.4)
+    """
+    check_model(model)
+    check_number("max_seconds", max_seconds, "(0, inf)", optional=True)
+    with seeded(seed), Watch(max_seconds, progress) as watch:
+        enumerated = config_enumerate(model)
+        log_joint = LogJoint(enumerated, args, kwargs)
+        u = points_of_draws(log_joint, draws)
+        log_joint, flat = recentred_by_draws(log_joint, u.flatten(0, 1))
+        chains = with_evidence(Chains.of(flat.view_as(u)), log_joint, watch)
+        guide = AutoFlow(enumerated, flow, "none", log_joint=log_joint)
+        posterior = posterior_by_chains(guide, log_joint, chains, watch)
+    posterior.seconds = watch.seconds()
+    return posterior
 
 
 class Posterior:
@@ -283,9 +337,11 @@ class Posterior:
         check_number("max_seconds", max_seconds, "(0, inf)", optional=True)
         with seeded(seed), Watch(max_seconds, progress) as watch:
             chains = _refined(self, method, watch, **sizes)
-        refined = Posterior(self.guide, self.results, diagnosis.notes_on(self.log_joint), chains=chains)
+            refined = posterior_by_chains(self.guide, self.log_joint, chains, watch, self.results)
         refined.seconds = watch.seconds()
         return refined
+
+    from_draws = staticmethod(_from_draws)
 
     def save(self, path: str | Path) -> None:
         """Write the guide's flow, and the weighted draws or the chains, as one safetensors file."""
@@ -312,6 +368,15 @@ class Posterior:
 
     def __repr__(self) -> str:
         return _describe(self)
+
+
+def posterior_by_chains(
+    guide: AutoFlow, log_joint: LogJoint, chains: Chains | Ensemble, watch: Watch, results: Sequence[FitResult] = ()
+) -> Posterior:
+    """Return the posterior by chains, with a guide whose flow is fitted to their draws if they have converged."""
+    log_joint = chains.log_joint if isinstance(chains, Ensemble) else log_joint
+    guide, note = guide_of_draws(guide, log_joint, chains.u, watch, train=chains.verdict()[0] == "trust")
+    return Posterior(guide, results, [*diagnosis.notes_on(log_joint), note], chains=chains)
 
 
 def _refined(posterior: Posterior, method: str, watch: Watch, **sizes: int | None) -> Chains | Ensemble:
@@ -377,7 +442,7 @@ def _attributes(posterior: Posterior) -> dict[str, Any]:
     """Return the verdict and the figures that it is based on, of types that a netCDF file holds."""
     names, evidence = ["verdict", "reason", "ess"], ["log_evidence", "log_evidence_error", "log_evidence_note"]
     if posterior.weights is None:
-        names += ["rhat", *(evidence if posterior._ensemble else [])]
+        names += ["rhat", *evidence]
         return {name: getattr(posterior, name) for name in names}
     names += ["elbo", *evidence]
     numbers = {"num_weights": len(posterior.weights.u), "missed_modes": len(posterior.missed)}
@@ -394,8 +459,6 @@ def _cautions(posterior: Posterior, resampled: bool) -> list[str]:
 
 
 def _describe(posterior: Posterior) -> str:
-    if posterior.weights is None and posterior._ensemble is None:
-        return f"Posterior by chains ({posterior.verdict}: {posterior.reason})"
     seconds = f", {posterior.seconds:.1f} s" if math.isfinite(posterior.seconds) else ""
     error = f" +- {posterior.log_evidence_error:.3f}" if math.isfinite(posterior.log_evidence_error) else ""
     error += f" ({posterior.log_evidence_note})" if posterior.log_evidence_note else ""
@@ -419,6 +482,7 @@ def _write(posterior: Posterior, path: str | Path) -> None:
     draws: Any = {"u": weights.u, "log_weights": weights.log_weights} if weights else {"chains": posterior.chains}
     if posterior.missed:
         draws["missed"] = torch.stack(posterior.missed)
+    draws |= {f"centring.{name}": value for name, value in posterior.log_joint.centring.items()}
     header = {
         "recipe": recipe,
         "options": {name: value for name, value in posterior.guide.options.items() if is_plain(value)},
@@ -427,7 +491,8 @@ def _write(posterior: Posterior, path: str | Path) -> None:
         "notes": posterior.notes,
         "seconds": posterior.seconds,
         "tail": weights.tail if weights else 0.0,
-        "ensemble": posterior._ensemble.figures() if posterior._ensemble else None,
+        "chains": posterior._sampled.figures() if posterior._sampled else None,
+        "centring": list(posterior.log_joint.centring),
     }
     # The density at some draws verifies model and data on load.
     write(path, "posterior", header, {**tensors, **draws, "log_joint": posterior.log_joint.value(_few_of(draws))})
@@ -437,8 +502,9 @@ def _read(path: str | Path, model: Model, args: Any, kwargs: Any, flow: Builder 
     guide, draws, header = _read_guide(path, model, args, kwargs, flow)
     missed = list(draws.get("missed", ()))
     chains: Any = draws.get("chains")
-    if chains is not None and header.get("ensemble"):
-        chains = Ensemble(chains, **header["ensemble"])
+    if chains is not None:
+        figures, log_joint = header["chains"], require_log_joint(guide)
+        chains = Ensemble(log_joint, chains, **figures) if "num_islands" in figures else Chains(chains, **figures)
     weights = None
     if chains is None:
         weights = diagnosis.summarize_weights(require_log_joint(guide), draws["u"], draws["log_weights"])
@@ -453,7 +519,10 @@ def _read_guide(
 ) -> tuple[AutoFlow, dict[str, Tensor], dict[str, Any]]:
     """Return the guide of a model, the draws and the header in a file."""
     header, tensors = read(path, "posterior")
-    if missing := {"recipe", "options", "max_triangular", "latents", "notes", "seconds"} - header.keys():
+    if (
+        missing := {"recipe", "options", "max_triangular", "latents", "notes", "seconds", "chains", "centring"}
+        - header.keys()
+    ):
         raise ValueError(f"expected a posterior written by save; got {path}, whose header lacks {min(missing)}")
     check_model(model)
     latents = _shapes(ModelStructure.of(config_enumerate(model), args, kwargs).latents)
@@ -474,7 +543,11 @@ def _read_guide(
     elif not isinstance(flow, Flow):
         options = header["options"]
     options["max_triangular"] = header["max_triangular"]
-    guide = AutoFlow(config_enumerate(model), flow, "none", args=args, kwargs=kwargs, **options)
+    enumerated = config_enumerate(model)
+    log_joint = LogJoint(enumerated, args, kwargs)
+    if centring := {name: tensors[f"centring.{name}"] for name in header["centring"]}:
+        log_joint = recentred(log_joint, centring)
+    guide = AutoFlow(enumerated, flow, "none", log_joint=log_joint, **options)
     state = {name.removeprefix("state."): value for name, value in tensors.items() if name.startswith("state.")}
     whole: Flow = guide.require_flow()
     try:
@@ -482,7 +555,6 @@ def _read_guide(
     except RuntimeError:
         raise ValueError(f"expected the flow that the posterior in {path} was fitted with; got another") from None
     draws = {name: value.to(whole.device) for name, value in tensors.items() if not name.startswith("state.")}
-    log_joint: Any = guide.log_joint
     if not torch.allclose(log_joint.value(_few_of(draws)), draws["log_joint"], 1e-4, 1e-3):
         got = "others, whose density at its draws differs"
         raise ValueError(f"expected the model and the data that the posterior in {path} was fitted to; got {got}")
