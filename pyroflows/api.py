@@ -79,6 +79,7 @@ __all__ = [  # noqa: RUF022 - grouped by subject
     "PathELBO",
     "Posterior",
     "TemperedELBO",
+    "compare",
     "density_model",
     "fit_amortized",
     "fit_posterior",
@@ -88,6 +89,7 @@ __all__ = [  # noqa: RUF022 - grouped by subject
     "ensemble_ess",
     "bridge_evidence",
     "neutra",
+    "prior_predictive",
     "psis",
     "sliced_wasserstein",
     # dequantizers

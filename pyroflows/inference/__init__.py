@@ -2,6 +2,7 @@
 
 from pyroflows.inference.amortized import AmortizedPosterior, fit_amortized
 from pyroflows.inference.amortized_guide import AmortizedFlow
+from pyroflows.inference.comparison import compare, prior_predictive
 from pyroflows.inference.density import density_model
 from pyroflows.inference.diagnosis import Weights
 from pyroflows.inference.distributed_elbo import DistributedELBO
@@ -21,8 +22,10 @@ __all__ = [
     "Posterior",
     "TemperedELBO",
     "Weights",
+    "compare",
     "density_model",
     "fit_amortized",
     "fit_posterior",
     "neutra",
+    "prior_predictive",
 ]

@@ -182,7 +182,7 @@ class LogJoint:
 
     def _find_dependent_supports(self) -> None:
         """Set the support of each latent that depends on other sites to None, by runs at two different points."""
-        *points, other = self._points_nearby(3, seed=0)
+        *points, other = _points_near(self, 3, seed=0)
         runs = [self._evaluate(self._parts(point), None, densities=False) for point in points]
         _check_latents(self.latents, runs)
         if self.structure.discrete:
@@ -197,7 +197,7 @@ class LogJoint:
 
     def fastest_mode(self) -> str:
         """Return the fastest way to evaluate many points that agrees with single runs."""
-        points = self._points_nearby(8)
+        points = _points_near(self, 8)
         single = self._read_all("loop", points, len(points))
         finite = single[_LOG_JOINT].isfinite()
         points, single = points[finite][:3], {name: value[finite][:3] for name, value in single.items()}
@@ -211,11 +211,6 @@ class LogJoint:
         """Return all that is ever read off runs, at the first ``n`` points."""
         values = self._read(points[:n], lambda run: {_LOG_JOINT: run.log_prob, **run.sites, **run.observed}, mode)
         return {_LOG_JOINT: values.pop(_LOG_JOINT), **_by_point(n, values, self.structure.shapes)}
-
-    def _points_nearby(self, number: int, seed: int = 1) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        steps = torch.randn(number, self.dim, generator=generator, dtype=torch.float64, device="cpu").to(self.initial)
-        return self.initial + 0.1 * steps
 
     # Evaluation
 
@@ -394,9 +389,16 @@ def _guarded(evaluate: Callable[[Tensor], tuple[Tensor, Tensor]], u: Tensor) -> 
         return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]])
 
 
+def _points_near(log_joint: LogJoint, number: int, seed: int = 1) -> Tensor:
+    """Return points around the initial one, the same in every call."""
+    generator, initial = torch.Generator().manual_seed(seed), log_joint.initial
+    steps = torch.randn(number, log_joint.dim, generator=generator, dtype=torch.float64, device="cpu").to(initial)
+    return initial + 0.1 * steps
+
+
 def _refuse_flat_latents(log_joint: LogJoint) -> None:
     """Refuse a latent that the density does not depend on: a guide would widen without end."""
-    value, score = _guarded(log_joint._value_and_score, log_joint._points_nearby(3))
+    value, score = _guarded(log_joint._value_and_score, _points_near(log_joint, 3))
     flat = (score[value.isfinite()] == 0).all(0)
     if log_joint.structure.subsampled or not value.isfinite().any():
         return  # the density may depend on it in other rows
@@ -434,9 +436,9 @@ def _with_density(log_joint: LogJoint, place: str) -> Tensor:
         return log_joint._read(point, lambda run: run.log_prob, "loop"), point
 
     here = float(_guarded(value, initial[None])[0])  # not by _one_by_one, so that errors of the model come through
-    if math.isfinite(here) or _one_by_one(log_joint, log_joint._points_nearby(8)).isfinite().any():
+    if math.isfinite(here) or _one_by_one(log_joint, _points_near(log_joint, 8)).isfinite().any():
         return initial
-    wide = [initial + width * (log_joint._points_nearby(64, seed=2) - initial) for width in (10.0, 30.0)]
+    wide = [initial + width * (_points_near(log_joint, 64, seed=2) - initial) for width in (10.0, 30.0)]
     for points in (log_joint.prior_draws(64), *wide, log_joint.prior_draws(512, seed=1)):
         if len(points) and (values := _one_by_one(log_joint, points)).isfinite().any():
             return points[values.argmax()]

@@ -23,6 +23,7 @@ from pyroflows.inference.diagnosis import Chains, Weights
 from pyroflows.inference.guide import AutoFlow, Builder
 from pyroflows.inference.learning import guide_of_draws, points_of_draws, recentred_by_draws
 from pyroflows.inference.log_joint import LogJoint
+from pyroflows.inference.loo import loo
 from pyroflows.inference.refine import REFINEMENTS, refine_by_ensemble, refine_by_nuts, with_evidence
 from pyroflows.inference.sites import LatentSite, Model, ModelStructure, check_model
 from pyroflows.inference.watch import Watch
@@ -342,6 +343,7 @@ class Posterior:
         return refined
 
     from_draws = staticmethod(_from_draws)
+    loo = loo
 
     def save(self, path: str | Path) -> None:
         """Write the guide's flow, and the weighted draws or the chains, as one safetensors file."""
