@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import numpy as np
@@ -47,6 +48,20 @@ def test_khat_is_the_shape_of_a_pareto_tail(rng, shape):
     assert np.ptp(smoothed[body] - raw[body]) < 1e-9
     assert (np.diff(smoothed[np.argsort(raw)]) >= -1e-9).all()
     assert np.corrcoef(smoothed, raw)[0, 1] > 0.99
+
+
+@pytest.mark.parametrize("number", [30, 100, 1000, 5000])
+@pytest.mark.parametrize("scale", [0.01, 0.5, 2.0, 20.0])
+def test_smoothing_is_that_of_arviz(rng, number, scale):
+    log_weights = scale * rng.standard_t(4, size=number)
+    smoothed, khat = psis(log_weights)
+    try:
+        stats = importlib.import_module("arviz_stats.base").array_stats
+        expected, expected_khat = stats.psislw(-log_weights)
+    except ImportError:
+        expected, expected_khat = importlib.import_module("arviz").psislw(log_weights)
+    assert khat == pytest.approx(float(expected_khat), abs=1e-6)
+    np.testing.assert_allclose(smoothed, expected - np.logaddexp.reduce(expected), atol=1e-6)
 
 
 def test_khat_of_light_tails(rng):

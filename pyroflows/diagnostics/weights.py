@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from importlib import import_module
 from typing import TypeVar
 
 import numpy as np
@@ -14,8 +13,9 @@ from pyroflows.diagnostics.arrays import Array, NumPyArray, as_array
 
 __all__ = ["importance_ess", "khat_by_size", "khat_threshold", "psis", "systematic_rows"]
 
-_MIN_DRAWS = 30  # a fifth of them is the tail, and ArviZ fits a generalised Pareto to six numbers or more
-_NEGLIGIBLE = -700.0  # its exponential is the smallest number that ArviZ distinguishes from zero
+_MIN_DRAWS = 30  # a fifth of them is the tail
+_MIN_TAIL = 5  # weights, fewer of which tell no shape
+_NEGLIGIBLE = -700.0  # its exponential is about the smallest number that a float distinguishes from zero
 _FLAT = 1e-4  # nats; tail weights closer than this differ by rounding only
 AnyArray = TypeVar("AnyArray", NumPyArray, Tensor)
 
@@ -25,7 +25,7 @@ def psis(log_weights: AnyArray) -> tuple[AnyArray, float]:
 
     .. math:: w_i = p(u_i) / q(u_i), \qquad u_i \sim q
 
-    The fit is ArviZ's. The smoothed weights can be trusted with k-hat below :func:`khat_threshold`. K-hat alone can
+    The smoothed weights can be trusted with k-hat below :func:`khat_threshold`. K-hat alone can
     mislead: look at the effective sample size too.
 
     Args:
@@ -44,7 +44,8 @@ def psis(log_weights: AnyArray) -> tuple[AnyArray, float]:
         TypeError, ValueError: not numbers, another shape, fewer than 30 draws, NaN, infinity, or no weight above zero.
 
     References:
-        Pareto Smoothed Importance Sampling, Vehtari et al., 2024 (arXiv:1507.02646).
+        Pareto Smoothed Importance Sampling, Vehtari et al., 2024 (arXiv:1507.02646); A New and Efficient Estimation
+        Method for the Generalized Pareto Distribution, Zhang and Stephens, 2009.
 
     Example:
         >>> log_weights = torch.randn(1000, generator=torch.Generator().manual_seed(0))
@@ -64,25 +65,42 @@ def psis(log_weights: AnyArray) -> tuple[AnyArray, float]:
 
 
 def _smoothed(weights: NumPyArray) -> tuple[NumPyArray, float]:
-    """Smooth log weights whose largest is 0 by ArviZ, and return them on the same scale."""
-    tail = np.sort(weights)[-math.floor(min(len(weights) / 5, 3 * len(weights) ** 0.5)) - 1 :]
-    if tail[-1] - tail[0] < _FLAT:
+    """Replace the largest log weights, of which the largest is 0, by quantiles of the Pareto distribution of them."""
+    number = math.ceil(min(len(weights) / 5, 3 * len(weights) ** 0.5))
+    order = np.argsort(weights, kind="stable")[-number - 1 :]
+    cutoff, tail = weights[order[0]], weights[order[1:]]
+    if tail[-1] - cutoff < _FLAT:
         return weights, 0.0
-    try:
-        stats = import_module("arviz_stats.base").array_stats
-    except ImportError:
-        from arviz import psislw
-
-        with np.errstate(over="ignore"):  # in ArviZ, if the weights are nearly equal
-            smoothed, khat = psislw(weights)
-    else:
-        smoothed, khat = stats.psislw(-weights)  # from ArviZ 1 on it takes the logarithms of the inverse weights
-    khat = float(khat)
+    is_above = tail > max(cutoff, _NEGLIGIBLE)
+    rows, excess = order[1:][is_above], np.exp(tail[is_above]) - math.exp(cutoff)
+    if len(rows) < _MIN_TAIL:
+        return weights, math.inf
+    khat, scale = _generalised_pareto(excess)
     if not math.isfinite(khat):
         return weights, math.inf
-    # ArviZ normalises the weights. The lowest is not smoothed, so that it shows the change of scale.
-    lowest = weights.argmin()
-    return smoothed + (weights[lowest] - smoothed[lowest]), khat
+    places = (np.arange(len(rows)) + 0.5) / len(rows)
+    quantiles = -np.log1p(-places) if abs(khat) < 1e-12 else np.expm1(-khat * np.log1p(-places)) / khat
+    smoothed = weights.copy()
+    smoothed[rows] = np.minimum(np.log(scale * quantiles + math.exp(cutoff)), 0.0)
+    return smoothed, khat
+
+
+def _generalised_pareto(x: NumPyArray) -> tuple[float, float]:
+    """Return shape and scale of the generalised Pareto distribution of sorted positive numbers.
+
+    By Zhang and Stephens (2009), the posterior mean over a grid, with a weak prior that draws the shape towards 0.5.
+    """
+    number = len(x)
+    size = 30 + int(number**0.5)
+    quartile = x[int(number / 4 + 0.5) - 1]
+    grid = 1 / x[-1] + (1 - np.sqrt(size / (np.arange(size) + 0.5))) / (3 * quartile)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shape = np.log1p(-grid[:, None] * x).mean(1)
+        log_likelihood = number * (np.log(-grid / shape) - shape - 1)
+    weights = np.exp(log_likelihood - np.nanmax(log_likelihood))
+    best = float(np.nansum(weights * grid) / np.nansum(weights))
+    shape_at_best = float(np.log1p(-best * x).mean())
+    return (number * shape_at_best + 5) / (number + 10), -shape_at_best / best
 
 
 def khat_threshold(num_draws: int) -> float:
