@@ -18,7 +18,7 @@ from pyroflows.flow import Flow
 from pyroflows.inference.coordinates import best_centring, non_centred, recentred
 from pyroflows.inference.density import density_model
 from pyroflows.inference.diagnosis import importance_sample, notes_on
-from pyroflows.inference.guide import AutoFlow, Builder, start_of
+from pyroflows.inference.guide import AutoFlow, Builder, deepened, start_of
 from pyroflows.inference.log_joint import LogJoint, refuse_randomness
 from pyroflows.inference.posterior import Posterior, posterior_by_chains, require_log_joint
 from pyroflows.inference.refine import refine_by_ensemble
@@ -32,6 +32,8 @@ __all__ = ["fit_posterior"]
 
 _RATES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 _CONVERGED = 0.1  # nats; the spread of the log weights at which a fit ends, with an ESS of 99 %
+_SHALLOW, _DEEP = 4, 8  # couplings: at first, and after a stage, or where log weights spread by more nats than this
+_HARD = 0.5
 _SMALL_ERROR, _FEW_DRAWS = 0.05, 2000  # errors of moments that need no more training, and the draws to judge them by
 _GRADIENTS = 8  # of each kind, to compare their variances
 _START_SHARE = 0.4  # of the time, for the search of a Gaussian to start at
@@ -130,7 +132,8 @@ def fit_posterior(
         if log_joint.dim > _FEW and log_joint.hierarchical:
             log_joint = non_centred(log_joint)
         is_large = log_joint.dim > _MANY and refine == "auto" and init == "auto"
-        make = partial(AutoFlow, enumerated, flow, "none" if is_large else init)
+        layers: dict[str, Any] = {"num_layers": _SHALLOW} if flow is realnvp and log_joint.dim > 1 else {}
+        make = partial(AutoFlow, enumerated, flow, "none" if is_large else init, **layers)
         guide = make(log_joint=log_joint, out_of_time=partial(watch.is_over, share=_START_SHARE))
         require_log_joint(guide)
         guide_fit = GuideFit(guide, log_joint, num_draws, watch)
@@ -142,6 +145,7 @@ def fit_posterior(
                 guide_fit = GuideFit(guide, log_joint, num_draws, watch)
             guide_fit.find_learning_rate()
             guide_fit.run_stages(max_steps)
+            guide = guide_fit.guide
         evaluations = log_joint.evaluations
         weights = importance_sample(guide, log_joint, guide_fit.affordable_draws() if trains else _MIN_DRAWS)
         posterior = Posterior(guide, guide_fit.results, [*notes_on(log_joint), *guide_fit.notes], weights=weights)
@@ -218,12 +222,15 @@ class GuideFit:
 
     def __init__(self, guide: AutoFlow, log_joint: LogJoint, num_draws: int, watch: Watch):
         self.log_joint, self.num_draws, self.watch = log_joint, num_draws, watch
-        self.guide, self.flow = guide, guide.require_flow()
-        self.rank_flow = Flow(_RankSlice(self.flow.prior), self.flow.layers)
-        self.learning_rate, self.label = 3e-3, ""
+        self._take(guide)
+        self.learning_rate, self.label, self.is_settled = 3e-3, "", False
         self.results: list[FitResult] = []
         self.notes: list[str] = []
         self.seconds_per_draw = 0.0  # to compute the weights from
+
+    def _take(self, guide: AutoFlow) -> None:
+        self.guide, self.flow = guide, guide.require_flow()
+        self.rank_flow = Flow(_RankSlice(self.flow.prior), self.flow.layers)
 
     def starts_far_off(self) -> bool:
         """Whether there are many latents, and the Gaussian at which the guide starts is of no use."""
@@ -250,7 +257,8 @@ class GuideFit:
         for number, rate in enumerate(_RATES, 1):
             if number > 3 and best[0] > floor:
                 break  # the smaller rates are for posteriors on which the usual ones make the initial guide worse
-            if self._is_over() or self._has_little_to_gain(best[2], best_spread):
+            self.is_settled = self._has_little_to_gain(best[2], best_spread)
+            if self.is_settled or self._is_over():
                 break
             self.flow.load_state_dict(initial)
             self._fit(100, rate, f"learning rate {number}")
@@ -268,8 +276,12 @@ class GuideFit:
         if self._is_over():
             self.notes.append(f"the fit ended at max_seconds={self.watch.max_seconds:g}")
             return
+        if self.is_settled:
+            return
         elbo, spread, moments = self._evaluate(4000)
         while steps < max_steps and not self._has_little_to_gain(self._weights(), spread):
+            if self.guide.options.get("num_layers") == _SHALLOW and (steps or spread > _HARD):
+                self._take(deepened(self.guide, _DEEP))
             size = min(size, max_steps - steps)
             weights, before = self._weights(), (elbo, spread, moments)
             self._fit(size, self.learning_rate, f"steps {steps} to {steps + size}")

@@ -35,7 +35,7 @@ from pyroflows.layers import Affine, LULinear, TriangularAffine
 from pyroflows.models import iaf, maf, nsf, realnvp
 from pyroflows.private import inside_pyro_call, name_in_store
 
-__all__ = ["AutoFlow", "Builder", "build_flow", "claim_parameters", "start_of"]
+__all__ = ["AutoFlow", "Builder", "build_flow", "claim_parameters", "deepened", "start_of"]
 
 Builder = Callable[..., Flow]
 
@@ -166,9 +166,9 @@ class AutoFlow(AutoContinuous):
         self.flow = Flow(inner.prior, [*inner.layers, whitening]).to(log_joint.device, log_joint.dtype)
         whitening.start_at(inits[0].loc, inits[0].scale_tril)
 
-    def like(self, log_joint: LogJoint) -> "AutoFlow":
-        """Return a guide with the same kind of flow, not trained, for a density in other coordinates of its model."""
-        options = {"max_triangular": self.max_triangular, "log_joint": log_joint, **self.options}
+    def like(self, log_joint: LogJoint, **options: Any) -> "AutoFlow":
+        """Return a guide with the same kind of flow, not trained, for a density in any coordinates of its model."""
+        options = {"max_triangular": self.max_triangular, "log_joint": log_joint, **self.options, **options}
         return AutoFlow(self.model, self._builder[0], "none", **options)
 
     def require_flow(self) -> Flow:
@@ -342,6 +342,18 @@ def _check_sites(guide: "AutoFlow", args: Any, kwargs: Any) -> None:
         got = f"some with which {', '.join(lacking)} is observed or missing: build a guide from these, by setup"
         raise ValueError(f"expected arguments with which the model has the latents of the guide; got {got}")
     guide._patterns.add(pattern)
+
+
+def deepened(guide: AutoFlow, num_layers: int) -> AutoFlow:
+    """Return a guide with more couplings, which start as the identity on both sides of those that it has."""
+    flow, log_joint = guide.require_flow(), cast(LogJoint, guide.log_joint)
+    new = guide.like(log_joint, num_layers=num_layers)
+    layers = new.require_flow().layers
+    more = (len(layers) - len(flow.layers)) // 2
+    for layer, old in zip([*layers[more : more + len(flow.layers) - 1], layers[-1]], flow.layers, strict=True):
+        layer.load_state_dict(old.state_dict())
+    new.inits = guide.inits
+    return new
 
 
 def start_of(init: str | Mapping[str, Any]) -> Mapping[str, Any] | None:
