@@ -1,6 +1,6 @@
-"""The thirteen posteriors of posteriordb as NumPyro models, and NUTS of one in a process of its own.
+"""Thirteen posteriors of posteriordb and four of 62 to 193 latents in NumPyro, and NUTS of one in its own process.
 
-python tests/benchmarks/numpyro_models.py NAME DATA.npz DRAWS.npz
+python tests/benchmarks/numpyro_models.py NAME DATA.npz DRAWS.npz SEED sequential 1000
 """
 
 from __future__ import annotations
@@ -147,7 +147,51 @@ def lotka_volterra(y_init, y, steps=12):
     numpyro.sample("y", dist.LogNormal(years, sigma), obs=y)
 
 
+def network(x, y):
+    first = numpyro.sample("first", dist.Normal(0, 1).expand([2, 20]))
+    second = numpyro.sample("second", dist.Normal(0, 1).expand([20]))
+    offset = numpyro.sample("offset", dist.Normal(0, 1))
+    sigma = numpyro.sample("sigma", dist.HalfNormal(1))
+    hidden = jnp.tanh(2 * (x[:, None] * first[0] + first[1]))
+    numpyro.sample("y", dist.Normal(hidden @ second / 20**0.5 + offset, sigma), obs=y)
+
+
+def horseshoe(x, y):
+    columns = x.shape[1]
+    sigma = numpyro.sample("sigma", dist.HalfNormal(2))
+    tau = numpyro.sample("tau", dist.HalfCauchy(0.1))
+    slab = numpyro.sample("slab", dist.InverseGamma(2, 8))
+    local = numpyro.sample("local", dist.HalfCauchy(1).expand([columns]))
+    z = numpyro.sample("z", dist.Normal(0, 1).expand([columns]))
+    beta = numpyro.deterministic("beta", z * tau * local * jnp.sqrt(slab / (slab + (tau * local) ** 2)))
+    numpyro.sample("y", dist.Normal(x @ beta, sigma), obs=y)
+
+
+def slopes(x, group, y):
+    mean = numpyro.sample("mean", dist.Normal(0, 2).expand([3]))
+    scale = numpyro.sample("scale", dist.HalfNormal(1).expand([3]))
+    factor = numpyro.sample("factor", dist.LKJCholesky(3, 2))
+    sigma = numpyro.sample("sigma", dist.HalfNormal(1))
+    z = numpyro.sample("z", dist.Normal(0, 1).expand([40, 3]))
+    beta = mean + z @ (scale[:, None] * factor).T
+    numpyro.sample("y", dist.Normal((beta[group] * x).sum(-1), sigma), obs=y)
+
+
+def responses(y):
+    centre = numpyro.sample("centre", dist.Normal(0, 1))
+    spread = numpyro.sample("spread", dist.HalfNormal(1))
+    spread_slope = numpyro.sample("spread_slope", dist.HalfNormal(1))
+    ability = numpyro.sample("ability", dist.Normal(0, 1).expand([y.shape[0], 1]))
+    z = numpyro.sample("z", dist.Normal(0, 1).expand([y.shape[1]]))
+    slope = numpyro.sample("slope", dist.LogNormal(0, spread_slope).expand([y.shape[1]]))
+    numpyro.sample("y", dist.Bernoulli(logits=slope * (ability - centre - spread * z)), obs=y)
+
+
 MODELS = {
+    "network": network,
+    "horseshoe": horseshoe,
+    "slopes": slopes,
+    "responses": responses,
     "eight_schools-eight_schools_noncentered": eight_schools_noncentered,
     "eight_schools-eight_schools_centered": eight_schools_centered,
     "kidiq-kidscore_interaction": kidscore_interaction,
@@ -165,11 +209,11 @@ MODELS = {
 
 
 def main() -> None:
-    name, data, output, seed, method = sys.argv[1:6]
+    name, data, output, seed, method, number = sys.argv[1:7]
     with np.load(data) as arrays:
         values = {key: jnp.asarray(arrays[key]) for key in arrays}
     began = time.process_time()
-    options = {"num_warmup": 1000, "num_samples": 1000, "num_chains": 4, "progress_bar": False}
+    options = {"num_warmup": 1000, "num_samples": int(number), "num_chains": 4, "progress_bar": False}
     mcmc = MCMC(NUTS(MODELS[name], init_strategy=init_to_median), chain_method=method, **options)
     mcmc.run(jax.random.PRNGKey(int(seed)), **values)
     draws = {key: np.asarray(value) for key, value in mcmc.get_samples().items()}
