@@ -35,6 +35,7 @@ _CONVERGED = 0.1  # nats; the spread of the log weights at which a fit ends, wit
 _SHALLOW, _DEEP = 4, 8  # couplings: at first, and after a stage, or where log weights spread by more nats than this
 _HARD = 0.5
 _SMALL_ERROR, _FEW_DRAWS = 0.05, 2000  # errors of moments that need no more training, and the draws to judge them by
+_ENOUGH = 0.25, 0.94, 0.03  # spread, effective share and errors that end a fit after a stage
 _GRADIENTS = 8  # of each kind, to compare their variances
 _START_SHARE = 0.4  # of the time, for the search of a Gaussian to start at
 _VERDICT_SHARE = 0.25  # of the time, at most, to compute the weights from draws
@@ -279,7 +280,7 @@ class GuideFit:
         if self.is_settled:
             return
         elbo, spread, moments = self._evaluate(4000)
-        while steps < max_steps and not self._has_little_to_gain(self._weights(), spread):
+        while steps < max_steps and not self._has_little_to_gain(self._weights(), spread, trained=steps > 0):
             if self.guide.options.get("num_layers") == _SHALLOW and (steps or spread > _HARD):
                 self._take(deepened(self.guide, _DEEP))
             size = min(size, max_steps - steps)
@@ -301,18 +302,22 @@ class GuideFit:
             if is_worse or spread < _CONVERGED or (spread > 0.8 * before[1] and drift < 0.05):
                 break
         else:
-            if steps >= max_steps and spread > _CONVERGED:
+            if steps >= max_steps and spread > _ENOUGH[0]:
                 self.notes.append(f"the fit ended at max_steps={max_steps}, perhaps before it had converged")
 
-    def _has_little_to_gain(self, weights: Mapping[str, Tensor], spread: float) -> bool:
-        """Whether draws of the flow with these weights are right, by the sites as users read them too."""
-        if spread >= _CONVERGED:
+    def _has_little_to_gain(self, weights: Mapping[str, Tensor], spread: float, *, trained: bool = False) -> bool:
+        """Whether draws of the flow with these weights are right, by the sites as users read them too.
+
+        After a stage less is enough, since the next would take twice its time.
+        """
+        most, least_ess, error = _ENOUGH if trained else (_CONVERGED, 0.99, _SMALL_ERROR)
+        if spread >= most:
             return False
         self.flow.load_state_dict(weights)
         with torch.random.fork_rng():
             torch.manual_seed(0)
             found = importance_sample(self.guide, self.log_joint, _FEW_DRAWS)
-        return found.ess_ratio >= 0.99 and max(found.mean_error, found.sd_error) <= _SMALL_ERROR and not found.tail
+        return found.ess_ratio >= least_ess and max(found.mean_error, found.sd_error) <= error and not found.tail
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in self.flow.state_dict().items()}
