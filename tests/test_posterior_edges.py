@@ -236,6 +236,24 @@ def test_a_gaussian_that_is_right_is_not_trained():
     assert fit_posterior(skewed, seed=0, max_steps=100).results
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_guide_that_was_put_at_one_mode_is_not_trusted(seed):
+    torch.manual_seed(seed)
+    centres = torch.stack([torch.zeros(2).double(), 6 + 2 * torch.rand(2).double()])
+
+    def model():
+        x = pyro.sample("x", dist.Uniform(tensor([-40.0, -40.0]), 40.0).to_event(1))
+        pyro.factor("f", dist.Normal(centres, 1.0).to_event(1).log_prob(x[..., None, :]).logsumexp(-1))
+
+    guide = AutoFlow(model, init="none")
+    u = guide.log_joint.unconstrain({"x": torch.stack([centres[0] - 1, centres[0], centres[0] + 1])})[0]
+    guide.require_flow().layers[-1].start_at(u[1], (u[2] - u[0]) / 2)
+    posterior = fitting.Posterior(guide)
+    assert posterior.weights.ess_ratio > 0.99
+    assert posterior.verdict == "do not trust"
+    assert "mode" in posterior.reason
+
+
 def test_chains_that_have_no_time_leave_the_guide_and_a_note():
     def two():
         x = pyro.sample("x", dist.Normal(tensor(0.0), 10.0))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +12,7 @@ from torch.distributions import MultivariateNormal
 from pyroflows.diagnostics.weights import importance_ess, psis, systematic_rows
 from pyroflows.flow import Flow
 from pyroflows.inference.guide import AutoFlow
-from pyroflows.inference.init import climb
+from pyroflows.inference.init import climb, find_init
 from pyroflows.inference.log_joint import LogJoint
 from pyroflows.priors import StandardNormal
 
@@ -25,6 +26,7 @@ __all__ = [
 ]
 
 _CHUNK = 2000  # points evaluated at once
+_MANY = 512  # latents, above which no search for modes is made for a verdict
 _NUM_SETS = 5  # of draws, each with its k-hat
 _SHARE = 0.05  # smallest share of the posterior at a missed mode to report
 _SKEW = 5.0  # nats by which the ELBO of the Gaussian at such a mode may fall short, if the posterior is not Gaussian
@@ -245,15 +247,20 @@ def _nan_last(x: float) -> float:
 def missed_modes(guide: AutoFlow, log_joint: LogJoint, weights: Weights) -> list[Tensor]:
     """Return the modes of the guide's ``inits`` with a share of the posterior that the guide does not cover.
 
-    A guide's own draws cannot show what it never draws. Draws from the Gaussian around another mode can: if the guide
-    covers that mode, the ratio of the posterior's density to the guide's is near one there.
+    If the guide has not searched for modes, they are searched for here. A guide's own draws cannot show what it never
+    draws. Draws from the Gaussian around another mode can: if the guide covers that mode, the ratio of the posterior's
+    density to the guide's is near one there.
     """
     flow = guide.require_flow()
     missed: list[Tensor] = []
     peaks: list[Tensor] = []
     if not math.isfinite(weights.log_evidence):
         return missed
-    for init in guide.inits:
+    inits = guide.inits
+    if all(init.method == "none" for init in inits) and log_joint.dim <= _MANY:
+        with suppress(ValueError):  # no Gaussian with a finite ELBO
+            inits = find_init(log_joint)
+    for init in inits:
         z = flow.bijection.inverse_and_log_det(init.loc.to(log_joint.dtype))[0]
         if init.elbo < weights.log_evidence + math.log(_SHARE) - _SKEW or float(z.norm()) < _DISTANCE:
             continue
