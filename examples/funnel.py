@@ -1,4 +1,4 @@
-"""Posteriors of a ten-dimensional funnel and a banana: verdicts, draws, and chains that mend them."""
+"""A ten-dimensional funnel and a banana, Gaussian in the coordinates of their programs: guide, chains, verdicts."""
 
 import argparse
 from collections.abc import Callable
