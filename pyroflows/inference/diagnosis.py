@@ -257,7 +257,7 @@ def missed_modes(guide: AutoFlow, log_joint: LogJoint, weights: Weights) -> list
     if not math.isfinite(weights.log_evidence):
         return missed
     inits = guide.inits
-    if all(init.method == "none" for init in inits) and log_joint.dim <= _MANY:
+    if all(init.method == "none" for init in inits) and log_joint.dim <= _MANY and not weights.is_uneven:
         with suppress(ValueError):  # no Gaussian with a finite ELBO
             inits = find_init(log_joint)
     for init in inits:

@@ -109,7 +109,7 @@ def _from_draws(
         >>> draws = {"mean": 0.75 + 0.5 * torch.randn(4, 500, generator=torch.Generator().manual_seed(0))}
         >>> posterior = Posterior.from_draws(draws, model, y, seed=0)
         >>> posterior.verdict, round(posterior.log_evidence, 1)
-        ('trust', -4.4)
+        ('trust', -4.1)
     """
     check_model(model)
     check_number("max_seconds", max_seconds, "(0, inf)", optional=True)
