@@ -83,7 +83,10 @@ def garch11(y, sigma1):
     mu = numpyro.sample("mu", flat(constraints.real))
     alpha0 = numpyro.sample("alpha0", flat(constraints.positive))
     alpha1 = numpyro.sample("alpha1", dist.Uniform(0, 1))
-    beta1 = numpyro.sample("beta1", flat(constraints.interval(0.0, 1 - alpha1)))
+    # NumPyro fixes a support once; a share of the range has one of its own, and the factor is the flat density's.
+    share = numpyro.sample("share", dist.Uniform(0, 1))
+    numpyro.factor("flat", jnp.log1p(-alpha1))
+    beta1 = numpyro.deterministic("beta1", (1 - alpha1) * share)
 
     def step(variance, before):
         new = alpha0 + alpha1 * (before - mu) ** 2 + beta1 * variance
