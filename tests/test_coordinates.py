@@ -26,6 +26,11 @@ def families(y):
     pyro.sample("rate", dist.Exponential(1 / scale))
     pyro.sample("gamma", dist.Gamma(2.0, 1 / scale))
     pyro.sample("inverse", dist.InverseGamma(3.0, scale))
+    pyro.sample("cauchy", dist.Cauchy(mean, scale))
+    pyro.sample("laplace", dist.Laplace(mean, scale))
+    pyro.sample("gumbel", dist.Gumbel(mean, scale))
+    pyro.sample("half_cauchy", dist.HalfCauchy(scale))
+    pyro.sample("weibull", dist.Weibull(scale, 1.5))
     with pyro.plate("groups", 6):
         a = pyro.sample("a", dist.Normal(mean, scale))
         pyro.sample("b", dist.LogNormal(mean, scale))
@@ -42,7 +47,8 @@ def funnel(size=9):
     pyro.sample("x", dist.Normal(torch.zeros(size).double(), (neck / 2).exp()[..., None]).to_event(1))
 
 
-HIERARCHICAL = {"rate", "gamma", "inverse", "a", "b", "c", "v", "w"}
+HIERARCHICAL = {"rate", "gamma", "inverse", "cauchy", "laplace", "gumbel", "half_cauchy", "weibull"}
+HIERARCHICAL |= {"a", "b", "c", "v", "w"}
 
 
 def test_the_density_in_other_coordinates_is_the_same_by_change_of_variables():

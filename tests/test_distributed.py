@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from pyroflows import AutoFlow, DistributedELBO, distributed, fit_posterior, glow, maf, realnvp
 from pyroflows.data import ParquetBatches
 from pyroflows.dequantizers import UniformDequantizer
-from pyroflows.inference.fitting import GuideFit
+from pyroflows.inference.guide_fit import GuideFit
 from pyroflows.inference.posterior import require_log_joint
 from pyroflows.inference.watch import Watch
 from pyroflows.training import negative_log_likelihood

@@ -68,7 +68,9 @@ def test_draws_of_arviz_and_of_one_chain_and_files(tmp_path):
     torch.manual_seed(0)
     draws = posterior.sample((4, 200))
     of_dict = Posterior.from_draws({"b": draws}, regression, x, y, seed=0)
-    of_arviz = Posterior.from_draws(az.from_dict({"b": draws.numpy()}), regression, x, y, seed=0)
+    values = {"b": draws.numpy()}
+    groups = az.from_dict(values if "InferenceData" in vars(az) else {"posterior": values})
+    of_arviz = Posterior.from_draws(groups, regression, x, y, seed=0)
     assert of_dict.log_evidence == of_arviz.log_evidence
     assert of_dict.chains.shape == (4, 200, 3)
     assert Posterior.from_draws({"b": draws[0]}, regression, x, y, seed=0).chains.shape == (1, 200, 3)
@@ -79,6 +81,33 @@ def test_draws_of_arviz_and_of_one_chain_and_files(tmp_path):
     torch.testing.assert_close(read.log_prob(values), of_dict.log_prob(values))
     assert read.to_arviz().posterior["b"].shape == (4, 200, 3)
     assert "log evidence" in repr(read)
+
+
+def test_many_short_chains_and_time_that_is_over():
+    x, y = data(0)
+    evidence, posterior = exact(x, y)
+    torch.manual_seed(0)
+    draws = posterior.sample((1000, 50))
+    fitted = Posterior.from_draws({"b": draws}, regression, x, y, seed=0)
+    assert abs(fitted.log_evidence - evidence) < max(3 * fitted.log_evidence_error, 0.01)
+    late = Posterior.from_draws({"b": draws[:4]}, regression, x, y, max_seconds=1e-6, seed=0)
+    assert late.log_evidence_note.startswith("unknown, since there was no time")
+    assert "log_prob is of the Gaussian of the draws" in late.reason
+    assert float((late.log_prob({"b": draws[0]}).detach() - posterior.log_prob(draws[0])).abs().mean()) < 0.5
+
+
+def test_hierarchies_are_put_into_coordinates_that_fit_the_draws():
+    def model():
+        neck = pyro.sample("neck", dist.Normal(torch.zeros(()).double(), 3.0))
+        pyro.sample("x", dist.Normal(torch.zeros(3).double(), (neck / 2).exp()[..., None]).to_event(1))
+
+    torch.manual_seed(0)
+    neck = 3 * torch.randn(4, 500).double()
+    draws = {"neck": neck, "x": (neck / 2).exp()[..., None] * torch.randn(4, 500, 3).double()}
+    fitted = Posterior.from_draws(draws, model, seed=0)
+    assert fitted.verdict == "trust"
+    assert abs(fitted.log_evidence) < max(3 * fitted.log_evidence_error, 0.01)
+    torch.testing.assert_close(fitted.log_joint.constrain(fitted.chains.flatten(0, 1))["x"], draws["x"].flatten(0, 1))
 
 
 def test_draws_that_do_not_fit_the_model_are_refused():
@@ -95,5 +124,17 @@ def test_draws_that_do_not_fit_the_model_are_refused():
     draws[2, 5] = torch.nan
     with pytest.raises(ValueError, match=r"expected draws with a finite .*; got 1 of 400, such as draw 5 of chain 2"):
         Posterior.from_draws({"b": draws}, regression, x, y)
+
+
+def test_models_that_are_not_of_draws_are_refused():
+    x, y = data(0)
+    draws = torch.randn(4, 100, 3)
+
+    def random(x, y):
+        b = pyro.sample("b", dist.Normal(torch.zeros(3).double(), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(b @ x.mT + torch.randn(1), NOISE).to_event(1), obs=y)
+
+    with pytest.raises(ValueError, match="expected a model with one log joint density at a point"):
+        Posterior.from_draws({"b": draws}, random, x, y)
     with pytest.raises(TypeError, match="expected a Pyro model"):
         Posterior.from_draws({"b": draws}, 3)

@@ -50,7 +50,7 @@ def test_khat_is_the_shape_of_a_pareto_tail(rng, shape):
     assert np.corrcoef(smoothed, raw)[0, 1] > 0.99
 
 
-@pytest.mark.parametrize("number", [30, 100, 1000, 5000])
+@pytest.mark.parametrize("number", [30, 100, 900, 2500])  # of which ArviZ 0.x and 1.x take the same tail
 @pytest.mark.parametrize("scale", [0.01, 0.5, 2.0, 20.0])
 def test_smoothing_is_that_of_arviz(rng, number, scale):
     log_weights = scale * rng.standard_t(4, size=number)

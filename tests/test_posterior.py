@@ -91,7 +91,7 @@ def fitted():
 @pytest.fixture
 def _one_rate(monkeypatch):
     """Where it is not the fit that is tested."""
-    monkeypatch.setattr("pyroflows.inference.fitting._RATES", (3e-3,))
+    monkeypatch.setattr("pyroflows.inference.guide_fit._RATES", (3e-3,))
 
 
 # Numbers
@@ -435,6 +435,7 @@ def test_nuts_meets_the_posterior():
     groups = refined.to_arviz()
     assert groups.posterior["b"].shape == (2, 120, 2)
     assert groups.log_likelihood["y"].shape == (2, 120, 24)
+    assert abs(refined.log_evidence - LOG_EVIDENCE) < 0.1
     for name in ("elbo", "elbo_error", "khat"):
         with pytest.raises(ValueError, match="expected a posterior by a guide, .*; got one by Markov chains"):
             getattr(refined, name)

@@ -15,7 +15,7 @@ from posteriors import tensor
 from scipy import integrate, stats
 
 from pyroflows import AutoFlow, fit_posterior
-from pyroflows.inference import fitting, watch
+from pyroflows.inference import fitting, guide_fit, watch
 from pyroflows.inference.diagnosis import notes_on
 from pyroflows.inference.init import find_init
 from pyroflows.inference.log_joint import LogJoint
@@ -86,7 +86,7 @@ def test_draws_without_a_density_cost_something_in_the_choice_of_weights():
     elbos = []
     for loc, scale in ((1.35, 0.03), (1.3, 0.1)):  # the second has a fifth of its draws beyond the edge
         guide.require_flow().layers[-1].start_at(tensor([loc]), tensor([[scale]]))
-        fit = fitting.GuideFit(guide, guide.log_joint, 64, watch.Watch(None, False))
+        fit = guide_fit.GuideFit(guide, guide.log_joint, 64, watch.Watch(None, False))
         elbos.append(fit._evaluate(2000)[0])
     assert elbos[1] < elbos[0] - 5
     before = guide.require_flow().log_prob(tensor([1.0])).item()

@@ -25,8 +25,8 @@ def psis(log_weights: AnyArray) -> tuple[AnyArray, float]:
 
     .. math:: w_i = p(u_i) / q(u_i), \qquad u_i \sim q
 
-    The smoothed weights can be trusted with k-hat below :func:`khat_threshold`. K-hat alone can
-    mislead: look at the effective sample size too.
+    The smoothed weights can be trusted with k-hat below :func:`khat_threshold`. K-hat alone can mislead: look at the
+    effective sample size too.
 
     Args:
         log_weights: log-densities of the target minus those of the guide, normalised or not; minus infinity is a

@@ -1,8 +1,7 @@
 """Many Markov chains at once: annealed from a flow to a posterior, then Hamiltonian Monte Carlo in its latent space."""
 
-import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -10,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyroflows.bijection import Bijection
 from pyroflows.diagnostics.arrays import NumPyArray
 from pyroflows.diagnostics.chains import ensemble_ess, nested_rhat
 from pyroflows.flow import Flow
-from pyroflows.inference.coordinates import best_centring, moved, recentred
-from pyroflows.inference.evidence import evidence_of_draws, gaussian_of_draws
+from pyroflows.inference.coordinates import recentred_by_draws
+from pyroflows.inference.evidence import error_of_evidence, evidence_of_draws, gaussian_of_draws
 from pyroflows.inference.log_joint import LogJoint
 from pyroflows.inference.moves import (
+    FEW_LATENTS,
     LENGTH,
     MAX_STEPS,
     Density,
@@ -26,22 +25,22 @@ from pyroflows.inference.moves import (
     Points,
     Temperatures,
     accept,
+    affine_flow,
     halton,
     hamiltonian,
     number_of_steps,
 )
-from pyroflows.layers import TriangularAffine
+from pyroflows.inference.sites import MANY_LATENTS
 from pyroflows.priors import StandardNormal
 
 __all__ = ["Ensemble", "run_ensemble", "scale_of_prior"]
 
-_NUM_DRAWS = 12_800  # of all chains
-_MANY = 512  # latents, above which half as many do
+_NUM_DRAWS = 12_800  # of all chains; half as many if there are many latents
 _ISLANDS = 4
 _MAX_THIN = 8
 _RHAT, _DRIFT, _ESS, _BFMI = 1.02, 0.05, 400, 0.2  # of an ensemble that has converged
 
-_FEW, _PARTICLES = 16, 4  # latents, up to which there are so many particles for each chain, since modes need them
+_PARTICLES = 4  # for each chain, if there are few latents
 _WINDOWS = (15, 35, 65, 110, 170, 240, 330)  # ends of the windows whose draws give the metric
 
 
@@ -102,11 +101,7 @@ class Ensemble:
 
     def evidence_error(self) -> tuple[float, str]:
         """Return the standard error of the log evidence, and what is wrong with it."""
-        if math.isnan(self.log_evidence):
-            return math.inf, "unknown, since there was no time to find it"
-        if self.has_converged:
-            return self.log_evidence_error, ""
-        return math.inf, "not to be trusted, and without a standard error, since the chains have not converged"
+        return error_of_evidence(self.log_evidence, self.log_evidence_error, has_converged=self.has_converged)
 
     def figures(self) -> dict[str, Any]:
         """Return all but density and draws."""
@@ -125,21 +120,12 @@ def scale_of_prior(log_joint: LogJoint, coordinates: Flow | None = None) -> Flow
     draws = log_joint.prior_draws(512)
     if len(draws) < 2:  # a prior that cannot be drawn from
         draws = torch.stack([log_joint.initial - 1, log_joint.initial, log_joint.initial + 1])
-    layers = [] if coordinates is None else list(copy.deepcopy(coordinates).layers)
     if coordinates is not None:
         draws = coordinates.encode(draws)
         draws = draws[draws.isfinite().all(-1)]
     median = draws.median(0).values
     width = (draws - median).abs().quantile(0.6827, dim=0).clamp(min=1e-3)
-    return _diagonal(median, width, layers)
-
-
-def _diagonal(loc: Tensor, scale: Tensor, layers: Sequence[Bijection] = ()) -> Flow:
-    """Return a flow that scales and shifts standard normal draws, before other layers."""
-    layer = TriangularAffine(len(loc), diagonal=True)
-    flow = Flow(StandardNormal(len(loc)), [layer, *layers]).to(loc.device, loc.dtype)
-    layer.start_at(loc, scale.diag())
-    return flow.requires_grad_(False).eval()
+    return affine_flow(median, width, coordinates)
 
 
 @torch.no_grad()
@@ -150,13 +136,12 @@ def run_ensemble(
     num_chains: int | None = None,
     num_draws: int | None = None,
     num_warmup: int = 50,
+    recentre: bool = False,
     out_of_time: Callable[[str], bool] = lambda _: False,
 ) -> Ensemble:
     r"""Anneal particles from a flow to the posterior, and let each start a chain of Hamiltonian Monte Carlo.
 
-    All particles move at once, in the latent space of the flow. If hierarchical sites are in non-centred coordinates,
-    the annealed particles tell how far each entry is better centred, and the chains run in those coordinates. The
-    temperatures of
+    All particles move at once, in the latent space of the flow. The temperatures of
 
     .. math:: q(z)^{1 - \beta} \, p(z)^\beta
 
@@ -169,6 +154,8 @@ def run_ensemble(
         flow: whose latent space the chains run in, and whose prior, a standard normal, they are annealed from.
         num_chains, num_draws: by default more chains, of fewer draws, the fewer latents there are.
         num_warmup: draws of each chain that adapt it.
+        recentre: whether the chains run in coordinates of hierarchical sites that fit the annealed particles, see
+            :func:`recentred_by_draws`; the density must be in non-centred ones, and the flow that of the prior's scale.
         out_of_time: asked before each move, and told what is being done.
 
     Raises:
@@ -184,11 +171,11 @@ def run_ensemble(
     num_chains = num_chains or _number_of_chains(log_joint.dim)
     if num_chains < 16 or num_chains % _ISLANDS:
         raise ValueError(f"expected a multiple of {_ISLANDS} chains, 16 or more; got num_chains={num_chains}")
-    num_draws = num_draws or max(10, _NUM_DRAWS // (num_chains if log_joint.dim <= _MANY else 2 * num_chains))
-    few = log_joint.dim <= _FEW
-    points, step_size, complete = _anneal(density, num_chains * (_PARTICLES if few else 1), out_of_time)
+    num_draws = num_draws or max(10, _NUM_DRAWS // (num_chains if log_joint.dim <= MANY_LATENTS else 2 * num_chains))
+    num_particles = num_chains * (_PARTICLES if log_joint.dim <= FEW_LATENTS else 1)
+    points, step_size, complete = _anneal(density, num_particles, out_of_time)
     points = points.at(torch.arange(0, len(points.z), len(points.z) // num_chains, device=points.z.device))
-    if complete and log_joint.centring and len(flow.layers) == 1:
+    if complete and recentre:
         density, points = _recentred(density, points)
     sampler = _Sampler(density, points, step_size)
     complete = complete and sampler.warm_up(num_warmup, out_of_time)
@@ -207,11 +194,8 @@ def run_ensemble(
 @torch.no_grad()
 def _recentred(density: Density, points: Points) -> tuple[Density, Points]:
     """Return the density in coordinates that fit the particles, and the particles there."""
-    log_joint, u = density.log_joint, density.flow.decode(points.z)
-    precision = log_joint.value_and_score(u)[1].square().mean(0)  # the mean of squared scores is that of the curvature
-    informed = recentred(log_joint, best_centring(log_joint, precision))
-    u = moved(u, log_joint, informed)
-    density = Density(informed, _diagonal(u.median(0).values, u.std(0).clamp(min=1e-6)))
+    informed, u = recentred_by_draws(density.log_joint, density.flow.decode(points.z))
+    density = Density(informed, affine_flow(u.median(0).values, u.std(0).clamp(min=1e-6)))
     return density, density(density.flow.encode(u))
 
 

@@ -151,5 +151,4 @@ def prior_predictive(
         else:
             got = f"{len(u)} of {_TRIES * num_draws} such draws"
             raise ValueError(f"expected a prior with finite draws within its support; got {got}")
-        sites = log_joint.constrain(u, deterministic=True)
-        return {**{name: sites[name] for name in log_joint.names}, **log_joint.predict(u, args, kwargs)}
+        return {**log_joint.constrain(u), **log_joint.predict(u, args, kwargs)}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyroflows.inference.log_joint import LogJoint
 
-__all__ = ["best_centring", "moved", "non_centred", "recentred"]
+__all__ = ["best_centring", "moved", "non_centred", "recentred", "recentred_by_draws"]
 
 
 def recentred(log_joint: LogJoint, centring: Mapping[str, Tensor]) -> LogJoint:
@@ -53,6 +53,19 @@ def best_centring(log_joint: LogJoint, precision: Tensor) -> dict[str, Tensor]:
     best = (1 - 1 / precision.clamp(min=1.0)).nan_to_num(0.0)
     sites = [site for site in log_joint.latents if site.name in log_joint.centring]
     return {site.name: site.slice_of(best) * (not log_joint.hierarchical[site.name]) for site in sites}
+
+
+@torch.no_grad()
+def recentred_by_draws(log_joint: LogJoint, u: Tensor) -> tuple[LogJoint, Tensor]:
+    """Return the density in coordinates that fit draws, ``(draws, dim)``, and these there.
+
+    Args:
+        log_joint: the density, in non-centred coordinates.
+        u: the draws, in these.
+    """
+    precision = log_joint.value_and_score(u)[1].square().mean(0)  # the mean square of a score is the mean curvature
+    informed = recentred(log_joint, best_centring(log_joint, precision))
+    return informed, moved(u, log_joint, informed)
 
 
 @torch.no_grad()

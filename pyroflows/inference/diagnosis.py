@@ -1,6 +1,7 @@
 """What draws tell of a posterior: importance weights of a guide's, statistics of chains, a verdict."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -11,9 +12,11 @@ from torch.distributions import MultivariateNormal
 
 from pyroflows.diagnostics.weights import importance_ess, psis, systematic_rows
 from pyroflows.flow import Flow
+from pyroflows.inference.evidence import error_of_evidence
 from pyroflows.inference.guide import AutoFlow
 from pyroflows.inference.init import climb, find_init
 from pyroflows.inference.log_joint import LogJoint
+from pyroflows.inference.sites import MANY_LATENTS
 from pyroflows.priors import StandardNormal
 
 __all__ = [
@@ -26,7 +29,6 @@ __all__ = [
 ]
 
 _CHUNK = 2000  # points evaluated at once
-_MANY = 512  # latents, above which no search for modes is made for a verdict
 _NUM_SETS = 5  # of draws, each with its k-hat
 _SHARE = 0.05  # smallest share of the posterior at a missed mode to report
 _SKEW = 5.0  # nats by which the ELBO of the Gaussian at such a mode may fall short, if the posterior is not Gaussian
@@ -257,7 +259,7 @@ def missed_modes(guide: AutoFlow, log_joint: LogJoint, weights: Weights) -> list
     if not math.isfinite(weights.log_evidence):
         return missed
     inits = guide.inits
-    if all(init.method == "none" for init in inits) and log_joint.dim <= _MANY and not weights.is_uneven:
+    if all(init.method == "none" for init in inits) and log_joint.dim <= MANY_LATENTS and not weights.is_uneven:
         with suppress(ValueError):  # no Gaussian with a finite ELBO
             inits = find_init(log_joint)
     for init in inits:
@@ -319,7 +321,9 @@ class Chains:
         """Return the chains with their statistics."""
         import arviz as az
 
-        data = az.convert_to_dataset(u.cpu().numpy())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # more chains than draws are no mistake here
+            data = az.convert_to_dataset(u.cpu().numpy())
         return Chains(u, float(az.rhat(data)["x"].max()), float(az.ess(data)["x"].min()))
 
     def verdict(self) -> tuple[str, str]:
@@ -333,11 +337,8 @@ class Chains:
 
     def evidence_error(self) -> tuple[float, str]:
         """Return the standard error of the log evidence, and what is wrong with it."""
-        if math.isnan(self.log_evidence):
-            return math.inf, "unknown, since there was no time to find it"
-        if self.verdict()[0] == "trust":
-            return self.log_evidence_error, ""
-        return math.inf, "not to be trusted, and without a standard error, since the chains have not converged"
+        has_converged = self.verdict()[0] == "trust"
+        return error_of_evidence(self.log_evidence, self.log_evidence_error, has_converged=has_converged)
 
     def figures(self) -> dict[str, float]:
         """Return all but the draws."""

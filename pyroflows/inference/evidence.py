@@ -1,6 +1,5 @@
 """The evidence of a model by draws of its posterior, from whatever sampler."""
 
-import copy
 import math
 from collections.abc import Callable
 from functools import partial
@@ -11,16 +10,12 @@ from torch import Tensor
 from pyroflows.diagnostics.chains import bridge_evidence
 from pyroflows.flow import Flow
 from pyroflows.inference.log_joint import LogJoint
-from pyroflows.inference.moves import Density, Points, Temperatures
-from pyroflows.layers import TriangularAffine
-from pyroflows.priors import StandardNormal
+from pyroflows.inference.moves import FEW_LATENTS, Density, Points, Temperatures, affine_flow, scale_of_draws
 
-__all__ = ["evidence_of_draws", "gaussian_of_draws"]
+__all__ = ["error_of_evidence", "evidence_of_draws", "gaussian_of_draws"]
 
 _MOVED = 128, 512, 4096  # points: at least, at most, and at most if there are few latents
-_FEW = 16  # latents
 _CHUNK = 1024  # points evaluated at once
-_DRAWS_PER_LATENT = 4  # from which on they tell the correlations
 
 
 @torch.no_grad()
@@ -28,22 +23,11 @@ def gaussian_of_draws(u: Tensor, coordinates: Flow | None = None) -> Flow:
     """Return a flow that maps standard normal draws to the Gaussian of draws, ``(draws, latents)``.
 
     Args:
-        u: the draws; if they are too few to tell the correlations, these are left out.
+        u: the draws.
         coordinates: a flow in whose latent space the Gaussian is, and which then is a part of the result.
     """
-    layers = [] if coordinates is None else list(copy.deepcopy(coordinates).layers)
     z = u if coordinates is None else coordinates.encode(u)
-    number, dim = z.shape
-    mean, scale = z.mean(0), z.std(0).clamp(min=1e-8)
-    factor, diagonal = scale.diag(), number < _DRAWS_PER_LATENT * dim
-    if not diagonal:
-        x = (z - mean) / scale
-        correlation, info = torch.linalg.cholesky_ex(x.mT @ x / (number - 1))
-        factor, diagonal = (factor, True) if info else (scale[:, None] * correlation, False)
-    layer = TriangularAffine(dim, diagonal=diagonal)
-    flow = Flow(StandardNormal(dim), [layer, *layers]).to(u.device, u.dtype)
-    layer.start_at(mean, factor)
-    return flow.requires_grad_(False).eval()
+    return affine_flow(z.mean(0), scale_of_draws(z), coordinates)
 
 
 @torch.no_grad()
@@ -66,7 +50,7 @@ def evidence_of_draws(
     density = Density(log_joint, base)
     parts = [density(base.encode(part)) for part in u.flatten(0, 1).split(_CHUNK)]
     path = Temperatures(density, Points(*map(torch.cat, zip(*parts, strict=True))), 1.0, islands, step_size=0.5)
-    number = min(max(2**17 // log_joint.dim, _MOVED[0]), _MOVED[1] if log_joint.dim > _FEW else _MOVED[2])
+    number = min(max(2**17 // log_joint.dim, _MOVED[0]), _MOVED[1] if log_joint.dim > FEW_LATENTS else _MOVED[2])
     total, variance, totals = 0.0, 0.0, torch.zeros(islands, dtype=torch.float64, device="cpu")
     while path.beta > 0:
         points, betas = path.points, (path.beta, path.next(0.0))
@@ -80,3 +64,12 @@ def evidence_of_draws(
         total, variance = total + value, variance + error**2
         totals += torch.tensor([bridge_evidence(*parts)[0] for parts in zip(*values, strict=True)]).to(totals)
     return total, max(math.sqrt(variance), float(totals.std()) / islands**0.5)
+
+
+def error_of_evidence(value: float, error: float, *, has_converged: bool) -> tuple[float, str]:
+    """Return the standard error of the log evidence by chains, infinite if unknown, and what is wrong with it."""
+    if math.isnan(value):
+        return math.inf, "unknown, since there was no time to find it, or there were too few draws"
+    if has_converged:
+        return error, ""
+    return math.inf, "not to be trusted, and without a standard error, since the chains have not converged"

@@ -1,25 +1,27 @@
 """Guides learned from draws of a posterior, by maximum likelihood, where the ELBO could not train them."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from pyroflows.inference.coordinates import best_centring, moved, non_centred, recentred
-from pyroflows.inference.diagnosis import importance_sample
+from pyroflows import distributed
+from pyroflows.inference.diagnosis import Chains, importance_sample
 from pyroflows.inference.evidence import evidence_of_draws, gaussian_of_draws
 from pyroflows.inference.guide import AutoFlow
 from pyroflows.inference.log_joint import LogJoint
+from pyroflows.inference.moves import scale_of_draws
+from pyroflows.inference.sites import MANY_LATENTS
 from pyroflows.inference.watch import Watch
 from pyroflows.training import fit
 
-__all__ = ["evidence_of_chains", "guide_of_draws", "points_of_draws", "recentred_by_draws"]
+__all__ = ["guide_of_draws", "points_of_draws", "with_evidence"]
 
 _EPOCHS, _PATIENCE, _BATCH = 12, 3, 256
-_MANY = 512  # latents, from which on couplings learn nothing from so many draws
 _STEPS = 400  # at most, since a guide is a by-product of the draws
-_ISLANDS = 4  # parts of a single chain, to tell the error of the evidence
+_ISLANDS = 4  # parts of the draws, to tell the error of the evidence
 _FEWEST = 50  # draws of a chain
 _NUM_DRAWS = 1000  # to say how good the guide is
 
@@ -40,53 +42,42 @@ def guide_of_draws(
     """
     new = guide.like(log_joint)
     flow, flat = new.require_flow(), u.flatten(0, 1)
-    gaussian: Any = gaussian_of_draws(flat).layers[0]
     whitening: Any = flow.layers[-1]
-    scale = gaussian.scale.diag() if gaussian.diagonal else gaussian.scale
-    whitening.start_at(gaussian.loc, scale)
-    if not train or log_joint.dim > _MANY:
+    whitening.start_at(flat.mean(0), scale_of_draws(flat))
+    if not train or log_joint.dim > MANY_LATENTS or watch.is_over("fitting a flow to the draws"):
         return new, "log_prob is of the Gaussian of the draws"
     held_out = torch.arange(len(flat), device=u.device) % 10 == 9
     rows = flat[~held_out]
-    if not watch.is_over("fitting a flow to the draws"):
-        watch.hide()
-        fit(
-            flow,
-            rows,
-            validation=flat[held_out],
-            epochs=max(1, min(_EPOCHS, _STEPS * _BATCH // len(rows))),
-            batch_size=min(_BATCH, len(rows)),
-            patience=_PATIENCE,
-            max_seconds=None if watch.max_seconds is None else max(watch.max_seconds - watch.seconds(), 0.01),
-            device=flow.device.type,
-            progress="fitting a flow to the draws" if watch.progress is None else watch.progress,
-        )
+    watch.hide()  # the fit shows a bar of its own
+    fit(
+        flow,
+        rows,
+        validation=flat[held_out],
+        epochs=max(1, min(_EPOCHS, _STEPS * _BATCH // len(rows))),
+        batch_size=min(_BATCH, len(rows)),
+        patience=_PATIENCE,
+        max_seconds=None if watch.max_seconds is None else max(watch.max_seconds - watch.seconds(), 0.01),
+        device=flow.device.type,
+        progress="fitting a flow to the draws" if watch.progress is None else watch.progress,
+    )
     found = importance_sample(new, log_joint, _NUM_DRAWS)
     return new, f"log_prob is of a flow fitted to the draws, of whose own {found.ess_ratio:.0%} are effective"
 
 
-@torch.no_grad()
-def recentred_by_draws(log_joint: LogJoint, u: Tensor) -> tuple[LogJoint, Tensor]:
-    """Return the density in coordinates of hierarchical sites that fit draws, ``(draws, latents)``, and these there."""
-    if not log_joint.hierarchical:
-        return log_joint, u
-    straight = non_centred(log_joint)
-    score = straight.value_and_score(moved(u, log_joint, straight))[1]
-    informed = recentred(straight, best_centring(straight, score.square().mean(0)))
-    return informed, moved(u, log_joint, informed)
-
-
-def evidence_of_chains(log_joint: LogJoint, u: Tensor, watch: Watch) -> tuple[float, float]:
-    """Return the log evidence and its error by draws of a few chains, ``(chains, draws, latents)``.
+def with_evidence(chains: Chains, log_joint: LogJoint, watch: Watch) -> Chains:
+    """Return a few chains with the evidence by their draws, which is unknown if these or the time are too short.
 
     The first halves of the chains give the Gaussian, and the second halves the evidence.
     """
-    half = u.shape[1] // 2
-    used = u[:, half:]
-    islands = len(used) if len(used) > 1 else _ISLANDS
-    used = used.flatten(0, 1)
-    used = used[: len(used) - len(used) % islands].view(islands, -1, used.shape[-1])
-    return evidence_of_draws(log_joint, gaussian_of_draws(u[:, :half].flatten(0, 1)), used, watch.is_over)
+    half, dim = chains.u.shape[1] // 2, chains.u.shape[2]
+    if chains.u.shape[1] < _FEWEST or watch.is_over("finding the evidence"):
+        return chains
+    used = chains.u[:, half:].flatten(0, 1)
+    islands = used[: len(used) - len(used) % _ISLANDS].view(_ISLANDS, -1, dim)
+    with distributed.shared_rng():
+        base = gaussian_of_draws(chains.u[:, :half].flatten(0, 1))
+        value, error = evidence_of_draws(log_joint, base, islands, watch.is_over)
+    return replace(chains, log_evidence=value, log_evidence_error=error)
 
 
 def points_of_draws(log_joint: LogJoint, draws: Any) -> Tensor:

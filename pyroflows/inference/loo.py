@@ -64,14 +64,12 @@ def loo(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         result = az.loo(of_entries, pointwise=True, reff=efficiency)
-    khat = np.asarray(result.pareto_k)
     good = float(getattr(result, "good_k", None) or 0.7)
-    if bad := [
-        f"{name} ({k:.2f})" for name, k in zip(result.pareto_k["observation"].values, khat, strict=True) if k > good
-    ]:
+    names = result.pareto_k["observation"].values
+    if bad := [f"{name} ({k:.2f})" for name, k in zip(names, result.pareto_k.values, strict=True) if k > good]:
         others = f" and {len(bad) - _NAMED} others" if len(bad) > _NAMED else ""
-        names = ", ".join(bad[:_NAMED]) + others
-        text = f"the density of left-out observations is not to be trusted at {names}, whose k-hat is above {good:.2f}"
+        listed = ", ".join(bad[:_NAMED]) + others
+        text = f"the density of left-out observations is not to be trusted at {listed}, whose k-hat is above {good:.2f}"
         warnings.warn(f"{text}: fit the model without them, or take one with heavier tails", stacklevel=2)
     return result
 

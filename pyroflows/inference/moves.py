@@ -1,5 +1,6 @@
 """Moves of many Markov chains at once: Hamiltonian proposals in the latent space of a flow, at any temperature."""
 
+import copy
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,8 +11,11 @@ from torch import Tensor
 from pyroflows.diagnostics.weights import systematic_rows
 from pyroflows.flow import Flow
 from pyroflows.inference.log_joint import LogJoint
+from pyroflows.layers import TriangularAffine
+from pyroflows.priors import StandardNormal
 
 __all__ = [
+    "FEW_LATENTS",
     "LENGTH",
     "MAX_STEPS",
     "Density",
@@ -20,13 +24,16 @@ __all__ = [
     "Points",
     "Temperatures",
     "accept",
+    "affine_flow",
     "halton",
     "hamiltonian",
     "number_of_steps",
+    "scale_of_draws",
     "standard_normal",
 ]
 
 _DRAWS_PER_LATENT = 5  # from which on they tell the correlations
+FEW_LATENTS = 16  # up to which there are many more points, since modes need them
 MAX_STEPS = 64  # of the leapfrog integrator in a move
 _MAX_STEP_SIZE = 1.5
 LENGTH = 1.5  # mean length of a trajectory, in standard deviations, if it is not adapted
@@ -69,10 +76,6 @@ class Density:
     def __init__(self, log_joint: LogJoint, flow: Flow):
         self.log_joint, self.flow = log_joint, flow
 
-    def value(self, z: Tensor) -> Tensor:
-        u, log_det = self.flow.bijection.forward_and_log_det(z)
-        return self.log_joint.value(u) + log_det
-
     def __call__(self, z: Tensor) -> Points:
         with torch.enable_grad():
             z = z.detach().requires_grad_()
@@ -82,6 +85,35 @@ class Density:
         log_p = log_p + log_det.detach()
         fine = log_p.isfinite() & gradient.isfinite().all(-1)
         return Points(z.detach(), torch.where(fine, log_p, -torch.inf), torch.where(fine[:, None], gradient, 0.0))
+
+
+def affine_flow(loc: Tensor, scale: Tensor, coordinates: Flow | None = None) -> Flow:
+    """Return a flow that maps standard normal draws to a Gaussian.
+
+    Args:
+        loc: its mean, ``(dim,)``.
+        scale: deviations ``(dim,)``, or the Cholesky factor of the covariance ``(dim, dim)``.
+        coordinates: a flow in whose latent space the Gaussian is, and a copy of which then is a part of the result.
+    """
+    layer = TriangularAffine(len(loc), diagonal=scale.dim() == 1)
+    others = [] if coordinates is None else copy.deepcopy(coordinates).layers
+    flow = Flow(StandardNormal(len(loc)), [layer, *others]).to(loc.device, loc.dtype)
+    layer.start_at(loc, scale)
+    return flow.requires_grad_(False).eval()
+
+
+def scale_of_draws(z: Tensor, smallest: float = 1e-8) -> Tensor:
+    """Return the Cholesky factor of the covariance of draws, or deviations alone if they are too few to tell it."""
+    scale = z.std(0).clamp(min=smallest)
+    number, dim = z.shape
+    if number < _DRAWS_PER_LATENT * dim:
+        return scale
+    x = (z - z.mean(0)) / scale
+    shrink = dim / (dim + number)
+    correlation = (1 - shrink) * (x.mT @ x) / number
+    correlation.diagonal().add_(shrink)
+    factor, info = torch.linalg.cholesky_ex(correlation)
+    return scale if info else scale[:, None] * factor
 
 
 class Move(NamedTuple):
@@ -101,17 +133,8 @@ class Metric:
 
     @staticmethod
     def of(z: Tensor) -> "Metric":
-        """Return the metric of draws; with correlations if there are enough to tell."""
-        scale = z.std(0).clamp(min=1e-4)
-        number, dim = z.shape
-        if number < _DRAWS_PER_LATENT * dim:
-            return Metric(scale)
-        x = (z - z.mean(0)) / scale
-        shrink = dim / (dim + number)
-        correlation = (1 - shrink) * (x.mT @ x) / number
-        correlation.diagonal().add_(shrink)
-        factor, info = torch.linalg.cholesky_ex(correlation)
-        return Metric(scale) if info else Metric(scale[:, None] * factor)
+        """Return the metric of draws."""
+        return Metric(scale_of_draws(z, smallest=1e-4))
 
     def stretch(self, x: Tensor) -> Tensor:
         """Map standard normal numbers to the metric's covariance."""
@@ -193,7 +216,7 @@ class Temperatures:
         return near if near != self.beta else far
 
     def move_to(self, beta: float, is_over: Callable[[], bool], most: int | None = None) -> bool:
-        """Resample the points, or at most so many, and move them to a temperature; return whether there was time."""
+        """Resample the points, ``most`` of them if there are more, and move them; return whether there was time."""
         log_w = ((beta - self.beta) * self._log_ratio()).view(self.islands, -1)
         rows = _resampled(log_w, min(log_w.shape[1], most // self.islands) if most else log_w.shape[1])
         self.points, self.beta = self.points.at(rows), beta

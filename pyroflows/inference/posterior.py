@@ -18,13 +18,13 @@ from pyroflows.flow import Flow
 from pyroflows.inference import diagnosis
 from pyroflows.inference.arviz_groups import ArvizGroups, Coords, Dims
 from pyroflows.inference.chains import Ensemble
-from pyroflows.inference.coordinates import recentred
+from pyroflows.inference.coordinates import moved, non_centred, recentred, recentred_by_draws
 from pyroflows.inference.diagnosis import Chains, Weights
 from pyroflows.inference.guide import AutoFlow, Builder
-from pyroflows.inference.learning import guide_of_draws, points_of_draws, recentred_by_draws
-from pyroflows.inference.log_joint import LogJoint
+from pyroflows.inference.learning import guide_of_draws, points_of_draws, with_evidence
+from pyroflows.inference.log_joint import LogJoint, refuse_randomness
 from pyroflows.inference.loo import loo
-from pyroflows.inference.refine import REFINEMENTS, refine_by_ensemble, refine_by_nuts, with_evidence
+from pyroflows.inference.refine import REFINEMENTS, refine_by_ensemble, refine_by_nuts
 from pyroflows.inference.sites import LatentSite, Model, ModelStructure, check_model
 from pyroflows.inference.watch import Watch
 from pyroflows.models import realnvp
@@ -34,6 +34,7 @@ from pyroflows.training import FitResult
 __all__ = ["Posterior", "posterior_by_chains", "require_log_joint"]
 
 _NUM_DRAWS = 10_000  # of a guide, to compute the weights from
+_HEADER = {"recipe", "options", "max_triangular", "latents", "notes", "seconds", "chains"}  # of a file, at least
 
 
 def require_log_joint(guide: AutoFlow) -> LogJoint:
@@ -116,9 +117,13 @@ def _from_draws(
     with seeded(seed), Watch(max_seconds, progress) as watch:
         enumerated = config_enumerate(model)
         log_joint = LogJoint(enumerated, args, kwargs)
+        refuse_randomness(log_joint)
         u = points_of_draws(log_joint, draws)
-        log_joint, flat = recentred_by_draws(log_joint, u.flatten(0, 1))
-        chains = with_evidence(Chains.of(flat.view_as(u)), log_joint, watch)
+        if log_joint.hierarchical:
+            straight = non_centred(log_joint)
+            log_joint, flat = recentred_by_draws(straight, moved(u.flatten(0, 1), log_joint, straight))
+            u = flat.view_as(u)
+        chains = with_evidence(Chains.of(u), log_joint, watch)
         guide = AutoFlow(enumerated, flow, "none", log_joint=log_joint)
         posterior = posterior_by_chains(guide, log_joint, chains, watch)
     posterior.seconds = watch.seconds()
@@ -494,7 +499,6 @@ def _write(posterior: Posterior, path: str | Path) -> None:
         "seconds": posterior.seconds,
         "tail": weights.tail if weights else 0.0,
         "chains": posterior._sampled.figures() if posterior._sampled else None,
-        "centring": list(posterior.log_joint.centring),
     }
     # The density at some draws verifies model and data on load.
     write(path, "posterior", header, {**tensors, **draws, "log_joint": posterior.log_joint.value(_few_of(draws))})
@@ -521,10 +525,7 @@ def _read_guide(
 ) -> tuple[AutoFlow, dict[str, Tensor], dict[str, Any]]:
     """Return the guide of a model, the draws and the header in a file."""
     header, tensors = read(path, "posterior")
-    if (
-        missing := {"recipe", "options", "max_triangular", "latents", "notes", "seconds", "chains", "centring"}
-        - header.keys()
-    ):
+    if missing := _HEADER - header.keys():
         raise ValueError(f"expected a posterior written by save; got {path}, whose header lacks {min(missing)}")
     check_model(model)
     latents = _shapes(ModelStructure.of(config_enumerate(model), args, kwargs).latents)
@@ -547,7 +548,8 @@ def _read_guide(
     options["max_triangular"] = header["max_triangular"]
     enumerated = config_enumerate(model)
     log_joint = LogJoint(enumerated, args, kwargs)
-    if centring := {name: tensors[f"centring.{name}"] for name in header["centring"]}:
+    parts = {name.partition("centring.")[2]: value for name, value in tensors.items()}
+    if centring := {name: parts[name] for name in log_joint.hierarchical if name in parts}:
         log_joint = recentred(log_joint, centring)
     guide = AutoFlow(enumerated, flow, "none", log_joint=log_joint, **options)
     state = {name.removeprefix("state."): value for name, value in tensors.items() if name.startswith("state.")}

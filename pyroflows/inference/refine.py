@@ -1,7 +1,7 @@
 """Markov chains that mend what a guide lacks: many at once from annealed particles, or a few of NUTS."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,16 +11,15 @@ from pyroflows.inference.chains import Ensemble, run_ensemble, scale_of_prior
 from pyroflows.inference.coordinates import non_centred
 from pyroflows.inference.diagnosis import Chains, Weights
 from pyroflows.inference.guide import AutoFlow
-from pyroflows.inference.learning import evidence_of_chains
+from pyroflows.inference.learning import with_evidence
 from pyroflows.inference.log_joint import LogJoint
 from pyroflows.inference.neutra import run_chains
 from pyroflows.inference.watch import Watch
 from pyroflows.priors import StandardNormal
 
-__all__ = ["REFINEMENTS", "refine_by_ensemble", "refine_by_nuts", "with_evidence"]
+__all__ = ["REFINEMENTS", "refine_by_ensemble", "refine_by_nuts"]
 
 REFINEMENTS = ("ensemble", "nuts")
-_FEW_DRAWS = 50  # of a chain, below which they tell nothing of the evidence
 _USEFUL = 0.02  # share of effective draws from which on a guide covers the posterior
 
 
@@ -38,12 +37,14 @@ def refine_by_ensemble(
     """
     chosen = {name: size for name, size in sizes.items() if size is not None}
     with distributed.shared_rng():
-        straight = non_centred(log_joint) if log_joint.hierarchical else log_joint
-        ensemble = run_ensemble(straight, scale_of_prior(straight), out_of_time=watch.is_over, **chosen)
+        recentre = bool(log_joint.hierarchical)
+        straight = non_centred(log_joint) if recentre else log_joint
+        options: Any = {"out_of_time": watch.is_over, **chosen}
+        ensemble = run_ensemble(straight, scale_of_prior(straight), recentre=recentre, **options)
         flow = guide.require_flow()
         covers = weights is not None and weights.ess_ratio >= _USEFUL and not missed
         if ensemble.complete and not ensemble.has_converged and covers and isinstance(flow.prior, StandardNormal):
-            bent = run_ensemble(log_joint, scale_of_prior(log_joint, flow), out_of_time=watch.is_over, **chosen)
+            bent = run_ensemble(log_joint, scale_of_prior(log_joint, flow), **options)
             ensemble = min(ensemble, bent, key=lambda found: (not found.has_converged, found.rhat))
     return ensemble
 
@@ -65,12 +66,3 @@ def refine_by_nuts(
         starts = torch.cat([*(mode[None] for mode in missed), guide.require_flow().sample(number)])[:number]
     chains = Chains.of(run_chains(guide, log_joint, starts, num_draws or 250, num_warmup or 200, watch))
     return with_evidence(chains, log_joint, watch)
-
-
-def with_evidence(chains: Chains, log_joint: LogJoint, watch: Watch) -> Chains:
-    """Return a few chains with the evidence by their draws, which is unknown if these or the time are too short."""
-    if chains.u.shape[1] < _FEW_DRAWS or watch.is_over("finding the evidence"):
-        return chains
-    with distributed.shared_rng():
-        value, error = evidence_of_chains(log_joint, chains.u, watch)
-    return replace(chains, log_evidence=value, log_evidence_error=error)

@@ -19,6 +19,7 @@ from torch import Size, Tensor
 from torch.distributions import Distribution, Independent, biject_to
 
 __all__ = [
+    "MANY_LATENTS",
     "LatentSite",
     "Model",
     "ModelStructure",
@@ -36,6 +37,8 @@ __all__ = [
 ]
 
 Model = Callable[..., Any]
+
+MANY_LATENTS = 512  # above which nothing is done whose time grows with their square, or that they leave hopeless
 
 _SITE_KEYS = (
     *("type", "name", "fn", "value", "is_observed", "infer"),
