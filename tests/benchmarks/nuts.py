@@ -1,4 +1,4 @@
-"""fit_posterior with no option set beside NumPyro's NUTS, 4 x (1,000 + 1,000).
+"""fit_posterior with no option set, and NumPyro's NUTS of 4 x (1,000 + 1,000) draws, on the same posteriors.
 
 python tests/benchmarks/nuts.py --data DATA --numpyro PYTHON --output results/nuts.json
 python tests/benchmarks/nuts.py --names network horseshoe slopes responses --seeds 3 --numpyro PYTHON --cache FOLDER

@@ -7,6 +7,7 @@ import argparse
 import json
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 import pyro
@@ -74,15 +75,15 @@ def group_data(number, each, count):
 
 CASES = {
     **{
-        f"regression, {d} columns, {n:,} rows": (linear, regression_data(d, n, False))
+        f"regression, {d} columns, {n:,} rows": (linear, partial(regression_data, d, n, False))
         for d, n in ((3, 100), (3, 10_000), (20, 1000), (100, 1000), (100, 10_000))
     },
     **{
-        f"logistic regression, {d} columns, {n:,} rows": (logistic, regression_data(d, n, True))
+        f"logistic regression, {d} columns, {n:,} rows": (logistic, partial(regression_data, d, n, True))
         for d, n in ((5, 200), (20, 2000), (100, 2000))
     },
-    **{f"{n} groups, {n * 5:,} rows": (groups, group_data(n, 5, False)) for n in (10, 50, 200, 1000)},
-    **{f"{n} groups, {n * 5:,} counts": (counts, group_data(n, 5, True)) for n in (10, 1000)},
+    **{f"{n} groups, {n * 5:,} rows": (groups, partial(group_data, n, 5, False)) for n in (10, 50, 200, 1000)},
+    **{f"{n} groups, {n * 5:,} counts": (counts, partial(group_data, n, 5, True)) for n in (10, 1000)},
 }
 
 
@@ -96,9 +97,10 @@ def main() -> None:
     print("| posterior | latents | s | by | verdict | log evidence |")
     print("| --- | ---: | ---: | --- | --- | ---: |")
     rows = []
-    for name, (model, data) in CASES.items():
+    for name, (model, simulate) in CASES.items():
         if options.names and not any(part in name for part in options.names):
             continue
+        data = simulate()
         began = time.process_time()
         posterior = fit_posterior(model, **data, seed=0, progress=False)
         seconds = time.process_time() - began
