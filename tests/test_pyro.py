@@ -28,6 +28,7 @@ from pyroflows import (
     Flow,
     LULinear,
     MaskedAutoregressive,
+    Permutation,
     StandardNormal,
     iaf,
     maf,
@@ -403,6 +404,11 @@ def test_an_elbo_by_the_tracing_compiler_meets_a_conjugate_posterior():
     assert float(draws.std()) == pytest.approx(13**-0.5, rel=0.35)
 
 
+def of_random_orders(features):
+    shuffled = [Permutation(features), MaskedAutoregressive(features, order="random"), Permutation(features, seed=1)]
+    return Flow(StandardNormal(features), shuffled)
+
+
 SHUFFLED = {"permutation": "shuffle"}
 
 
@@ -412,6 +418,7 @@ SHUFFLED = {"permutation": "shuffle"}
         *((name, 4, {}) for name in ["realnvp", "maf", "nsf", "iaf", "planar", "radial", "glow", "nice"]),
         *((name, 7, SHUFFLED) for name in ["realnvp", "nsf", "glow"]),
         *((name, 7, {**SHUFFLED, "order": "random"}) for name in ["maf", "iaf"]),
+        (of_random_orders, 7, {}),
         ("glow", (3, 8, 8), {**SHUFFLED, "num_levels": 2, "num_steps": 2, "hidden_channels": 8}),
     ],
 )
@@ -421,7 +428,8 @@ def test_parameters_from_pyros_store_give_a_newly_built_flow_the_same_density(na
     for seed in (0, 1):
         pyro.clear_param_store()
         torch.manual_seed(seed)
-        flow = getattr(pyroflows, name)(shape, **options).eval()
+        builder = getattr(pyroflows, name) if isinstance(name, str) else name
+        flow = builder(shape, **options).eval()
         if seed == 0:
             perturb(flow, 0.1)
             pyro.module("flow", flow)

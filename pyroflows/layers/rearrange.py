@@ -19,7 +19,8 @@ class Permutation(Bijection):
     Args:
         features: number of features, or the shape ``(C, H, W)`` of an image, whose channels are then permuted.
         order: "reverse", "random", or a permutation: feature ``i`` of the data is feature ``order[i]`` of the latent.
-        seed: seed of a random order; None for torch's global generator.
+        seed: seed of a random order, which is then the same whenever the layer is built; pass another for each layer of
+            a flow. None for torch's global generator: Pyro's parameter store does not hold the order.
 
     Shapes:
         x, y: ``(*batch, features)``, or ``(*batch, C, H, W)``.
@@ -35,7 +36,7 @@ class Permutation(Bijection):
     order: Tensor
     inverse_order: Tensor
 
-    def __init__(self, features: Shape, order: str | Sequence[int] | Tensor = "random", *, seed: int | None = None):
+    def __init__(self, features: Shape, order: str | Sequence[int] | Tensor = "random", *, seed: int | None = 0):
         shape = as_shape(features)
         if len(shape) not in (1, 3):
             raise ValueError(f"expected a number of features or the shape (C, H, W) of an image; got {tuple(shape)}")

@@ -73,7 +73,8 @@ class MADE(nn.Module):
         hidden_features, residual, activation, dropout, zero_last: as in :class:`MLP`.
         context_features: length of the context, which every unit sees.
         order: "sequential", "reversed", "random", or the features in the order of their dependence.
-        seed: seeds the random order; by default torch's global generator.
+        seed: seed of a random order, which is then the same whenever the network is built; None for torch's global
+            generator: Pyro's parameter store does not hold the order.
 
     Shapes:
         x: ``(*batch, features)``; context: ``(*batch, context_features)``;
@@ -103,7 +104,7 @@ class MADE(nn.Module):
         hidden_features: Sequence[int] = (128, 128),
         context_features: int = 0,
         order: str | Sequence[int] | Tensor = "sequential",
-        seed: int | None = None,
+        seed: int | None = 0,
         residual: bool = False,
         activation: str = "relu",
         dropout: float = 0.0,
