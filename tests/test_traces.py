@@ -19,6 +19,8 @@ from contract import (
     make_image_layer,
 )
 
+import pyroflows
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated"),
@@ -82,3 +84,17 @@ def test_a_traced_flow_of_images_is_the_flow(name):
     labels = torch.tensor([0, 1, 1, 0]) if flow.embedding is not None else None
     assert_traced(flow, "log_prob", lambda rows: data(flow.bijection, rows), labels)
     assert_traced(flow, "decode", lambda rows: latents(flow.bijection, rows), labels)
+
+
+@pytest.mark.parametrize("method", ["log_prob", "decode"])
+@pytest.mark.parametrize("name", ["maf", "realnvp", "nsf", "glow"])
+def test_a_trace_does_not_take_its_example_for_the_first_batch_of_training(name, method):
+    options = {"num_steps": 2} if name == "glow" else {"num_layers": 2, "norm": "actnorm"}
+    flow = getattr(pyroflows, name)(4, **options).double().train()
+    function, example = Method(flow, method), torch.randn(5, 4).double()
+    before = {key: value.clone() for key, value in flow.state_dict().items()}
+    traced = torch.jit.trace(function, (example,), check_trace=False)
+    torch.testing.assert_close(dict(flow.state_dict()), before)
+    flow.log_prob(3 + 2 * torch.randn(100, 4).double())  # which is the first batch
+    with torch.jit.optimized_execution(False):
+        torch.testing.assert_close(traced(example), function(example))

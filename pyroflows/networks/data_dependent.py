@@ -27,8 +27,12 @@ class DataDependent(nn.Module):
 
     @property
     def takes_data(self) -> bool:
-        """Whether the next batch initialises the parameters; under ``vmap`` a row is not a batch."""
-        return self.awaits_data and self.training and not inside_functorch()
+        """Whether the next batch initialises the parameters.
+
+        Under ``vmap`` it does not, since a row is not a batch; nor while ``torch.jit`` traces, since the graph would then
+        set them in every call.
+        """
+        return self.awaits_data and self.training and not (inside_functorch() or torch.jit.is_tracing())
 
     def wait_for_data(self, *names: str) -> None:
         """Name the parameters that data initialise."""
