@@ -63,6 +63,7 @@ __all__ = [
     "Method",
     "assert_close",
     "assert_every_parameter_learns",
+    "assert_reads_no_number",
     "bijection_cases",
     "contexts",
     "count_conditioners",
@@ -358,6 +359,19 @@ def assert_every_parameter_learns(layer, rows):
             assert parameter.grad is not None, parameter_name
             assert parameter.grad.isfinite().all(), parameter_name
             assert parameter.grad.any(), parameter_name
+
+
+def assert_reads_no_number(flow, context=None):
+    """Score, sample and take gradients on the device "meta", which has shapes but no numbers."""
+    flow.to("meta")
+    context = None if context is None else context.to("meta")
+    x = torch.empty(3, *flow.event_shape, dtype=flow.dtype, device="meta", requires_grad=True)
+    log_prob = flow.log_prob(x, context)
+    assert log_prob.shape == (3,)
+    assert log_prob.is_meta
+    log_prob.sum().backward()
+    assert x.grad.shape == x.shape
+    assert flow.sample((3,) if context is None else (), context).shape == x.shape
 
 
 class Method(nn.Module):

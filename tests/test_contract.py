@@ -15,6 +15,7 @@ from contract import (
     PRIORS,
     assert_close,
     assert_every_parameter_learns,
+    assert_reads_no_number,
     bijection_cases,
     contexts,
     count_conditioners,
@@ -134,6 +135,14 @@ def test_flow_keeps_batch_shape_and_dtype(name, context_features, dtype):
         if batch != (0,):
             torch.testing.assert_close(distribution.log_prob(x), log_prob)
             assert distribution.sample((2,)).shape == (2, *distribution.batch_shape, 3)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@with_and_without_context
+@each_flow
+def test_flow_on_meta_gives_shapes(name, context_features, training):
+    flow = FLOWS[name](3, context_features).double().train(training)
+    assert_reads_no_number(flow, contexts(flow, 3))
 
 
 @pytest.mark.parametrize("name", ["realnvp", "iaf, diagonal normal", "realnvp, dense, student"])
@@ -310,7 +319,7 @@ class _Scored(torch.nn.Module):
 @pytest.mark.parametrize("name, training", [*((name, True) for name in FLOWS), ("glow", False), ("maf", False)])
 def test_log_prob_compiles_to_one_graph(name, training):
     torch._dynamo.reset()
-    flow = make_flow(name, 3, 2).train(training)
+    flow = make_flow(name, 3, 2).double().train(training)
     x, context = torch.randn(4, 3).double(), torch.randn(4, 2).double()
     expected = copy.deepcopy(flow).log_prob(x, context)
     compiled = torch.compile(flow.log_prob, fullgraph=True, backend="eager")

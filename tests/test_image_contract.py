@@ -14,6 +14,7 @@ from contract import (
     IMAGE_LAYERS,
     assert_close,
     assert_every_parameter_learns,
+    assert_reads_no_number,
     contexts,
     count_conditioners,
     data,
@@ -174,6 +175,14 @@ def test_one_density_whichever_way_it_is_asked(name, context_features):
         one = conditions(flow)
         assert flow(one).batch_shape == ()
         assert_close(flow.log_prob(x, one), flow.log_prob(x, one.expand(3, *one.shape)))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@with_and_without_context
+@each_flow
+def test_flow_on_meta_gives_shapes(name, context_features, training):
+    flow = IMAGE_FLOWS[name]((2, 4, 4), context_features).double().train(training)
+    assert_reads_no_number(flow, conditions(flow, 3))
 
 
 @pytest.mark.parametrize("name", ["glow", "realnvp", "glow, full convolutions, logit, mixture"])

@@ -38,7 +38,7 @@ def invert(made: MADE, transformer: Transformer, x: Tensor, context: Tensor | No
     features, rows = x.shape[-1], x.shape[:-1].numel()
     work = rows * sum(linear.weight.numel() for linear in cast(list[nn.Linear], list(made.network.linears)))
     passes = features * _STEP // (work + _PASS)
-    if rows and passes >= min(features, _ENOUGH):
+    if rows and passes >= min(features, _ENOUGH) and not x.is_meta:
         y = x
         with caching(made, watch=False):
             for _ in range(min(features, passes) + 1):
@@ -130,7 +130,7 @@ def iterate_to_fixed_point(step: Callable[[Tensor], Tensor], start: Tensor) -> T
         value = step(previous)
         # Features not yet exact may be of any size, and must not overflow into those that are.
         value = torch.where(value.abs() < limits.max**0.5, value, 0)
-        if is_mapped(value):
+        if value.is_meta or is_mapped(value):
             continue  # its numbers cannot be read
         if ((value - previous).abs().amax(-1) <= 8 * limits.eps * value.abs().amax(-1)).all():
             break

@@ -27,7 +27,8 @@ def _full_precision(x: Tensor) -> AbstractContextManager:
     """Return a context without autocast, so that products have the precision of the weights and the log-determinant."""
     kind = x.device.type
     # Entering a context takes as long as the product of a few channels.
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)  # torch refuses the question for meta tensors
+    return torch.autocast(kind, enabled=False) if autocast else nullcontext()
 
 
 class LULinear(Bijection):

@@ -29,8 +29,8 @@ class DataDependent(nn.Module):
     def takes_data(self) -> bool:
         """Whether the next batch initialises the parameters.
 
-        Under ``vmap`` it does not, since a row is not a batch; nor while ``torch.jit`` traces, since the graph would then
-        set them in every call.
+        Under ``vmap`` it does not, since a row is not a batch; nor while ``torch.jit`` traces, since the graph would
+        then set them in every call.
         """
         return self.awaits_data and self.training and not (inside_functorch() or torch.jit.is_tracing())
 
