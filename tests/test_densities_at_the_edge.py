@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributions import biject_to
 
 from pyroflows import (
+    Affine,
     Bijection,
     Compose,
     Conditioned,
@@ -98,6 +99,20 @@ def test_images_that_saturate_have_a_score_in_single_precision_if_only_minus_inf
     log_prob = flow.log_prob(samples)
     assert samples.isfinite().all()
     assert (log_prob.isfinite() | log_prob.isneginf()).all()
+
+
+def test_images_survive_full_steps_with_bounded_couplings():
+    torch.manual_seed(0)
+    flow = realnvp((3, 16, 16), num_blocks=4, hidden_channels=32, scale=Affine(bound=1, shift_bound=3))
+    optimizer = torch.optim.Adam(flow.parameters(), 0.01)
+    x = torch.rand(8, 3, 16, 16)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (-flow.log_prob(x).mean()).backward()
+        optimizer.step()
+    samples = flow.eval().sample((8,))
+    assert samples.isfinite().all()
+    assert flow.log_prob(samples).isfinite().all()
 
 
 @pytest.mark.parametrize("name", LAYERS)

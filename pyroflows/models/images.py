@@ -83,7 +83,7 @@ def image_realnvp(
     num_levels: int = 2,
     num_blocks: int = 8,
     hidden_channels: int = 64,
-    scale: str = "exp",
+    scale: str | Affine = "exp",
     norm: str = "weight",
     dropout: float = 0.0,
     num_classes: int = 0,
@@ -96,7 +96,7 @@ def image_realnvp(
     """Build RealNVP for images; see :func:`pyroflows.realnvp`."""
     check_sizes(num_levels=num_levels, num_blocks=num_blocks, hidden_channels=hidden_channels)
     context, embedding = _conditions(num_classes, context_features, embedding)
-    transformer = Affine(scale=scale)
+    transformer = scale if isinstance(scale, Affine) else Affine(scale=scale)
     network: dict[str, Any] = {"num_blocks": num_blocks, "context_features": context, "norm": norm, "dropout": dropout}
 
     def couplings(shape: Size, mask: str, number: int, width: int) -> list[Bijection]:

@@ -141,14 +141,16 @@ def realnvp(
 
     A shape ``(C, H, W)`` gives the multi-scale flow of the paper: at each scale three checkerboard couplings, a squeeze
     and three channel couplings, after which half of the channels are factored out; at the last scale four checkerboard
-    couplings; residual networks whose width doubles at each scale; and a logit transform.
+    couplings; residual networks whose width doubles at each scale; and a logit transform. So deep a flow overshoots at
+    the first full steps of Adam: a training loop of your own raises the learning rate slowly, as :func:`fit` does, or
+    bounds the couplings by ``scale=Affine(bound=1, shift_bound=3)``.
 
     Args:
         features: number of features, or ``(C, H, W)``.
         context_features: length of the context, as the layers take it; 0 for none.
         embedding: network that computes it from the user's context, see :class:`Flow`; cannot be combined with
             ``num_classes``.
-        scale: "exp" or "sigmoid", see :class:`Affine`; of vectors also an ``Affine`` with bounds of its own.
+        scale: "exp" or "sigmoid", or an :class:`Affine` with bounds of its own.
         dropout: dropout of the networks, in training only (0).
         prior: prior of the latent, a vector; by default a standard normal.
 
