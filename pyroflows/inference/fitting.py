@@ -132,12 +132,13 @@ def fit_posterior(
                 log_joint = require_log_joint(guide)
                 guide_fit = GuideFit(guide, log_joint, num_draws, watch)
             guide_fit.find_learning_rate()
-            guide_fit.run_stages(max_steps)
+            if trains := refine == "never" or guide_fit.is_promising:
+                guide_fit.run_stages(max_steps)
             guide = guide_fit.guide
         evaluations = log_joint.evaluations
         weights = importance_sample(guide, log_joint, guide_fit.affordable_draws() if trains else MIN_DRAWS)
         posterior = Posterior(guide, guide_fit.results, [*notes_on(log_joint), *guide_fit.notes], weights=weights)
-        if refine == "auto" and posterior.verdict == "do not trust":
+        if refine == "auto" and (not trains or posterior.verdict == "do not trust"):
             posterior, evaluations = _refined(posterior, watch), log_joint.evaluations
         posterior.evaluations = evaluations
         posterior.seconds = watch.seconds()

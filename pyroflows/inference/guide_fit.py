@@ -20,14 +20,18 @@ from pyroflows.training import FitOptions, FitResult, fit
 __all__ = ["FEW_TRAINED", "MIN_DRAWS", "SHALLOW", "GuideFit"]
 
 _RATES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
-_CONVERGED = 0.1  # nats; the spread of the log weights at which a fit ends, with an ESS of 99 %
+_CONVERGED = 0.1  # nats; the spread of the log weights at which stages end
+_NEAR = 0.5  # nats; the spread below which guides are compared by it: half its square is what an ELBO lacks, with less
+# noise than the ELBO has itself
+_LOSS = 0.05  # nats of the ELBO that may be noise
 SHALLOW, _DEEP = 4, 8  # couplings of the default guide: at first, and after a stage, or if the first would be hard
 _HARD = 0.5  # nats; the spread of the log weights above which it is
-_SMALL_ERROR, _FEW_DRAWS = 0.05, 2000  # errors of moments that need no more training, and the draws to judge them by
-_ENOUGH = 0.25, 0.94, 0.03  # spread, effective share and errors that end a fit after a stage
+_FEW_DRAWS = 2000  # to judge draws by
+_RIGHT, _ENOUGH = (0.1, 0.99, 0.05), (0.25, 0.94, 0.03)  # spread, ESS and errors that end a fit, and after a stage
 _GRADIENTS = 8  # of each kind, to compare their variances
 _VERDICT_SHARE = 0.25  # of the time, at most, to compute the weights from draws
 _NUM_DRAWS, MIN_DRAWS = 10_000, 200  # to compute them from, and the least if time is short
+_ALWAYS_TRAINED = 10  # latents, up to which stages mend what short runs do not
 FEW_TRAINED = 50  # latents, up to which the ELBO leads to a good guide from anywhere
 _FAR_OFF = 1.0  # nats; the spread of a Gaussian's log weights above which it does not from more
 _OFF_SUPPORT = 100.0  # nats that a draw without a density costs
@@ -54,7 +58,7 @@ class GuideFit:
     def __init__(self, guide: AutoFlow, log_joint: LogJoint, num_draws: int, watch: Watch):
         self.log_joint, self.num_draws, self.watch = log_joint, num_draws, watch
         self._take(guide)
-        self.learning_rate, self.label, self.is_settled = 3e-3, "", False
+        self.learning_rate, self.label, self.is_settled, self.spread = 3e-3, "", False, math.inf
         self.results: list[FitResult] = []
         self.notes: list[str] = []
         self.seconds_per_draw = 0.0  # to compute the weights from
@@ -62,6 +66,11 @@ class GuideFit:
     def _take(self, guide: AutoFlow) -> None:
         self.guide, self.flow = guide, guide.require_flow()
         self.rank_flow = Flow(_RankSlice(self.flow.prior), self.flow.layers)
+
+    @property
+    def is_promising(self) -> bool:
+        """Whether the ELBO is likely to lead to a good guide, by the short runs."""
+        return self.log_joint.dim <= _ALWAYS_TRAINED or self.spread <= _HARD
 
     def starts_far_off(self) -> bool:
         """Whether there are many latents, and the Gaussian at which the guide starts is of no use."""
@@ -75,7 +84,7 @@ class GuideFit:
         return self.is_settled
 
     def find_learning_rate(self) -> None:
-        """Choose the learning rate whose short run ends at the best ELBO, and keep the weights of that run.
+        """Choose the learning rate whose short run ends at the best guide, and keep the weights of that run.
 
         Nothing is run once little is left to gain.
         """
@@ -84,33 +93,37 @@ class GuideFit:
         self._evaluate(MIN_DRAWS)
         self.seconds_per_draw = (self.watch.seconds() - began) / MIN_DRAWS
         number_of_draws = self.affordable_draws(1000)
-        floor, best_spread, _ = self._evaluate(number_of_draws)
-        best = floor, _RATES[-1], initial
+        best, best_spread, _ = self._evaluate(number_of_draws)
+        best_rate, weights = None, initial
+        self.is_settled = self.is_settled or self._has_little_to_gain(initial, best_spread)
         for number, rate in enumerate(_RATES, 1):
-            if number > 3 and best[0] > floor:
+            if best_rate and (number > 3 or best_spread < _NEAR):
                 break  # the smaller rates are for posteriors on which the usual ones make the initial guide worse
-            self.is_settled = self.is_settled or self._has_little_to_gain(best[2], best_spread)
             if self.is_settled or self._is_over():
                 break
             self.flow.load_state_dict(initial)
             self._fit(100, rate, f"learning rate {number}")
             elbo, spread, _ = self._evaluate(number_of_draws)
-            if elbo > best[0]:
-                best, best_spread = (elbo, rate, self._weights()), spread
-        if best[0] == -math.inf and not self._is_over():
+            are_near = max(spread, best_spread) < _NEAR and elbo > best - _LOSS
+            if spread < best_spread if are_near else elbo > best:
+                best, best_spread, best_rate, weights = elbo, spread, rate, self._weights()
+                self.is_settled = self._has_little_to_gain(weights, best_spread)
+        self.spread = best_spread
+        if best == -math.inf and not self._is_over():
             self.notes.append("no learning rate gave a finite ELBO")
-        self.learning_rate = best[1]
-        self.flow.load_state_dict(best[2])
+        self.learning_rate = best_rate or _RATES[-1]
+        self.flow.load_state_dict(weights)
 
     def run_stages(self, max_steps: int) -> None:
         """Train until the guide has converged."""
-        steps, size = 0, 500
+        steps = 0
         if self.is_settled:
             return
         if self._is_over():
             self.notes.append(f"the fit ended at max_seconds={self.watch.max_seconds:g}")
             return
         elbo, spread, moments = self._evaluate(4000)
+        size = 250 if spread < _NEAR else 500
         while steps < max_steps and not self._has_little_to_gain(self._weights(), spread, trained=steps > 0):
             if self.guide.options.get("num_layers") == SHALLOW and (steps or spread > _HARD):
                 self._take(deepened(self.guide, _DEEP))
@@ -119,7 +132,7 @@ class GuideFit:
             self._fit(size, self.learning_rate, f"steps {steps} to {steps + size}")
             steps += size
             elbo, spread, moments = self._evaluate(4000)
-            is_worse = not elbo > before[0] - 0.05
+            is_worse = not elbo > before[0] - _LOSS
             if is_worse:  # back to where the stage began, and smaller steps
                 self.flow.load_state_dict(weights)
                 (elbo, spread, moments), self.learning_rate = before, self.learning_rate / 3
@@ -130,7 +143,7 @@ class GuideFit:
                 continue
             drift = max(float((new - old).abs().max()) for new, old in zip(moments, before[2], strict=True))
             size *= 2
-            if is_worse or spread < _CONVERGED or (spread > 0.8 * before[1] and drift < 0.05):
+            if is_worse or spread < _CONVERGED or (steps >= 500 and spread > 0.8 * before[1] and drift < 0.05):
                 break
         else:
             if steps >= max_steps and spread > _ENOUGH[0]:
@@ -141,7 +154,7 @@ class GuideFit:
 
         After a stage less is enough, since the next would take twice its time.
         """
-        most, least_ess, error = _ENOUGH if trained else (_CONVERGED, 0.99, _SMALL_ERROR)
+        most, least_ess, error = _ENOUGH if trained else _RIGHT
         if spread >= most:
             return False
         self.flow.load_state_dict(weights)
