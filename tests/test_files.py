@@ -577,6 +577,12 @@ def test_files_of_format_4_load(tmp_path):
     torch.testing.assert_close(found.log_prob(x, context), expected)
 
 
+def test_an_older_realnvp_of_images_keeps_its_wider_bounds():
+    flow = load(FILES / "image_realnvp_of_wide_bounds.safetensors")
+    x = torch.arange(1, 17, dtype=torch.float64).view(1, 4, 4) / 20
+    assert flow.log_prob(x).item() == pytest.approx(-41.65451083622459)
+
+
 def test_a_newer_format_is_refused_by_its_number(tmp_path):
     forge(tmp_path / "flow", planar(2), lambda header: {**header, "format": 99, "recipe": "a new one"})
     refused(

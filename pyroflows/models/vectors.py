@@ -54,9 +54,12 @@ class _Builder(Protocol[P, Q]):
 
 
 def _or_for_images(
-    of_images: Callable[Concatenate[Shape, Q], Flow],
+    of_images: Callable[Concatenate[Shape, Q], Flow], **defaults: Any
 ) -> Callable[[Callable[Concatenate[int, P], Flow]], _Builder[P, Q]]:
-    """Decorate a builder of flows of vectors, so that the shape of an image gives a flow of images."""
+    """Decorate a builder of flows of vectors, so that the shape of an image gives a flow of images.
+
+    Defaults given here are written into the recipe, and so into files; a file without them has those of the builder.
+    """
 
     def decorate(of_vectors: Callable[Concatenate[int, P], Flow]) -> _Builder[P, Q]:
         @functools.wraps(of_vectors)
@@ -66,7 +69,13 @@ def _or_for_images(
             return cast(Any, builder)(features, **options)
 
         del build.__wrapped__  # its signature is that of one of the two
-        return cast(_Builder[P, Q], recorded(build))
+        make = recorded(build)
+
+        @functools.wraps(build)
+        def with_defaults(features: Any, **options: Any) -> Flow:
+            return make(features, **(options if is_integer(features) else {**defaults, **options}))
+
+        return cast(_Builder[P, Q], with_defaults)
 
     return decorate
 
@@ -123,7 +132,7 @@ def _autoregressive(
     )
 
 
-@_or_for_images(image_realnvp)
+@_or_for_images(image_realnvp, scale=Affine(bound=2.0, shift_bound=5.0))
 def realnvp(
     features: int,
     *,
@@ -141,16 +150,15 @@ def realnvp(
 
     A shape ``(C, H, W)`` gives the multi-scale flow of the paper: at each scale three checkerboard couplings, a squeeze
     and three channel couplings, after which half of the channels are factored out; at the last scale four checkerboard
-    couplings; residual networks whose width doubles at each scale; and a logit transform. So deep a flow overshoots at
-    the first full steps of Adam: a training loop of your own raises the learning rate slowly, as :func:`fit` does, or
-    bounds the couplings by ``scale=Affine(bound=1, shift_bound=3)``.
+    couplings; residual networks whose width doubles at each scale; and a logit transform.
 
     Args:
         features: number of features, or ``(C, H, W)``.
         context_features: length of the context, as the layers take it; 0 for none.
         embedding: network that computes it from the user's context, see :class:`Flow`; cannot be combined with
             ``num_classes``.
-        scale: "exp" or "sigmoid", or an :class:`Affine` with bounds of its own.
+        scale: "exp" or "sigmoid", or an :class:`Affine` with bounds of its own; of images by default one of log-scales
+            to 2 and shifts to 5, without which full steps of Adam overshoot.
         dropout: dropout of the networks, in training only (0).
         prior: prior of the latent, a vector; by default a standard normal.
 
