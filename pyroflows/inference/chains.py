@@ -78,6 +78,11 @@ class Ensemble:
         return not self._faults
 
     @property
+    def is_stationary(self) -> bool:
+        """Whether islands and halves agree, however few draws are effective."""
+        return self.rhat < _RHAT and self.drift < _DRIFT
+
+    @property
     def _faults(self) -> list[str]:
         if not self.complete:
             return ["there was no time for them to reach the posterior"]
@@ -147,7 +152,8 @@ def run_ensemble(
 
     are chosen such that most particles stay effective; they are resampled within islands, which shows the error. The
     chains adapt their step size, the length of their trajectories and, if there are enough draws for it, a dense
-    metric. While islands or halves disagree, they go on for as long again, three times at most.
+    metric. While islands or halves disagree, or too few draws are effective, they go on for as long again, three times
+    at most.
 
     Args:
         log_joint: the density of the posterior.
@@ -179,14 +185,16 @@ def run_ensemble(
         density, points = _recentred(density, points)
     sampler = _Sampler(density, points, step_size)
     complete = complete and sampler.warm_up(num_warmup, out_of_time)
-    thin, ensemble = 1, None
-    while complete or ensemble is None:
-        states = sampler.run(num_draws, thin, out_of_time) if complete else []
-        complete = len(states) == num_draws
-        z = torch.stack(states or [sampler.points.z], 1)
-        ensemble = _summarize(density, z, sampler.energies, complete)
-        if ensemble.has_converged or thin >= _MAX_THIN:
+    thin, states = 1, list[Tensor]()
+    while True:
+        if complete:
+            states += sampler.run(num_draws - len(states), thin, out_of_time)
+            complete = len(states) == num_draws
+        ensemble = _summarize(density, torch.stack(states or [sampler.points.z], 1), sampler.energies, complete)
+        if not complete or ensemble.has_converged or thin >= _MAX_THIN:
             break
+        # What has not yet arrived is left out; else the chains go on, with every second state of theirs.
+        states = states[1::2] if ensemble.is_stationary else []
         thin *= 2
     return _with_evidence(density, ensemble, out_of_time) if ensemble.complete else ensemble
 
@@ -317,7 +325,7 @@ class _Sampler:
         self.density, self.points = density, points
         self.step, self.length, self.index = _DualAveraging(min(step_size, 1.0), factor=1.5), _Length(LENGTH), 0
         self.metric = Metric.of(points.z)
-        self.energies: list[Tensor] = []  # of the last run
+        self.energies: list[Tensor] = []  # at each move of the last run
 
     def _propose(self, step_size: float) -> tuple[Move, float]:
         self.index += 1

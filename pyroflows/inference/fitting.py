@@ -18,11 +18,11 @@ from pyroflows.inference.coordinates import best_centring, non_centred, recentre
 from pyroflows.inference.density import density_model
 from pyroflows.inference.diagnosis import importance_sample, notes_on
 from pyroflows.inference.guide import AutoFlow, Builder, start_of
-from pyroflows.inference.guide_fit import FEW_TRAINED, MIN_DRAWS, SHALLOW, GuideFit
+from pyroflows.inference.guide_fit import FEW_TRAINED, MIN_DRAWS, SHALLOW, GuideFit, is_far_from_gaussian
 from pyroflows.inference.log_joint import LogJoint, refuse_randomness
 from pyroflows.inference.posterior import Posterior, posterior_by_chains, require_log_joint
 from pyroflows.inference.refine import refine_by_ensemble
-from pyroflows.inference.sites import MANY_LATENTS, Model, check_model, device_of
+from pyroflows.inference.sites import Model, check_model, device_of
 from pyroflows.inference.watch import Watch
 from pyroflows.models import realnvp
 
@@ -59,7 +59,7 @@ def fit_posterior(
     are right (an effective share of 94 % and errors of moments of 3 % after a stage). The verdict is based on the
     importance weights of new draws. If these are not to be trusted, many Markov chains are run (see
     :meth:`Posterior.refine`); at once, without stages, if there are many latents and the Gaussian is far off, since the
-    ELBO then rarely leads to a guide that can be trusted; without a Gaussian above 512 latents.
+    ELBO then rarely leads to a guide that can be trusted; without a search for a Gaussian above 512 latents.
 
     Under ``torchrun`` the processes share the draws of each step, and compute the same posterior as one process but for
     rounding. Pass the same model and data to all, on the device of each.
@@ -119,13 +119,13 @@ def fit_posterior(
         refuse_randomness(log_joint)
         if log_joint.dim > FEW_TRAINED and log_joint.hierarchical:
             log_joint = non_centred(log_joint)
-        is_large = log_joint.dim > MANY_LATENTS and refine == "auto" and init == "auto"
+        is_hopeless = refine == "auto" and init == "auto" and is_far_from_gaussian(log_joint, watch.is_over)
         layers: dict[str, Any] = {"num_layers": SHALLOW} if flow is realnvp and log_joint.dim > 1 else {}
-        make = partial(AutoFlow, enumerated, flow, "none" if is_large else init, **layers)
+        make = partial(AutoFlow, enumerated, flow, "none" if is_hopeless else init, **layers)
         guide = make(log_joint=log_joint, out_of_time=partial(watch.is_over, share=_START_SHARE))
         require_log_joint(guide)
         guide_fit = GuideFit(guide, log_joint, num_draws, watch)
-        trains = refine == "never" or not guide_fit.starts_far_off()
+        trains = refine == "never" or not (is_hopeless or guide_fit.starts_far_off())
         if trains:
             if log_joint.hierarchical and log_joint.dim <= FEW_TRAINED and not guide_fit.starts_well():
                 guide = _in_best_coordinates(guide, make, watch)

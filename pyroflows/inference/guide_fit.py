@@ -11,13 +11,14 @@ from pyroflows import distributed
 from pyroflows.flow import Flow
 from pyroflows.inference.diagnosis import importance_sample
 from pyroflows.inference.guide import AutoFlow, deepened
+from pyroflows.inference.init import find_init
 from pyroflows.inference.log_joint import LogJoint
 from pyroflows.inference.sites import MANY_LATENTS
 from pyroflows.inference.watch import Watch
 from pyroflows.priors import Prior
 from pyroflows.training import FitOptions, FitResult, fit
 
-__all__ = ["FEW_TRAINED", "MIN_DRAWS", "SHALLOW", "GuideFit"]
+__all__ = ["FEW_TRAINED", "MIN_DRAWS", "SHALLOW", "GuideFit", "is_far_from_gaussian"]
 
 _RATES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 _CONVERGED = 0.1  # nats; the spread of the log weights at which stages end
@@ -26,15 +27,30 @@ _NEAR = 0.5  # nats; the spread below which guides are compared by it: half its 
 _LOSS = 0.05  # nats of the ELBO that may be noise
 SHALLOW, _DEEP = 4, 8  # couplings of the default guide: at first, and after a stage, or if the first would be hard
 _HARD = 0.5  # nats; the spread of the log weights above which it is
-_FEW_DRAWS = 2000  # to judge draws by
-_RIGHT, _ENOUGH = (0.1, 0.99, 0.05), (0.25, 0.94, 0.03)  # spread, ESS and errors that end a fit, and after a stage
+_FEW_DRAWS = 4000  # to judge draws by
+_RIGHT, _ENOUGH = (0.1, 0.99, 0.05), (0.25, 0.94, 0.05)  # spread, ESS and errors that end a fit, and after a stage
 _GRADIENTS = 8  # of each kind, to compare their variances
 _VERDICT_SHARE = 0.25  # of the time, at most, to compute the weights from draws
 _NUM_DRAWS, MIN_DRAWS = 10_000, 200  # to compute them from, and the least if time is short
 _ALWAYS_TRAINED = 10  # latents, up to which stages mend what short runs do not
 FEW_TRAINED = 50  # latents, up to which the ELBO leads to a good guide from anywhere
 _FAR_OFF = 1.0  # nats; the spread of a Gaussian's log weights above which it does not from more
+_MODE_DRAWS, _HOPELESS = 256, 10.0  # draws of the Gaussian at a mode, and the spread above which no other would do
 _OFF_SUPPORT = 100.0  # nats that a draw without a density costs
+
+
+def is_far_from_gaussian(log_joint: LogJoint, out_of_time: Callable[[str], bool]) -> bool:
+    """Whether there are so many latents, or so far a posterior from the Gaussian at its mode, that no fit would do."""
+    if not FEW_TRAINED < log_joint.dim <= MANY_LATENTS:
+        return log_joint.dim > MANY_LATENTS
+    try:
+        gaussian = find_init(log_joint, "laplace", out_of_time=out_of_time)[0]
+    except ValueError:  # no mode with a Hessian of full rank
+        return True
+    z = torch.randn(_MODE_DRAWS, log_joint.dim).to(gaussian.loc)
+    log_p = log_joint.value((gaussian.loc + z @ gaussian.scale_tril.mT).to(log_joint.dtype))
+    spread = (log_p + z.square().sum(-1) / 2).std()
+    return not float(spread) < _HOPELESS  # infinite or NaN if a draw has no density
 
 
 class _RankSlice(Prior):
@@ -76,7 +92,7 @@ class GuideFit:
         """Whether there are many latents, and the Gaussian at which the guide starts is of no use."""
         if self.log_joint.dim <= FEW_TRAINED:
             return False
-        return self.log_joint.dim > MANY_LATENTS or self._evaluate(1000)[1] > _FAR_OFF
+        return self._evaluate(1000)[1] > _FAR_OFF
 
     def starts_well(self) -> bool:
         """Whether little is left to gain from the Gaussian at which the guide starts."""

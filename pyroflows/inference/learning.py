@@ -20,7 +20,7 @@ from pyroflows.training import fit
 __all__ = ["guide_of_draws", "points_of_draws", "with_evidence"]
 
 _EPOCHS, _PATIENCE, _BATCH = 12, 3, 256
-_STEPS = 400  # at most, since a guide is a by-product of the draws
+_STEPS, _STEPS_OF_MANY, _MANY = 400, 200, 50  # at most, and with many latents: a guide is a by-product of the draws
 _ISLANDS = 4  # parts of the draws, to tell the error of the evidence
 _FEWEST = 50  # draws of a chain
 _NUM_DRAWS = 1000  # to say how good the guide is
@@ -46,6 +46,7 @@ def guide_of_draws(
     whitening.start_at(flat.mean(0), scale_of_draws(flat))
     if not train or log_joint.dim > MANY_LATENTS or watch.is_over("fitting a flow to the draws"):
         return new, "log_prob is of the Gaussian of the draws"
+    steps = _STEPS if log_joint.dim <= _MANY else _STEPS_OF_MANY
     held_out = torch.arange(len(flat), device=u.device) % 10 == 9
     rows = flat[~held_out]
     watch.hide()  # the fit shows a bar of its own
@@ -53,7 +54,7 @@ def guide_of_draws(
         flow,
         rows,
         validation=flat[held_out],
-        epochs=max(1, min(_EPOCHS, _STEPS * _BATCH // len(rows))),
+        epochs=max(1, min(_EPOCHS, steps * _BATCH // len(rows))),
         batch_size=min(_BATCH, len(rows)),
         patience=_PATIENCE,
         max_seconds=None if watch.max_seconds is None else max(watch.max_seconds - watch.seconds(), 0.01),

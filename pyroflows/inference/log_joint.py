@@ -37,7 +37,8 @@ from pyroflows.inference.sites import (
 
 __all__ = ["Evaluation", "LogJoint", "equals_single_runs", "refuse_randomness"]
 
-_CHUNK = 2048  # points evaluated at once
+_CHUNK, _FEWEST = 2048, 16  # most and fewest points evaluated at once
+_CACHED = 500_000  # numbers of an intermediate result, above which a pass over it takes up to four times as long
 _MODES = ("plate", "vmap", "loop")  # from the fastest to the slowest
 _LOG_JOINT = ""  # among the names of sites
 _POINTS = "_points"  # the plate of the points
@@ -180,6 +181,14 @@ class LogJoint:
         """Whether no support depends on other sites."""
         return all(site.support is not None for site in self.latents)
 
+    @property
+    def _points_at_once(self) -> int:
+        """The number of points whose intermediate results a processor's caches hold."""
+        if self.device.type != "cpu":
+            return _CHUNK
+        numbers = self.dim + sum(value.numel() for value in self.structure.observations.values())
+        return max(_FEWEST, min(_CHUNK, _CACHED // numbers))
+
     def _find_dependent_supports(self) -> None:
         """Set the support of each latent that depends on other sites to None, by runs at two different points."""
         *points, other = _points_near(self, 3, seed=0)
@@ -222,12 +231,12 @@ class LogJoint:
     def value(self, u: Tensor) -> Tensor:
         """Return the log joint density without a graph, of any number of points; -inf if it is not finite."""
         self.evaluations += len(u)
-        return torch.cat([_guarded(self._value, part)[0] for part in u.split(_CHUNK)])
+        return torch.cat([_guarded(self._value, part)[0] for part in u.split(self._points_at_once)])
 
     def value_and_score(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log joint density and its gradient, without a graph; -inf and zeros if either is not finite."""
         self.evaluations += len(u)
-        parts = [_guarded(self._value_and_score, part) for part in u.detach().split(_CHUNK)]
+        parts = [_guarded(self._value_and_score, part) for part in u.detach().split(self._points_at_once)]
         return torch.cat([value for value, _ in parts]), torch.cat([score for _, score in parts])
 
     def _value(self, u: Tensor) -> tuple[Tensor, Tensor]:
