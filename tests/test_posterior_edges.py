@@ -15,7 +15,7 @@ from posteriors import tensor
 from scipy import integrate, stats
 
 from pyroflows import AutoFlow, fit_posterior
-from pyroflows.inference import fitting, guide_fit, watch
+from pyroflows.inference import diagnosis, fitting, guide_fit, watch
 from pyroflows.inference.diagnosis import notes_on
 from pyroflows.inference.init import find_init
 from pyroflows.inference.log_joint import LogJoint
@@ -79,6 +79,21 @@ def test_a_tail_that_the_guide_does_not_reach_is_not_trusted(share, verdict):
     posterior = fitting.Posterior(guide, missed=())
     assert posterior.verdict == verdict
     assert ("of the posterior is in a tail" in posterior.reason) == bool(share)
+
+
+def test_a_tail_that_is_noise_is_looked_for_again():
+    def model():
+        pyro.sample("x", dist.Normal(torch.zeros(5).double(), 1.0).to_event(1))
+
+    torch.manual_seed(0)
+    guide = AutoFlow(model, init="none")
+    flow, log_joint = guide.require_flow(), guide.log_joint
+    weights = diagnosis.importance_sample(guide, log_joint, 4000)
+    with torch.no_grad():
+        torch.manual_seed(2312)  # of 2,500 seeds the one with a false alarm by one look
+        assert diagnosis._share_beyond(flow, log_joint, weights, 4000) > 0
+        torch.manual_seed(2312)
+        assert diagnosis._missed_tail(flow, log_joint, weights) == 0
 
 
 def test_draws_without_a_density_cost_something_in_the_choice_of_weights():
