@@ -181,14 +181,6 @@ class LogJoint:
         """Whether no support depends on other sites."""
         return all(site.support is not None for site in self.latents)
 
-    @property
-    def _points_at_once(self) -> int:
-        """The number of points whose intermediate results a processor's caches hold."""
-        if self.device.type != "cpu":
-            return _CHUNK
-        numbers = self.dim + sum(value.numel() for value in self.structure.observations.values())
-        return max(_FEWEST, min(_CHUNK, _CACHED // numbers))
-
     def _find_dependent_supports(self) -> None:
         """Set the support of each latent that depends on other sites to None, by runs at two different points."""
         *points, other = _points_near(self, 3, seed=0)
@@ -231,12 +223,12 @@ class LogJoint:
     def value(self, u: Tensor) -> Tensor:
         """Return the log joint density without a graph, of any number of points; -inf if it is not finite."""
         self.evaluations += len(u)
-        return torch.cat([_guarded(self._value, part)[0] for part in u.split(self._points_at_once)])
+        return torch.cat([_guarded(self._value, part)[0] for part in u.split(_points_at_once(self))])
 
     def value_and_score(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log joint density and its gradient, without a graph; -inf and zeros if either is not finite."""
         self.evaluations += len(u)
-        parts = [_guarded(self._value_and_score, part) for part in u.detach().split(self._points_at_once)]
+        parts = [_guarded(self._value_and_score, part) for part in u.detach().split(_points_at_once(self))]
         return torch.cat([value for value, _ in parts]), torch.cat([score for _, score in parts])
 
     def _value(self, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -385,6 +377,14 @@ class LogJoint:
                     draws.append(run(point, None))
         points = torch.cat(draws) if draws else u[:0]
         return points[points.isfinite().all(-1)].to(self.initial)
+
+
+def _points_at_once(log_joint: LogJoint) -> int:
+    """Return the number of points whose intermediate results a processor's caches hold."""
+    if log_joint.device.type != "cpu":
+        return _CHUNK
+    numbers = log_joint.dim + sum(value.numel() for value in log_joint.structure.observations.values())
+    return max(_FEWEST, min(_CHUNK, _CACHED // numbers))
 
 
 def _guarded(evaluate: Callable[[Tensor], tuple[Tensor, Tensor]], u: Tensor) -> tuple[Tensor, Tensor]:
