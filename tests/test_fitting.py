@@ -84,6 +84,15 @@ def test_many_latents_with_few_data_each_go_to_chains_after_short_runs():
     assert float(draws.std()) == pytest.approx(float(sd), rel=0.1)
 
 
+def test_chains_without_time_leave_their_draws_and_say_so():
+    torch.manual_seed(0)
+    y, noise = 3 + torch.randn(600).double(), torch.ones(600).double()
+    posterior = fit_posterior(groups, y, noise, seed=0, max_seconds=3.0)
+    assert posterior.verdict == "do not trust"
+    assert "there was no time for them to reach the posterior" in posterior.reason
+    assert abs(float(posterior.draws(200)["mean"].mean()) - 3) < 1.5  # no longer the prior's
+
+
 def test_the_gaussian_at_a_mode_tells_whether_a_fit_would_do():
     x, y = data_of_regression(500, 60)
     assert not is_far_from_gaussian(LogJoint(regression, (x, y)), never)

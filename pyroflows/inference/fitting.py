@@ -119,10 +119,11 @@ def fit_posterior(
         refuse_randomness(log_joint)
         if log_joint.dim > FEW_TRAINED and log_joint.hierarchical:
             log_joint = non_centred(log_joint)
-        is_hopeless = refine == "auto" and init == "auto" and is_far_from_gaussian(log_joint, watch.is_over)
+        is_early = partial(watch.is_over, share=_START_SHARE)
+        is_hopeless = refine == "auto" and init == "auto" and is_far_from_gaussian(log_joint, is_early)
         layers: dict[str, Any] = {"num_layers": SHALLOW} if flow is realnvp and log_joint.dim > 1 else {}
         make = partial(AutoFlow, enumerated, flow, "none" if is_hopeless else init, **layers)
-        guide = make(log_joint=log_joint, out_of_time=partial(watch.is_over, share=_START_SHARE))
+        guide = make(log_joint=log_joint, out_of_time=is_early)
         require_log_joint(guide)
         guide_fit = GuideFit(guide, log_joint, num_draws, watch)
         trains = refine == "never" or not (is_hopeless or guide_fit.starts_far_off())
@@ -139,7 +140,7 @@ def fit_posterior(
         weights = importance_sample(guide, log_joint, guide_fit.affordable_draws() if trains else MIN_DRAWS)
         posterior = Posterior(guide, guide_fit.results, [*notes_on(log_joint), *guide_fit.notes], weights=weights)
         if refine == "auto" and (not trains or posterior.verdict == "do not trust"):
-            posterior, evaluations = _refined(posterior, watch), log_joint.evaluations
+            posterior, evaluations = _refined(posterior, watch, trained=trains), log_joint.evaluations
         posterior.evaluations = evaluations
         posterior.seconds = watch.seconds()
         return posterior
@@ -158,13 +159,13 @@ def _in_best_coordinates(guide: AutoFlow, make: Callable[..., AutoFlow], watch: 
     return max(guides, key=lambda guide: guide.inits[0].elbo)
 
 
-def _refined(posterior: Posterior, watch: Watch) -> Posterior:
-    """Return the posterior by an ensemble of chains; the guide's own if there is no time for them."""
+def _refined(posterior: Posterior, watch: Watch, *, trained: bool) -> Posterior:
+    """Return the posterior by an ensemble of chains; by a guide that was trained if there is no time for them."""
     if watch.is_over("refining"):
         return posterior
     guide, log_joint = posterior.guide, posterior.log_joint
     ensemble = refine_by_ensemble(guide, log_joint, posterior.weights, posterior.missed, watch)
-    if ensemble.complete:
+    if ensemble.complete or not trained:
         return posterior_by_chains(guide, log_joint, ensemble, watch, posterior.results)
     notes = [*posterior.notes, "the chains ended at max_seconds before they had reached the posterior"]
     return Posterior(guide, posterior.results, notes, weights=posterior.weights, missed=posterior.missed)
