@@ -276,11 +276,11 @@ def test_chains_that_have_no_time_leave_the_guide_and_a_note():
 
     posterior = fitting.Posterior(AutoFlow(two))
     assert posterior.verdict == "do not trust"
-    late = fitting._refined(posterior, watch.Watch(1e-9, False))
+    late = fitting._refined(posterior, watch.Watch(1e-9, False), trained=True)
     assert late is posterior
     clock = watch.Watch(60.0, False)
     clock.is_over = lambda what, share=1.0: "particles" in what
-    kept = fitting._refined(posterior, clock)
+    kept = fitting._refined(posterior, clock, trained=True)
     assert kept.weights is posterior.weights
     assert "the chains ended at max_seconds" in kept.reason
 
