@@ -76,6 +76,35 @@ def test_the_density_in_other_coordinates_is_the_same_by_change_of_variables():
         recentred(centred, {"mean": torch.zeros(())})
 
 
+def test_points_of_values_are_found_for_many_at_once():
+    def model(x):
+        scale = pyro.sample("scale", dist.HalfNormal(tensor(1.0)))
+        slopes = pyro.sample("slopes", dist.Normal(torch.zeros(3).double(), scale[..., None]).to_event(1))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Normal(slopes @ x.mT, 1.0), obs=torch.zeros(len(x)).double())
+
+    straight = non_centred(LogJoint(model, (torch.randn(8, 3).double(),)))
+    assert straight.vectorize == "vmap"
+    u = torch.randn(5, 4).double()
+    values = straight.constrain(u)
+    found = straight.unconstrain(values)
+    torch.testing.assert_close(found[0], u)
+    runs = 0
+    evaluate = straight._evaluate
+
+    def counted(*arguments, **options):
+        nonlocal runs
+        runs += 1
+        return evaluate(*arguments, **options)
+
+    straight._evaluate = counted
+    many = straight.unconstrain(values)
+    assert runs == 1
+    straight.vectorize = "loop"
+    for one, other in zip(many, straight.unconstrain(values), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_non_centred_coordinates_have_one_prior_whatever_the_others_are():
     def prior():
         families(Y.new_zeros(6))

@@ -27,6 +27,7 @@ QUICK = {
     "linear_mixing": (["linear_mixing.png", "linear_mixing.json"], -20.0, 20.0),
     "log_density": ([], 0.0, 0.01),
     "logistic_regression": ([], 5.0, 60.0),
+    "next_data": ([], 0.0, 0.1),
     "simulator": (["simulator.png"], 0.0, 1.0),
     "time_series": (["time_series.png"], -2.0, 1.0),
     "two_moons": (["two_moons.png"], -0.05, 3.0),

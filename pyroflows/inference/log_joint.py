@@ -324,16 +324,7 @@ class LogJoint:
         values = check_values(self.latents, values, points=True)
         if self.is_static:
             return unconstrain(self.latents, values)
-
-        values, number = {name: value.to(self.initial) for name, value in values.items()}, len(values[self.names[0]])
-        if self.vectorize == "plate":
-            runs = [self._evaluate(self._in_plates(values, number), number, constrained=True, densities=False)]
-        else:
-            points = [{name: value[i] for name, value in values.items()} for i in range(number)]
-            runs = [self._evaluate(point, None, constrained=True, densities=False) for point in points]
-        rows = number // len(runs)
-        u = [torch.cat([run.parts[name].reshape(rows, -1) for name in self.names], -1) for run in runs]
-        return torch.cat(u), torch.cat([run.log_prob.reshape(rows) for run in runs])
+        return _unconstrained_by_runs(self, {name: value.to(self.initial) for name, value in values.items()})
 
     # Draws
 
@@ -377,6 +368,24 @@ class LogJoint:
                     draws.append(run(point, None))
         points = torch.cat(draws) if draws else u[:0]
         return points[points.isfinite().all(-1)].to(self.initial)
+
+
+def _unconstrained_by_runs(log_joint: LogJoint, values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the points of sites whose supports or coordinates depend on each other, and the log-Jacobian."""
+    number = len(values[log_joint.names[0]])
+
+    def run(values: dict[str, Tensor], rows: int | None) -> tuple[Tensor, Tensor]:
+        found = log_joint._evaluate(values, rows, constrained=True, densities=False)
+        shape = () if rows is None else (rows,)
+        u = torch.cat([found.parts[name].reshape(*shape, -1) for name in log_joint.names], -1)
+        return u, (u.new_zeros(shape) + found.log_prob).reshape(shape)
+
+    if log_joint.vectorize == "plate":
+        return run(log_joint._in_plates(values, number), number)
+    if log_joint.vectorize == "vmap":
+        return torch.func.vmap(lambda point: run(point, None), randomness="same")(values)
+    points = [run({name: value[i] for name, value in values.items()}, None) for i in range(number)]
+    return torch.stack([u for u, _ in points]), torch.stack([log_det for _, log_det in points])
 
 
 def _points_at_once(log_joint: LogJoint) -> int:
