@@ -52,14 +52,15 @@ def fit_posterior(
 
     The guide starts at the best Gaussian found (see :func:`find_init`), and stays there if its weights say that little
     is left to gain. Sites whose location or scale depend on other latents are put between centred and non-centred
-    coordinates, whichever have the best such Gaussian. Short runs at several learning rates choose one; stages of 500
-    steps, 1,000 and so on follow, with a cosine schedule and averaged weights, each by the total or the path gradient,
-    whichever has the smaller variance at its start. A stage that led to a worse ELBO is undone. The fit ends when a
-    stage changes neither the spread of the log weights nor the guide's means and standard deviations, or when the draws
-    are right (an effective share of 94 % and errors of moments of 3 % after a stage). The verdict is based on the
-    importance weights of new draws. If these are not to be trusted, many Markov chains are run (see
-    :meth:`Posterior.refine`); at once, without stages, if there are many latents and the Gaussian is far off, since the
-    ELBO then rarely leads to a guide that can be trusted; without a search for a Gaussian above 512 latents.
+    coordinates, whichever have the best such Gaussian. Short runs at several learning rates choose one, until one of
+    them brings the guide near; stages of twice as many steps each follow, from 250 or 500, with a cosine schedule and
+    averaged weights, each by the total or the path gradient, whichever has the smaller variance at its start. A stage
+    that led to a worse ELBO is undone. The fit ends when a stage changes neither the spread of the log weights nor the
+    guide's means and standard deviations, or when the draws are right (an effective share of 94 % and errors of moments
+    of 5 % after a stage). The verdict is based on the importance weights of new draws. If these are not to be trusted,
+    many Markov chains are run (see :meth:`Posterior.refine`); without stages, if there are more than ten latents and
+    no short run brought the guide near; and at once, if there are more than fifty and the Gaussian at a mode is far
+    off, or more than 512, since the ELBO then rarely leads to a guide that can be trusted.
 
     Under ``torchrun`` the processes share the draws of each step, and compute the same posterior as one process but for
     rounding. Pass the same model and data to all, on the device of each.
