@@ -39,6 +39,7 @@ _NUM_DRAWS = 12_800  # of all chains; half as many if there are many latents
 _ISLANDS = 4
 _MAX_THIN = 8
 _RHAT, _DRIFT, _ESS, _BFMI = 1.02, 0.05, 400, 0.2  # of an ensemble that has converged
+_ARRIVED = 1.1, 0.1  # R-hat and drift of one whose draws are kept while it goes on
 
 _PARTICLES = 4  # for each chain, if there are few latents
 _WINDOWS = (15, 35, 65, 110, 170, 240, 330)  # ends of the windows whose draws give the metric
@@ -78,9 +79,9 @@ class Ensemble:
         return not self._faults
 
     @property
-    def is_stationary(self) -> bool:
-        """Whether islands and halves agree, however few draws are effective."""
-        return self.rhat < _RHAT and self.drift < _DRIFT
+    def has_arrived(self) -> bool:
+        """Whether islands and halves agree so far that what is missing is length: what was drawn can be kept."""
+        return self.rhat < _ARRIVED[0] and self.drift < _ARRIVED[1]
 
     @property
     def _faults(self) -> list[str]:
@@ -194,7 +195,7 @@ def run_ensemble(
         if not complete or ensemble.has_converged or thin >= _MAX_THIN:
             break
         # What has not yet arrived is left out; else the chains go on, with every second state of theirs.
-        states = states[1::2] if ensemble.is_stationary else []
+        states = states[1::2] if ensemble.has_arrived else []
         thin *= 2
     return _with_evidence(density, ensemble, out_of_time) if ensemble.complete else ensemble
 
