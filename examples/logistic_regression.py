@@ -47,8 +47,7 @@ def main() -> None:
     x, y = table.train, table.labels["train"].float()
     test = table.test, table.labels["test"].float()
 
-    steps = 20 if options.quick else 3500
-    posterior = fit_posterior(model, x, y, seed=options.seed, max_steps=steps, refine="never")  # a flow, not chains
+    posterior = fit_posterior(model, x, y, seed=options.seed, max_steps=20 if options.quick else 3500, refine="never")
     print(posterior, flush=True)
     began, guide, optimizer = time.perf_counter(), AutoDiagonalNormal(model), ClippedAdam({"lr": 0.02, "lrd": 0.999})
     svi = SVI(model, guide, optimizer, Trace_ELBO(16, max_plate_nesting=1, vectorize_particles=True))
