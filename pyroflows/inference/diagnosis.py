@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.distributions import MultivariateNormal
 
 from pyroflows.diagnostics.weights import importance_ess, psis, systematic_rows
 from pyroflows.flow import Flow
 from pyroflows.inference.evidence import error_of_evidence
 from pyroflows.inference.guide import AutoFlow
-from pyroflows.inference.init import climb, find_init
+from pyroflows.inference.init import climb, draws_and_densities, find_init
 from pyroflows.inference.log_joint import LogJoint
 from pyroflows.inference.sites import MANY_LATENTS
 from pyroflows.priors import StandardNormal
@@ -275,11 +274,7 @@ def missed_modes(guide: AutoFlow, log_joint: LogJoint, weights: Weights) -> list
         z = flow.bijection.inverse_and_log_det(init.loc.to(log_joint.dtype))[0]
         if init.elbo < weights.log_evidence + math.log(_SHARE) - _SKEW or float(z.norm()) < _DISTANCE:
             continue
-        noise = torch.randn(256, log_joint.dim, dtype=init.loc.dtype, device=init.loc.device)
-        u = (init.loc + noise @ init.scale_tril.mT).to(log_joint.dtype)
-        log_p = log_joint.value(u)
-        gaussian = MultivariateNormal(init.loc, scale_tril=init.scale_tril, validate_args=False)
-        log_g = gaussian.log_prob(u.to(init.loc))
+        u, log_p, log_g = draws_and_densities(init, log_joint)
         uncovered = log_p - weights.log_evidence - flow.log_prob(u) > math.log(_UNCOVERED)
         share = (log_p - log_g)[uncovered].logsumexp(0) - math.log(len(u)) - weights.log_evidence
         if not (uncovered.any() and float(share) > math.log(_SHARE)):

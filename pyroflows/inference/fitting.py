@@ -18,7 +18,7 @@ from pyroflows.inference.coordinates import best_centring, non_centred, recentre
 from pyroflows.inference.density import density_model
 from pyroflows.inference.diagnosis import importance_sample, notes_on
 from pyroflows.inference.guide import AutoFlow, Builder, start_of
-from pyroflows.inference.guide_fit import FEW_TRAINED, MIN_DRAWS, SHALLOW, GuideFit, is_far_from_gaussian
+from pyroflows.inference.guide_fit import FEW_TRAINED, MIN_DRAWS, SHALLOW, GuideFit, needs_chains
 from pyroflows.inference.log_joint import LogJoint, refuse_randomness
 from pyroflows.inference.posterior import Posterior, posterior_by_chains, require_log_joint
 from pyroflows.inference.refine import refine_by_ensemble
@@ -121,13 +121,13 @@ def fit_posterior(
         if log_joint.dim > FEW_TRAINED and log_joint.hierarchical:
             log_joint = non_centred(log_joint)
         is_early = partial(watch.is_over, share=_START_SHARE)
-        is_hopeless = refine == "auto" and init == "auto" and is_far_from_gaussian(log_joint, is_early)
+        at_once = refine == "auto" and init == "auto" and needs_chains(log_joint, is_early)
         layers: dict[str, Any] = {"num_layers": SHALLOW} if flow is realnvp and log_joint.dim > 1 else {}
-        make = partial(AutoFlow, enumerated, flow, "none" if is_hopeless else init, **layers)
+        make = partial(AutoFlow, enumerated, flow, "none" if at_once else init, **layers)
         guide = make(log_joint=log_joint, out_of_time=is_early)
         require_log_joint(guide)
         guide_fit = GuideFit(guide, log_joint, num_draws, watch)
-        trains = refine == "never" or not (is_hopeless or guide_fit.starts_far_off())
+        trains = refine == "never" or not (at_once or guide_fit.starts_far_off())
         if trains:
             if log_joint.hierarchical and log_joint.dim <= FEW_TRAINED and not guide_fit.starts_well():
                 guide = _in_best_coordinates(guide, make, watch)

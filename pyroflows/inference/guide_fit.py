@@ -11,22 +11,22 @@ from pyroflows import distributed
 from pyroflows.flow import Flow
 from pyroflows.inference.diagnosis import importance_sample
 from pyroflows.inference.guide import AutoFlow, deepened
-from pyroflows.inference.init import find_init
+from pyroflows.inference.init import draws_and_densities, find_init
 from pyroflows.inference.log_joint import LogJoint
 from pyroflows.inference.sites import MANY_LATENTS
 from pyroflows.inference.watch import Watch
 from pyroflows.priors import Prior
 from pyroflows.training import FitOptions, FitResult, fit
 
-__all__ = ["FEW_TRAINED", "MIN_DRAWS", "SHALLOW", "GuideFit", "is_far_from_gaussian"]
+__all__ = ["FEW_TRAINED", "MIN_DRAWS", "SHALLOW", "GuideFit", "needs_chains"]
 
 _RATES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 _CONVERGED = 0.1  # nats; the spread of the log weights at which stages end
-_NEAR = 0.5  # nats; the spread below which guides are compared by it: half its square is what an ELBO lacks, with less
-# noise than the ELBO has itself
+# The spread, in nats, below which a guide is near. Guides are then compared by it, since half its square is what an
+# ELBO lacks, with less noise than the ELBO has; above it, four couplings are too few.
+_NEAR = 0.5
 _LOSS = 0.05  # nats of the ELBO that may be noise
-SHALLOW, _DEEP = 4, 8  # couplings of the default guide: at first, and after a stage, or if the first would be hard
-_HARD = 0.5  # nats; the spread of the log weights above which it is
+SHALLOW, _DEEP = 4, 8  # couplings of the default guide: at first, and after a stage
 _FEW_DRAWS = 4000  # to judge draws by
 _RIGHT, _ENOUGH = (0.1, 0.99, 0.05), (0.25, 0.94, 0.05)  # spread, ESS and errors that end a fit, and after a stage
 _GRADIENTS = 8  # of each kind, to compare their variances
@@ -35,22 +35,23 @@ _NUM_DRAWS, MIN_DRAWS = 10_000, 200  # to compute them from, and the least if ti
 _ALWAYS_TRAINED = 10  # latents, up to which stages mend what short runs do not
 FEW_TRAINED = 50  # latents, up to which the ELBO leads to a good guide from anywhere
 _FAR_OFF = 1.0  # nats; the spread of a Gaussian's log weights above which it does not from more
-_MODE_DRAWS, _HOPELESS = 256, 10.0  # draws of the Gaussian at a mode, and the spread above which no other would do
+_USELESS = 10.0  # nats; the spread for the Gaussian at a mode above which no other is of use either
 _OFF_SUPPORT = 100.0  # nats that a draw without a density costs
 
 
-def is_far_from_gaussian(log_joint: LogJoint, out_of_time: Callable[[str], bool]) -> bool:
-    """Whether there are so many latents, or so far a posterior from the Gaussian at its mode, that no fit would do."""
+def needs_chains(log_joint: LogJoint, out_of_time: Callable[[str], bool]) -> bool:
+    """Whether training would be in vain: of too many latents, or of many and a useless Gaussian at the mode.
+
+    That Gaussian takes a small part of the search for a better one.
+    """
     if not FEW_TRAINED < log_joint.dim <= MANY_LATENTS:
         return log_joint.dim > MANY_LATENTS
     try:
         gaussian = find_init(log_joint, "laplace", out_of_time=out_of_time)[0]
     except ValueError:  # no mode with a Hessian of full rank
         return True
-    z = torch.randn(_MODE_DRAWS, log_joint.dim).to(gaussian.loc)
-    log_p = log_joint.value((gaussian.loc + z @ gaussian.scale_tril.mT).to(log_joint.dtype))
-    spread = (log_p + z.square().sum(-1) / 2).std()
-    return not float(spread) < _HOPELESS  # infinite or NaN if a draw has no density
+    _, log_p, log_q = draws_and_densities(gaussian, log_joint)
+    return not float((log_p - log_q).std()) < _USELESS  # NaN if a draw has no density
 
 
 class _RankSlice(Prior):
@@ -86,7 +87,7 @@ class GuideFit:
     @property
     def is_promising(self) -> bool:
         """Whether the ELBO is likely to lead to a good guide, by the short runs."""
-        return self.log_joint.dim <= _ALWAYS_TRAINED or self.spread <= _HARD
+        return self.log_joint.dim <= _ALWAYS_TRAINED or self.spread < _NEAR
 
     def starts_far_off(self) -> bool:
         """Whether there are many latents, and the Gaussian at which the guide starts is of no use."""
@@ -141,7 +142,7 @@ class GuideFit:
         elbo, spread, moments = self._evaluate(4000)
         size = 250 if spread < _NEAR else 500
         while steps < max_steps and not self._has_little_to_gain(self._weights(), spread, trained=steps > 0):
-            if self.guide.options.get("num_layers") == SHALLOW and (steps or spread > _HARD):
+            if self.guide.options.get("num_layers") == SHALLOW and (steps or spread >= _NEAR):
                 self._take(deepened(self.guide, _DEEP))
             size = min(size, max_steps - steps)
             weights, before = self._weights(), (elbo, spread, moments)

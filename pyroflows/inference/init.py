@@ -6,14 +6,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributions import MultivariateNormal
 
 from pyroflows.arguments import check_option
 from pyroflows.inference.log_joint import LogJoint
 
-__all__ = ["INIT_METHODS", "GaussianInit", "climb", "find_init"]
+__all__ = ["INIT_METHODS", "GaussianInit", "climb", "draws_and_densities", "find_init"]
 
 INIT_METHODS = ("auto", "laplace", "pathfinder", "fullrank", "meanfield", "none")
 _DRAWS = 64  # draws from a Gaussian to estimate its ELBO or to improve it; more if there are many latents
+_JUDGED = 256  # draws of a Gaussian to judge it by
 _CANDIDATES = 128  # points of each width, the best of which are climbed from
 _CLIMBERS = 16  # climbs at once from points near the initial values; four if there are many latents
 _PRIOR_DRAWS = 64  # draws of the prior, the best and others of which are climbed from
@@ -33,6 +35,14 @@ class GaussianInit:
     loc: Tensor  # the mean, ``(dim,)``
     scale_tril: Tensor  # the Cholesky factor of the covariance, ``(dim, dim)``
     elbo: float = -math.inf  # in nats, estimated from a few draws, less two standard errors, so that luck does not win
+
+
+def draws_and_densities(gaussian: GaussianInit, log_joint: LogJoint) -> tuple[Tensor, Tensor, Tensor]:
+    """Return draws of a Gaussian, ``(draws, dim)``, with the log joint density and the Gaussian's log-density there."""
+    loc, factor = gaussian.loc, gaussian.scale_tril
+    u = (loc + torch.randn(_JUDGED, len(loc), dtype=loc.dtype, device=loc.device) @ factor.mT).to(log_joint.dtype)
+    log_q = MultivariateNormal(loc, scale_tril=factor, validate_args=False).log_prob(u.to(loc))
+    return u, log_joint.value(u), log_q
 
 
 def _never(_: str) -> bool:

@@ -11,6 +11,7 @@ from pyroflows import distributed
 from pyroflows.inference.diagnosis import Chains, importance_sample
 from pyroflows.inference.evidence import evidence_of_draws, gaussian_of_draws
 from pyroflows.inference.guide import AutoFlow
+from pyroflows.inference.guide_fit import FEW_TRAINED
 from pyroflows.inference.log_joint import LogJoint
 from pyroflows.inference.moves import scale_of_draws
 from pyroflows.inference.sites import MANY_LATENTS
@@ -20,7 +21,7 @@ from pyroflows.training import fit
 __all__ = ["guide_of_draws", "points_of_draws", "with_evidence"]
 
 _EPOCHS, _PATIENCE, _BATCH = 12, 3, 256
-_STEPS, _STEPS_OF_MANY, _MANY = 400, 200, 50  # at most, and with many latents: a guide is a by-product of the draws
+_STEPS, _STEPS_OF_MANY = 400, 200  # at most, and with many latents: a guide is a by-product of the draws
 _ISLANDS = 4  # parts of the draws, to tell the error of the evidence
 _FEWEST = 50  # draws of a chain
 _NUM_DRAWS = 1000  # to say how good the guide is
@@ -46,7 +47,7 @@ def guide_of_draws(
     whitening.start_at(flat.mean(0), scale_of_draws(flat))
     if not train or log_joint.dim > MANY_LATENTS or watch.is_over("fitting a flow to the draws"):
         return new, "log_prob is of the Gaussian of the draws"
-    steps = _STEPS if log_joint.dim <= _MANY else _STEPS_OF_MANY
+    steps = _STEPS if log_joint.dim <= FEW_TRAINED else _STEPS_OF_MANY
     held_out = torch.arange(len(flat), device=u.device) % 10 == 9
     rows = flat[~held_out]
     watch.hide()  # the fit shows a bar of its own

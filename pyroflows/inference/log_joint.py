@@ -254,23 +254,24 @@ class LogJoint:
         """Return what ``run(parts, num_points)`` returns at points: in a plate of them, by vmap, or in a loop."""
         if u.dim() != 2 or u.shape[-1] != self.dim:
             raise ValueError(f"expected points of shape (points, {self.dim}); got {tuple(u.shape)}")
+        return self._map_values(self._parts(u), len(u), run, mode)
+
+    def _map_values(
+        self, values: dict[str, Tensor], number: int, run: Callable[[dict[str, Tensor], int | None], Any], mode: str
+    ) -> Any:
+        """The same at parts of points, or at values of the sites, ``(number, *shape)`` each."""
         if mode == "plate":
-            return run(self._parts(u, len(u)), len(u))
-
-        def single(point: Tensor) -> Any:
-            return run(self._parts(point), None)
-
+            return run(self._in_plates(values, number), number)
         if mode == "vmap":
-            return torch.func.vmap(single, randomness="same")(u)
-        results = [single(point) for point in u]
+            return torch.func.vmap(lambda point: run(point, None), randomness="same")(values)
+        results = [run({name: value[i] for name, value in values.items()}, None) for i in range(number)]
         if isinstance(results[0], dict):
             return {name: torch.stack([result[name] for result in results]) for name in results[0]}
         return torch.stack(results)
 
-    def _parts(self, u: Tensor, num_points: int | None = None) -> dict[str, Tensor]:
-        """Return the latents' parts of one point, or of points in a plate left of the model's plates."""
-        parts = {site.name: site.slice_of(u) for site in self.latents}
-        return parts if num_points is None else self._in_plates(parts, num_points)
+    def _parts(self, u: Tensor) -> dict[str, Tensor]:
+        """Return the latents' parts of one point, or of points, ``(points, *shape)`` each."""
+        return {site.name: site.slice_of(u) for site in self.latents}
 
     def _in_plates(self, values: Mapping[str, Tensor], num_points: int) -> dict[str, Tensor]:
         """Return the sites' values or parts at points with a dimension for each plate that a site is not in."""
@@ -352,7 +353,8 @@ class LogJoint:
 
         def run(u: Tensor, num_points: int | None) -> Tensor:
             options: Any = {"densities": False, "centring": self.centring}
-            draws = _PriorDraws(self._parts(u, num_points), self.structure.fixed, num_points, **options)
+            parts = self._parts(u) if num_points is None else self._in_plates(self._parts(u), num_points)
+            draws = _PriorDraws(parts, self.structure.fixed, num_points, **options)
             self._run(draws, self.model, self.args, self.kwargs)
             return torch.cat([draws.parts[name].reshape(num_points or 1, -1) for name in self.names], -1)
 
@@ -372,20 +374,16 @@ class LogJoint:
 
 def _unconstrained_by_runs(log_joint: LogJoint, values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the points of sites whose supports or coordinates depend on each other, and the log-Jacobian."""
+
+    def run(values: dict[str, Tensor], number: int | None) -> dict[str, Tensor]:
+        found = log_joint._evaluate(values, number, constrained=True, densities=False)
+        batch = () if number is None else (number,)
+        u = torch.cat([found.parts[name].reshape(*batch, -1) for name in log_joint.names], -1)
+        return {"u": u, "log_det": (u.new_zeros(batch) + found.log_prob).reshape(batch)}
+
     number = len(values[log_joint.names[0]])
-
-    def run(values: dict[str, Tensor], rows: int | None) -> tuple[Tensor, Tensor]:
-        found = log_joint._evaluate(values, rows, constrained=True, densities=False)
-        shape = () if rows is None else (rows,)
-        u = torch.cat([found.parts[name].reshape(*shape, -1) for name in log_joint.names], -1)
-        return u, (u.new_zeros(shape) + found.log_prob).reshape(shape)
-
-    if log_joint.vectorize == "plate":
-        return run(log_joint._in_plates(values, number), number)
-    if log_joint.vectorize == "vmap":
-        return torch.func.vmap(lambda point: run(point, None), randomness="same")(values)
-    points = [run({name: value[i] for name, value in values.items()}, None) for i in range(number)]
-    return torch.stack([u for u, _ in points]), torch.stack([log_det for _, log_det in points])
+    results = log_joint._map_values(values, number, run, log_joint.vectorize)
+    return results["u"], results["log_det"]
 
 
 def _points_at_once(log_joint: LogJoint) -> int:

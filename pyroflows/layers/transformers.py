@@ -19,6 +19,7 @@ __all__ = [
     "Affine",
     "Transform",
     "Transformer",
+    "as_affine",
     "make_transformer",
     "num_parameters",
     "pull_back",
@@ -151,6 +152,11 @@ class Additive:
     def inverse(self, y: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         (shift,) = parameters
         return y - shift, torch.zeros_like(y)
+
+
+def as_affine(scale: str | Affine) -> Affine:
+    """Return the affine transformer of a kind of scale, or the transformer itself."""
+    return scale if isinstance(scale, Affine) else Affine(scale=scale)
 
 
 def make_transformer(transformer: str | Transformer) -> Transformer:

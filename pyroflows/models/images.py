@@ -15,7 +15,7 @@ from pyroflows.layers.multiscale import Multiscale
 from pyroflows.layers.norms import ActNorm
 from pyroflows.layers.pointwise import ElementwiseAffine, Sigmoid
 from pyroflows.layers.rearrange import Permutation, Squeeze
-from pyroflows.layers.transformers import Additive, Affine, num_parameters
+from pyroflows.layers.transformers import Additive, Affine, as_affine, num_parameters
 from pyroflows.networks.convnet import ResNet, ZeroConv
 from pyroflows.networks.one_hot import OneHot
 from pyroflows.priors import Prior, StandardNormal
@@ -96,7 +96,7 @@ def image_realnvp(
     """Build RealNVP for images; see :func:`pyroflows.realnvp`."""
     check_sizes(num_levels=num_levels, num_blocks=num_blocks, hidden_channels=hidden_channels)
     context, embedding = _conditions(num_classes, context_features, embedding)
-    transformer = scale if isinstance(scale, Affine) else Affine(scale=scale)
+    transformer = as_affine(scale)
     network: dict[str, Any] = {"num_blocks": num_blocks, "context_features": context, "norm": norm, "dropout": dropout}
 
     def couplings(shape: Size, mask: str, number: int, width: int) -> list[Bijection]:

@@ -19,7 +19,7 @@ from pyroflows.layers.planar_radial import Planar, Radial
 from pyroflows.layers.pointwise import ElementwiseAffine
 from pyroflows.layers.rearrange import Permutation
 from pyroflows.layers.spline import Spline
-from pyroflows.layers.transformers import Additive, Affine
+from pyroflows.layers.transformers import Additive, Affine, as_affine
 from pyroflows.models.images import image_glow, image_realnvp
 from pyroflows.networks.mlp import NetworkOptions
 from pyroflows.priors import Prior, StandardNormal
@@ -195,7 +195,7 @@ def realnvp(
         >>> realnvp((1, 8, 8), num_blocks=1, hidden_channels=8).sample((2,)).shape
         torch.Size([2, 1, 8, 8])
     """
-    transformer = scale if isinstance(scale, Affine) else Affine(scale=scale)
+    transformer = as_affine(scale)
     options: dict[str, Any] = {"transformer": transformer, "context_features": context_features, **network}
     layer = _couplings(features, permutation, mask=mask, **options)
     return _flow(prior, embedding, features, _stack(layer, features, num_layers, permutation, norm))

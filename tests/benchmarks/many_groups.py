@@ -13,6 +13,8 @@ import math
 import resource
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ import torch
 from posterior_times import counts, group_data, groups
 from torch import Tensor
 
-from pyroflows import fit_posterior
+from pyroflows import Posterior, fit_posterior
 
 NUMBER, EACH, NODES = 1000, 5, 9
 TWO_PI = 2 * math.pi
@@ -87,50 +89,63 @@ def log_half_normals(scale: float, *values: Tensor) -> Tensor:
     return dist.HalfNormal(torch.tensor(scale).to(values[0])).log_prob(torch.stack(values)).sum(0)
 
 
+def reference_of(name: str, x: Tensor, y: Tensor) -> Posterior:
+    """Return the posterior of the parameters that are left."""
+    start = {"mean_0": 1.0, "mean_1": -0.5, "scale_0": 0.7, "scale_1": 0.4}
+    if name == "normal":
+        start["sigma"] = 1.0
+    reference = fit_posterior(
+        log_density={"normal": marginal_of_normal, "counts": marginal_of_counts}[name](x, y),
+        start={key: torch.tensor(value).double() for key, value in start.items()},
+        supports={key: dist.constraints.positive for key in start if not key.startswith("mean")},
+        seed=0,
+        progress=False,
+    )
+    assert reference.weights.ess_ratio > 0.97, reference
+    return reference
+
+
+def run(name: str, seed: int) -> dict:
+    """Fit one posterior, read the memory that this took, and compare with the reference."""
+    torch.set_num_threads(1)
+    data = group_data(NUMBER, EACH, name == "counts")
+    began = time.process_time()
+    posterior = fit_posterior({"normal": groups, "counts": counts}[name], **data, seed=seed, progress=False)
+    seconds = time.process_time() - began
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    reference = reference_of(name, data["x"].view(NUMBER, EACH), data["y"].view(NUMBER, EACH))
+    draws, true = posterior.draws(6400), reference.resampled(9000)
+    return {
+        "rows": name,
+        "seed": seed,
+        "latents": posterior.log_joint.dim,
+        "seconds": seconds,
+        "gib": memory,
+        "mean_error": max(float(abs(draws[key].mean() - true[key].mean()) / true[key].std()) for key in true),
+        "sd_error": max(float(abs(draws[key].std() / true[key].std() - 1)) for key in true),
+        "evidence": f"{posterior.log_evidence:.2f} ± {posterior.log_evidence_error:.2f}",
+        "evidence_by_quadrature": reference.log_evidence,
+        "verdict": posterior.verdict,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", default=["normal", "counts"], choices=["normal", "counts"])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    torch.set_num_threads(1)
     rows = []
     print("| rows | seed | latents | s | memory | mean error | sd error | evidence | by quadrature | verdict |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |")
-    for name in options.models:
-        is_normal = name == "normal"
-        data = group_data(NUMBER, EACH, not is_normal)
-        x, y = data["x"].view(NUMBER, EACH), data["y"].view(NUMBER, EACH)
-        exact: Callable[[int], dict[str, Tensor]] | None = None
-        for seed in options.seeds:
-            began = time.process_time()
-            posterior = fit_posterior(groups if is_normal else counts, **data, seed=seed, progress=False)
-            seconds = time.process_time() - began
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            if exact is None:  # after the memory was read
-                start = {"mean_0": 1.0, "mean_1": -0.5, "scale_0": 0.7, "scale_1": 0.4} | (
-                    {"sigma": 1.0} if is_normal else {}
-                )
-                marginal = (marginal_of_normal if is_normal else marginal_of_counts)(x, y)
-                reference = fit_posterior(
-                    log_density=marginal,
-                    start={key: torch.tensor(value).double() for key, value in start.items()},
-                    supports={key: dist.constraints.positive for key in start if not key.startswith("mean")},
-                    seed=0,
-                    progress=False,
-                )
-                assert reference.weights.ess_ratio > 0.97, reference
-                exact = reference.resampled
-            draws, true = posterior.draws(6400), exact(9000)
-            mean_error = max(float(abs(draws[key].mean() - true[key].mean()) / true[key].std()) for key in true)
-            sd_error = max(float(abs(draws[key].std() / true[key].std() - 1)) for key in true)
-            evidence = f"{posterior.log_evidence:.2f} ± {posterior.log_evidence_error:.2f}"
-            row = {"rows": name, "seed": seed, "latents": posterior.log_joint.dim, "seconds": seconds, "gib": memory}
-            row |= {"mean_error": mean_error, "sd_error": sd_error, "evidence": evidence, "verdict": posterior.verdict}
-            rows.append(row | {"evidence_by_quadrature": reference.log_evidence})
+    with ProcessPoolExecutor(1, max_tasks_per_child=1, mp_context=get_context("spawn")) as pool:  # for the memory
+        tasks = [(name, seed) for name in options.models for seed in options.seeds]
+        for row in pool.map(run, *zip(*tasks, strict=True)):
+            rows.append(row)
             print(
-                f"| {name} | {seed} | {row['latents']} | {seconds:.0f} | {memory:.2f} GiB | {mean_error:.3f} | "
-                f"{sd_error:.1%} | {evidence} | {reference.log_evidence:.2f} | {posterior.verdict} |",
+                f"| {row['rows']} | {row['seed']} | {row['latents']} | {row['seconds']:.0f} | {row['gib']:.2f} GiB | "
+                f"{row['mean_error']:.3f} | {row['sd_error']:.1%} | {row['evidence']} | "
+                f"{row['evidence_by_quadrature']:.2f} | {row['verdict']} |",
                 flush=True,
             )
             if options.output:
