@@ -15,7 +15,7 @@ from pyroflows.plots import save_image_grid
 
 SHAPE, LEVELS, ALPHA = (1, 8, 8), 17, 0.01
 GLOW = {"num_levels": 2, "num_steps": 4, "hidden_channels": 64, "alpha": ALPHA}
-REALNVP = {"num_levels": 2, "num_blocks": 2, "hidden_channels": 32, "alpha": ALPHA, "scale": "exp"}
+REALNVP = {"num_levels": 2, "num_blocks": 2, "hidden_channels": 32, "alpha": ALPHA}
 FLOWS: dict[str, Callable[[], pf.Flow]] = {
     "glow": lambda: pf.glow(SHAPE, dequantizer=pf.UniformDequantizer(SHAPE, LEVELS), **GLOW),
     "glow-variational": lambda: pf.glow(SHAPE, dequantizer=pf.VariationalDequantizer(SHAPE, LEVELS), **GLOW),
