@@ -38,9 +38,11 @@ __all__ = ["Ensemble", "run_ensemble", "scale_of_prior"]
 _NUM_DRAWS = 12_800  # of all chains; half as many if there are many latents
 _ISLANDS = 4
 _MAX_THIN = 8
+_MIN_DRAWS, _ENOUGH = 50, 2000  # of each chain, and effective ones of all, with which chains that have converged end
 _RHAT, _DRIFT, _ESS, _BFMI = 1.02, 0.05, 400, 0.2  # of an ensemble that has converged
 _ARRIVED = 1.1, 0.1  # R-hat and drift of one whose draws are kept while it goes on
 
+_CAREFUL = 50  # latents, up to which particles are moved more than once at each temperature; chains do the rest
 _PARTICLES = 4  # for each chain, if there are few latents
 _WINDOWS = (15, 35, 65, 110, 170, 240, 330)  # ends of the windows whose draws give the metric
 
@@ -153,13 +155,14 @@ def run_ensemble(
 
     are chosen such that most particles stay effective; they are resampled within islands, which shows the error. The
     chains adapt their step size, the length of their trajectories and, if there are enough draws for it, a dense
-    metric. While islands or halves disagree, or too few draws are effective, they go on for as long again, three times
-    at most.
+    metric. They end after half of their draws if 2,000 are effective. While islands or halves disagree, or too few
+    draws are effective, they go on for as long again, three times at most.
 
     Args:
         log_joint: the density of the posterior.
         flow: whose latent space the chains run in, and whose prior, a standard normal, they are annealed from.
-        num_chains, num_draws: by default more chains, of fewer draws, the fewer latents there are.
+        num_chains, num_draws: by default more chains, of fewer draws, the fewer latents there are. A given number of
+            draws is made.
         num_warmup: draws of each chain that adapt it.
         recentre: whether the chains run in coordinates of hierarchical sites that fit the annealed particles, see
             :func:`recentred_by_draws`; the density must be in non-centred ones, and the flow that of the prior's scale.
@@ -178,7 +181,9 @@ def run_ensemble(
     num_chains = num_chains or _number_of_chains(log_joint.dim)
     if num_chains < 16 or num_chains % _ISLANDS:
         raise ValueError(f"expected a multiple of {_ISLANDS} chains, 16 or more; got num_chains={num_chains}")
-    num_draws = num_draws or max(10, _NUM_DRAWS // (num_chains if log_joint.dim <= MANY_LATENTS else 2 * num_chains))
+    default = max(10, _NUM_DRAWS // (num_chains if log_joint.dim <= MANY_LATENTS else 2 * num_chains))
+    least = num_draws or min(default, max(default // 2, _MIN_DRAWS))
+    num_draws = num_draws or default
     num_particles = num_chains * (_PARTICLES if log_joint.dim <= FEW_LATENTS else 1)
     points, step_size, complete = _anneal(density, num_particles, out_of_time)
     points = points.at(torch.arange(0, len(points.z), len(points.z) // num_chains, device=points.z.device))
@@ -189,14 +194,18 @@ def run_ensemble(
     thin, states = 1, list[Tensor]()
     while True:
         if complete:
-            states += sampler.run(num_draws - len(states), thin, out_of_time)
-            complete = len(states) == num_draws
+            states += sampler.run(least - len(states), thin, out_of_time)
+            complete = len(states) == least
         ensemble = _summarize(density, torch.stack(states or [sampler.points.z], 1), sampler.energies, complete)
-        if not complete or ensemble.has_converged or thin >= _MAX_THIN:
+        is_half = least < num_draws
+        is_enough = ensemble.has_converged and (ensemble.ess >= _ENOUGH or not is_half)
+        if not complete or is_enough or thin >= _MAX_THIN:
             break
-        # What has not yet arrived is left out; else the chains go on, with every second state of theirs.
-        states = states[1::2] if ensemble.has_arrived else []
-        thin *= 2
+        if is_half:
+            least = num_draws
+        else:  # what has not yet arrived is left out; else the chains go on, with every second state of theirs
+            states = states[1::2] if ensemble.has_arrived else []
+            thin *= 2
     return _with_evidence(density, ensemble, out_of_time) if ensemble.complete else ensemble
 
 
@@ -264,7 +273,8 @@ def _bfmi(energies: list[Tensor]) -> float:
 
 def _anneal(density: Density, num_particles: int, out_of_time: Callable[[str], bool]) -> tuple[Points, float, bool]:
     """Return particles annealed to the posterior, the step size in the end, and whether there was time."""
-    path = Temperatures(density, density(density.flow.prior.sample((num_particles,))), 0.0, _ISLANDS)
+    points = density(density.flow.prior.sample((num_particles,)))
+    path = Temperatures(density, points, 0.0, _ISLANDS, moves=3 if density.log_joint.dim <= _CAREFUL else 1)
     complete = True
     while path.beta < 1 and complete:
         beta = path.next(1.0)

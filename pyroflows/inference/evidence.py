@@ -14,7 +14,7 @@ from pyroflows.inference.moves import FEW_LATENTS, Density, Points, Temperatures
 
 __all__ = ["error_of_evidence", "evidence_of_draws", "gaussian_of_draws"]
 
-_MOVED = 128, 512, 4096  # points: at least, at most, and at most if there are few latents
+_MOVED = 128, 256, 4096  # points: at least, at most, and at most if there are few latents
 _CHUNK = 1024  # points evaluated at once
 
 
@@ -49,7 +49,8 @@ def evidence_of_draws(
     islands = len(u)
     density = Density(log_joint, base)
     parts = [density(base.encode(part)) for part in u.flatten(0, 1).split(_CHUNK)]
-    path = Temperatures(density, Points(*map(torch.cat, zip(*parts, strict=True))), 1.0, islands, step_size=0.5)
+    points = Points(*map(torch.cat, zip(*parts, strict=True)))
+    path = Temperatures(density, points, 1.0, islands, step_size=0.5, unit_metric=True)
     number = min(max(2**17 // log_joint.dim, _MOVED[0]), _MOVED[1] if log_joint.dim > FEW_LATENTS else _MOVED[2])
     total, variance, totals = 0.0, 0.0, torch.zeros(islands, dtype=torch.float64, device="cpu")
     while path.beta > 0:
