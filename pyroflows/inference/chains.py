@@ -43,7 +43,7 @@ _RHAT, _DRIFT, _ESS, _BFMI = 1.02, 0.05, 400, 0.2  # of an ensemble that has con
 _ARRIVED = 1.1, 0.1  # R-hat and drift of one whose draws are kept while it goes on
 
 _CAREFUL = 50  # latents, up to which particles are moved more than once at each temperature; chains do the rest
-_PARTICLES = 4  # for each chain, if there are few latents
+_PARTICLES = 16  # for each chain, if there are few latents
 _WINDOWS = (15, 35, 65, 110, 170, 240, 330)  # ends of the windows whose draws give the metric
 
 

@@ -12,6 +12,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions import constraints
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.enum import config_enumerate
 from pyro.ops import packed
@@ -348,7 +349,7 @@ class LogJoint:
     def prior_draws(self, n: int, *, seed: int = 0) -> Tensor:
         """Draw points from the prior, ``(n, dim)`` or fewer: draws that fail or are not finite are left out.
 
-        Latents of improper priors are drawn around their initial values.
+        Latents of improper priors are drawn around their initial values, real ones at scales from 2 to 64.
         """
 
         def run(u: Tensor, num_points: int | None) -> Tensor:
@@ -360,7 +361,7 @@ class LogJoint:
 
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            u = self.initial + 2 * torch.randn(n, self.dim).to(self.initial)
+            u = self.initial + (_scales(self.latents, n) * torch.randn(n, self.dim, device="cpu")).to(self.initial)
             draws = []
             if self.vectorize == "plate":
                 with suppress(Exception):  # one bad draw spoils all: then one by one
@@ -370,6 +371,15 @@ class LogJoint:
                     draws.append(run(point, None))
         points = torch.cat(draws) if draws else u[:0]
         return points[points.isfinite().all(-1)].to(self.initial)
+
+
+def _scales(sites: Sequence[LatentSite], number: int) -> Tensor:
+    """Return the scales at which latents of improper priors are drawn, ``(number, dim)``: on the line, of all sizes."""
+    lines = (constraints.real, constraints.real_vector)
+    is_real = [getattr(site.support, "base_constraint", site.support) in lines for site in sites]
+    sizes = torch.tensor([site.unconstrained_shape.numel() for site in sites], device="cpu")
+    octaves = 5 * torch.rand(number, 1, device="cpu")
+    return 2 * torch.where(torch.tensor(is_real, device="cpu").repeat_interleave(sizes), octaves.exp2(), 1.0)
 
 
 def _unconstrained_by_runs(log_joint: LogJoint, values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
