@@ -13,6 +13,8 @@ from posteriors import tensor
 
 from pyroflows.diagnostics import bridge_evidence, ensemble_ess, nested_rhat
 from pyroflows.inference.chains import run_ensemble, scale_of_prior
+from pyroflows.inference.density import density_model
+from pyroflows.inference.evidence import evidence_of_draws, gaussian_of_draws
 from pyroflows.inference.log_joint import LogJoint
 
 
@@ -82,6 +84,30 @@ def test_modes_far_apart_get_their_weights():
     assert ensemble.has_converged
     assert float((x[:, 0] > 4).double().mean()) == pytest.approx(0.75, abs=0.03)
     assert ensemble.log_evidence == pytest.approx(0.0, abs=0.05)
+
+
+def test_the_evidence_of_a_thousand_latents_by_draws_that_their_gaussian_does_not_tell_apart():
+    dim, rho = 1000, 0.5
+    noise = math.sqrt(1 - rho**2)
+
+    def log_density(x):
+        steps = (x[:, 1:] - rho * x[:, :-1]) / noise
+        constant = dim / 2 * math.log(2 * math.pi) + (dim - 1) * math.log(noise)
+        return -(x[:, 0].square() + steps.square().sum(-1)) / 2 - constant + 3.0
+
+    def exact_draws(number, seed):
+        e = torch.randn(dim, number, generator=torch.Generator().manual_seed(seed)).double()
+        x = [e[0]]
+        for step in e[1:]:
+            x.append(rho * x[-1] + noise * step)
+        return torch.stack(x, 1)
+
+    log_joint = LogJoint(density_model(log_density, {"x": torch.zeros(dim).double()}))
+    torch.manual_seed(0)
+    base = gaussian_of_draws(exact_draws(1000, 0))
+    value, error = evidence_of_draws(log_joint, base, exact_draws(1000, 1).view(4, 250, dim))
+    assert abs(value - 3.0) < 3 * error
+    assert abs(value - 3.0) < 1.0  # a metric of the points themselves is off by two
 
 
 def test_a_funnel_in_coordinates_that_do_not_straighten_it_has_not_converged():

@@ -12,6 +12,7 @@ from pyro.distributions import constraints
 from scipy import stats
 
 from pyroflows import Posterior, density_model, fit_posterior
+from pyroflows.inference.init import find_init
 from pyroflows.inference.log_joint import LogJoint
 
 Y = tensor([1.0, 2.0, 1.5])
@@ -160,3 +161,14 @@ def test_a_function_of_another_library_with_finite_differences():
 def test_messages(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_modes_far_from_the_start_are_found_without_a_prior():
+    centres = tensor([[0.0, 0.0], [30.0, 5.0], [-25.0, 20.0]])
+
+    def far(x):
+        return dist.Normal(centres, 1.0).log_prob(x[:, None]).sum(-1).logsumexp(-1)
+
+    log_joint = LogJoint(density_model(far, {"x": torch.zeros(2).double()}))
+    found = torch.stack([init.loc for init in find_init(log_joint)])
+    assert (torch.cdist(centres, found).min(1).values < 0.1).all()
