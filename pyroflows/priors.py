@@ -298,21 +298,24 @@ class GaussianMixture(Prior):
 
     def log_prob(self, z: Tensor) -> Tensor:
         self._check(z)
-        dims = len(self.event_shape)
-        centred = z.unsqueeze(-dims - 1) - self.loc  # (*batch, components, *event)
         if self.covariance == "full":
-            standard = self._whiten(centred)
+            standard = self._whiten(z)
         else:
-            standard = centred * torch.exp(-self.log_scale)
+            dims = len(self.event_shape)
+            standard = (z.unsqueeze(-dims - 1) - self.loc) * torch.exp(-self.log_scale)
         of_components = self._sum(-0.5 * standard.square() - self.log_scale - _HALF_LOG_TWO_PI)
         return torch.logsumexp(of_components + self.logits.log_softmax(dim=0), dim=-1)
 
-    def _whiten(self, centred: Tensor) -> Tensor:
-        # One solve per component with the batch as columns, so that the factors are not copied for every row.
-        columns = centred.unsqueeze(0).flatten(0, -3).permute(1, 2, 0)  # (components, features, rows)
-        factor = self._factor().to(columns.dtype)
-        solved = torch.linalg.solve_triangular(factor, columns, upper=False)
-        return solved.permute(2, 0, 1).reshape(centred.shape)
+    def _whiten(self, z: Tensor) -> Tensor:
+        """Return latents in standard coordinates of each component, ``(*batch, components, features)``."""
+        # One product with all inverse factors; from the middle of the means, so that it cancels no digits.
+        factor, centre = self._factor(), self.loc.mean(dim=0)
+        eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+        inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
+        offset = (inverse @ (self.loc - centre).unsqueeze(-1)).flatten()
+        centred = z - centre
+        standard = torch.nn.functional.linear(centred, inverse.flatten(0, 1).to(centred), -offset.to(centred))
+        return standard.unflatten(-1, self.loc.shape)
 
     def _factor(self) -> Tensor:
         return self.lower.tril(-1) + torch.diag_embed(self.log_scale.exp())

@@ -4,6 +4,7 @@ from pyroflows.layers.autoregressive import MaskedAutoregressive
 from pyroflows.layers.conv_coupling import ConvCoupling
 from pyroflows.layers.coupling import Coupling
 from pyroflows.layers.linear import DenseLinear, InvertibleConv, LULinear, TriangularAffine
+from pyroflows.layers.marginal import Gaussianize, Sinh
 from pyroflows.layers.multiscale import Multiscale
 from pyroflows.layers.norms import ActNorm, BatchNorm
 from pyroflows.layers.planar_radial import Planar, Radial
@@ -21,6 +22,7 @@ __all__ = [
     "Coupling",
     "DenseLinear",
     "ElementwiseAffine",
+    "Gaussianize",
     "InvertibleConv",
     "LULinear",
     "Logit",
@@ -30,6 +32,7 @@ __all__ = [
     "Planar",
     "Radial",
     "Sigmoid",
+    "Sinh",
     "Spline",
     "Squeeze",
     "Standardize",

@@ -19,6 +19,7 @@ from pyroflows.arguments import as_tensor, check_finite, check_number, check_opt
 from pyroflows.contexts import seeded
 from pyroflows.distributed import choose_device
 from pyroflows.flow import Flow
+from pyroflows.tables.best import EFFORTS, fit_best
 from pyroflows.tables.fitting import fit_table
 from pyroflows.training import FitOptions
 
@@ -38,19 +39,26 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
     same as a row that comes twice, and no row is both trained on and held out.
 
     Args:
-        flow: "nsf", "maf", "realnvp", "glow", "nice", "iaf", "planar", "radial", or a function that builds a flow, see
-            :func:`table_flow`. Splines ("nsf") bend within bounds; the affine flows can give a row between clusters a
-            density so low that it ruins a mean, and for a single column learn no more than a normal distribution.
+        flow: "auto" for the best density of a table, or "nsf", "maf", "realnvp", "glow", "nice", "iaf", "planar",
+            "radial", or a function that builds a flow, see :func:`table_flow`. Splines ("nsf") bend within bounds; the
+            affine flows can give a row between clusters a density so low that it ruins a mean, and for a single column
+            learn no more than a normal distribution. By "auto" Gaussian mixtures with shrunk covariances are compared
+            on held-out rows, in coordinates that straighten skewed and bounded columns; the best few are averaged, and
+            spline couplings are trained on them and taken if they gain more than the error of that. A conditional
+            density is by "nsf" then.
+        effort: of "auto": "quick" for the mixtures alone, "default", or "best", which tries more and longer.
         num_layers, hidden_features: number of layers, widths of hidden layers; None for the flow's default.
         flow_options: other options of the flow, such as ``{"num_bins": 16}``.
         conditional: None for the density of the rows, whatever ``y`` is; "class" for their density given a class label
             ``y``; "number" for that given one number or several.
-        standardize: whether the flow standardizes the columns.
-        batch_size: rows a step, or all rows if there are fewer.
+        standardize: whether a flow other than "auto" standardizes the columns.
         validation: share of the rows, or of their weight, to hold out, to choose the best epoch and when to stop, 0 or
-            None for none; or rows, or ``(X, y)``; or a splitter of scikit-learn, of which the last split is used, such
-            as ``TimeSeriesSplit()`` for rows in the order of time, or ``GroupKFold()`` with ``fit(X, groups=...)``.
-        epochs, learning_rate, patience, max_seconds: as for :func:`fit`; an epoch has at least ten steps.
+            None for none ("auto" holds out rows all the same: up to 1,500 rows a third, three times); or rows, or
+            ``(X, y)``; or a splitter of scikit-learn, of which the last split is used, such as ``TimeSeriesSplit()``
+            for rows in the order of time, or ``GroupKFold()`` with ``fit(X, groups=...)``.
+        epochs, learning_rate, batch_size, patience: as for :func:`fit`; None for 100, 0.001, 256 and 20, or for what
+            "auto" takes by itself. An epoch has at least ten steps.
+        max_seconds: limit of each training, as for :func:`fit`.
         fit_options: fields of :class:`FitOptions`, such as ``{"weight_decay": 1e-5}``.
         device: "cpu", "cuda" (also "cuda:1"), or "auto" for a GPU if there is one.
         random_state: an integer, a RandomState or None, for weights, rows held out and shuffles.
@@ -60,6 +68,7 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         flow_: the :class:`Flow`, in the units of the columns, in double precision.
         result_: the :class:`FitResult`, with losses in nats in these units.
         n_iter_: number of epochs.
+        selection_: of "auto", what was tried and what was taken, see :class:`Selection`.
         classes_: the class labels, if it is conditional on them.
         n_features_in_, feature_names_in_: number of columns, and their names in a data frame.
 
@@ -81,18 +90,19 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         ((150,), (3, 4))
     """
 
-    flow: str | Callable[..., Flow] = "nsf"
+    flow: str | Callable[..., Flow] = "auto"
     _: KW_ONLY
+    effort: str = "default"
     num_layers: int | None = None
     hidden_features: Sequence[int] | None = None
     flow_options: Mapping[str, Any] | None = None
     conditional: str | None = None
     standardize: bool = True
-    epochs: int = 100
-    batch_size: int = 256
-    learning_rate: float = 1e-3
+    epochs: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
     validation: Any = 0.1
-    patience: int | None = 20
+    patience: int | None = None
     max_seconds: float | None = None
     fit_options: Mapping[str, Any] | None = None
     device: str = "cpu"
@@ -106,35 +116,48 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         """
         if self.conditional is not None:
             check_option("conditional", self.conditional, ("class", "number"))
-        check_sizes(batch_size=self.batch_size)
+        check_option("effort", self.effort, tuple(EFFORTS))
         device = _device(self.device)
         x = self._rows(X, reset=True)
         weights = _sample_weights(sample_weight, x)
         is_used = weights > 0
         context = self._learn_targets(x, y, is_used)
         split = _last_split(self, x, y, groups, is_used)
-        (x, context, weights), validation = _hold_out(self, x[is_used], context, weights[is_used], split)
+        rows, validation = _hold_out(self, x[is_used], context, weights[is_used], split)
         flow_options = {"num_layers": self.num_layers, "hidden_features": self.hidden_features}
-        flow_options = {name: value for name, value in flow_options.items() if value is not None}
-        shared = ("batch_size", "epochs", "learning_rate", "max_seconds", "patience", "standardize")
+        limits = ("batch_size", "epochs", "learning_rate", "patience", "max_seconds")
+        arguments = {name: getattr(self, name) for name in limits if getattr(self, name) is not None}
+        arguments |= {"device": device, "progress": None if self.verbose else False, "seed": _seed(self.random_state)}
+        arguments["flow_options"] = {name: value for name, value in flow_options.items() if value is not None}
+        arguments["flow_options"] |= dict(self.flow_options or {})
+        is_best = isinstance(self.flow, str) and self.flow == "auto" and self.conditional is None
+        (self._fit_best if is_best else self._fit_named)(rows, validation, arguments)
+        self.n_iter_ = len(self.result_.history["train"])
+        self._n_features_out = x.shape[1]
+        return self
+
+    def _fit_best(self, rows: Any, validation: Any, arguments: dict[str, Any]) -> None:
+        arguments["options"] = FitOptions(**self.fit_options) if self.fit_options else None
+        x, _, weights = rows
+        columns = getattr(self, "feature_names_in_", None)
+        self.flow_, self.result_, self.selection_ = fit_best(
+            x, weights, validation, columns=columns, effort=self.effort, **arguments
+        )
+
+    def _fit_named(self, rows: Any, validation: Any, arguments: dict[str, Any]) -> None:
+        x, context, weights = rows
         self.flow_, self.result_ = fit_table(
             x,
-            self.flow,
+            "nsf" if self.flow == "auto" else self.flow,
             context=context,
             weights=weights,
             validation=validation,
             columns=getattr(self, "feature_names_in_", None),
-            flow_options=flow_options | dict(self.flow_options or {}),
             min_steps=10,
-            seed=_seed(self.random_state),
-            device=device,
-            progress=None if self.verbose else False,
+            standardize=self.standardize,
             options=FitOptions(**self.fit_options or {}),
-            **{name: getattr(self, name) for name in shared},
+            **{"patience": 20, **arguments},
         )
-        self.n_iter_ = len(self.result_.history["train"])
-        self._n_features_out = x.shape[1]
-        return self
 
     def score_samples(self, X: Any, y: Any = None) -> np.ndarray:
         """Return the log-density of each row, in nats, in the units of the columns."""

@@ -20,6 +20,7 @@ from pyroflows.layers.coupling import Coupling
 from pyroflows.layers.linear import TriangularAffine
 from pyroflows.layers.pointwise import Standardize
 from pyroflows.networks.one_hot import OneHot
+from pyroflows.tables.rows import merge_rows, with_context
 from pyroflows.training import FitOptions, FitResult, fit, negative_log_likelihood
 from pyroflows.training.prepare import rows_of_share
 
@@ -90,7 +91,7 @@ def fit_table(
         (torch.float64, 'all 2 epochs done')
     """
     if weights is not None:
-        x, context, weights = _merge(x, context, weights)
+        x, context, weights = merge_rows(x, context, weights)
     rows, conditions = as_tensor(x), None if context is None else as_tensor(context)
     with seeded(seed):
         built = table_flow(
@@ -179,7 +180,7 @@ def _split(
         chosen = order[: rows_of_share(as_tensor(weights[order]), share) if share and len(order) else 0]
     else:
         if is_continuous:  # whole numbers alone are often equal by chance
-            group = np.unique(_table(x, context), axis=0, return_inverse=True)[1].ravel()
+            group = np.unique(with_context(x, context), axis=0, return_inverse=True)[1].ravel()
             is_frequent = np.bincount(group)[group] > share * number
             group = np.unique(np.where(is_frequent, number + np.arange(number), group), return_inverse=True)[1]
         order = rng.permutation(group.max() + 1)
@@ -204,18 +205,6 @@ def _append(
         weights = np.ones(len(x)) if weights is None else weights
         weights = np.concatenate([weights, np.ones(len(other_x)) if other_weights is None else other_weights])
     return np.concatenate([x, other_x]), context, weights
-
-
-def _merge(x: np.ndarray, context: _Rows, weights: np.ndarray) -> tuple[np.ndarray, _Rows, np.ndarray]:
-    """Make one row of equal rows, with the sum of their weights, in sorted order."""
-    first, group = np.unique(_table(x, context), axis=0, return_index=True, return_inverse=True)[1:]
-    if len(first) < 2:
-        raise ValueError(f"expected at least 2 different rows of a weight above zero; got {len(first)}")
-    return x[first], None if context is None else context[first], np.bincount(group.ravel(), weights)
-
-
-def _table(x: np.ndarray, context: _Rows) -> np.ndarray:
-    return x if context is None else np.column_stack((x, context))
 
 
 def table_flow(

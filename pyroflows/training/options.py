@@ -28,6 +28,8 @@ class FitOptions:
             is that of the whole batch if the objective is a mean over rows; norms that start from data see one part.
         steps_per_epoch: steps in an epoch; by default a pass over the rows, or 100 without data. With an array, a
             shuffle then runs on through epochs until all rows were seen.
+        judge_start: whether the weights before the first step are a candidate for the best ones, as epoch -1, if rows
+            are held out.
         max_skipped: steps in a row that may be skipped, because loss or gradient is not finite, before the fit ends.
         augment: function from the ``x`` of a training batch, before dequantization, to another of the same shape, such
             as images mirrored at random.
@@ -60,6 +62,7 @@ class FitOptions:
     ema_decay: float = 0.0
     accumulate: int = 1
     steps_per_epoch: int | None = None
+    judge_start: bool = False
     max_skipped: int = 20
     augment: Callable[[Tensor], Tensor] | None = None
     activation_checkpointing: bool = False
@@ -103,7 +106,8 @@ class FitResult:
     Args:
         history: per epoch, lists under "train" and "validation" (mean loss in nats), "gradient_norm" (mean, before
             clipping), "learning_rate" (at the end) and "seconds" (since the start).
-        best_epoch: the epoch whose weights the flow has, counted from 0; None if no epoch gave a finite loss.
+        best_epoch: the epoch whose weights the flow has, counted from 0; None if no epoch gave a finite loss, -1 for
+            the weights before the first, see ``judge_start`` of :class:`FitOptions`.
         best_loss: its loss on the validation rows, or on the training rows without any.
         stopped: why the fit ended.
         steps: the optimizer steps taken.

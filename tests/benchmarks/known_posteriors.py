@@ -118,13 +118,13 @@ def conjugate_from_draws(seed: int) -> Found:
     """The same posterior from exact draws of it."""
     model, data, log_z, mean, factor = regression(seed)
     noise = torch.randn(4, 1000, 5, generator=torch.Generator().manual_seed(seed)).double()
-    posterior = Posterior.from_draws(model, {"beta": mean + noise @ factor.mT}, **data, seed=seed)
+    posterior = Posterior.from_draws({"beta": mean + noise @ factor.mT}, model, **data, seed=seed)
     return posterior, log_z, largest_error(draws_of(posterior)["beta"], (factor @ factor.mT).diagonal().sqrt())
 
 
 def draws_of(posterior: Posterior) -> dict[str, Tensor]:
     """Return draws as the verdict wants them."""
-    return posterior.resampled(10_000) if posterior.verdict == "resample" else posterior.draws(6400)
+    return posterior.resampled(10_000) if posterior.verdict == "resample" else posterior.draws(4000)
 
 
 def largest_error(draws: Tensor, scale: Tensor) -> str:

@@ -1,0 +1,323 @@
+"""The best density of a table: the best simple one, and spline couplings on it where these gain on held-out rows."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy.linalg import solve_triangular
+from torch import Tensor
+
+from pyroflows.arguments import check_varying
+from pyroflows.bijection import Bijection
+from pyroflows.contexts import seeded
+from pyroflows.flow import Flow
+from pyroflows.layers import Coupling, Spline, Standardize, TriangularAffine
+from pyroflows.priors import GaussianMixture
+from pyroflows.tables.marginals import to_latent
+from pyroflows.tables.mixtures import Mixture, cholesky
+from pyroflows.tables.rows import merge_rows
+from pyroflows.tables.start import Candidate, Start, StartSearch, fit_start
+from pyroflows.training import FitOptions, FitResult, fit
+
+_logger = logging.getLogger("pyroflows")
+
+__all__ = ["EFFORTS", "Selection", "fit_best"]
+
+_FEW_ROWS = 1500  # up to which the flow too is trained three times, and once more on all rows
+_MANY_ROWS = 2500  # from which on it is larger
+_MOST_ROWS = 50_000  # of the last fit of a start
+_SHARE, _MOST_HELD_OUT = 0.1, 10_000  # of many rows
+_LEAST_SD = 0.1  # of a column given the others, below which the couplings are where columns are uncorrelated
+_CHUNK = 4096  # rows scored at once
+_BOUND, _BINS, _MARGINAL_BINS = 4.0, 8, 16
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What may be spent: multiplications in the search of a start, and epochs of the flow, at most and in vain."""
+
+    work: float
+    epochs: int
+    patience: int
+
+    def describe(self) -> str:
+        """Return in words what is tried after the simple densities."""
+        return f"spline couplings, {self.epochs} epochs at most" if self.epochs else "no couplings"
+
+
+EFFORTS = {"quick": Effort(5e8, 0, 0), "default": Effort(4e9, 200, 6), "best": Effort(4e10, 1000, 20)}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was tried for a table, and what was taken.
+
+    Args:
+        tried: a dictionary for each simple density: "coordinates", "components", "covariance", and "score", its mean
+            held-out log-density in nats a row.
+        start: those that were averaged, in words.
+        start_score: the held-out score of their average.
+        gain: of the spline couplings on it, in nats a held-out row.
+        gain_error: its standard error.
+        is_trained: whether the couplings were taken, since the gain is above its error.
+    """
+
+    tried: list[dict[str, Any]]
+    start: str
+    start_score: float
+    gain: float = 0.0
+    gain_error: float = 0.0
+    is_trained: bool = False
+
+    def __repr__(self) -> str:
+        found = f"{len(self.tried)} simple densities tried; {self.start}: {self.start_score:.3f} nats a held-out row"
+        flow = (
+            f"couplings gain {self.gain:.3f} ± {self.gain_error:.3f} and were {'' if self.is_trained else 'not '}taken"
+        )
+        return f"Selection({found}; {flow if self.gain_error else 'no couplings tried'})"
+
+
+def fit_best(
+    x: np.ndarray,
+    weights: np.ndarray,
+    validation: float | tuple[np.ndarray, Any, np.ndarray | None] = 0.1,
+    *,
+    columns: Sequence[str] | None = None,
+    effort: str = "default",
+    flow_options: Mapping[str, Any] | None = None,
+    seed: int | None = None,
+    options: FitOptions | None = None,
+    **fit_arguments: Any,
+) -> tuple[Flow, FitResult, Selection]:
+    """Fit the best simple density of rows, and a flow that begins as it where that gains on held-out rows.
+
+    Up to 1,500 rows the gain is found by cross-validation, and the flow is then trained on all rows; of more rows a
+    share is held out.
+
+    Args:
+        x: rows, in double precision; equal ones become one with the sum of their weights.
+        weights: of the rows.
+        validation: share of the rows to hold out, if they are many; or rows and their weights to judge the flow by.
+        columns: names of the columns, for error messages.
+        effort: "quick" for the simple density alone, "default", or "best".
+        flow_options: ``num_layers`` and ``hidden_features`` of the couplings.
+        seed: of weights and shuffles.
+        options, fit_arguments: as for :func:`fit`.
+
+    Returns:
+        The flow, in double precision on the CPU, the result, with losses in nats in the units of the columns, and what
+        was tried.
+
+    Raises:
+        TypeError: another option of the flow.
+        ValueError: a constant column, or fewer than two different rows.
+    """
+    x, _, weights = merge_rows(x, None, weights)
+    check_varying(x, columns)
+    weights = weights / weights.mean()
+    outer = Standardize.from_data(torch.from_numpy(x))
+    x, held_out = to_latent([outer], x)[0], None
+    if isinstance(validation, tuple):
+        others, _, their_weights = validation
+        held_out = to_latent([outer], others)[0], np.ones(len(others)) if their_weights is None else their_weights
+        validation = 0.0
+    unit = float(outer.std.log().sum())  # by which densities of columns of variance 1 are larger
+    budget = EFFORTS[effort]
+    search = StartSearch(x, weights, budget.work)
+    _logger.info("%d rows of %d columns: simple densities, then %s", *x.shape, budget.describe())
+    chosen, shares, score = search.run().best_average()
+    order = np.random.default_rng(0).permutation(len(x))
+    found: dict[str, Any] = {
+        "tried": [_as_row(item, unit) for item in sorted(search.tried.values(), key=lambda item: -item.score)],
+        "start": _in_words(chosen, shares),
+        "start_score": score - unit,
+    }
+
+    def start_of(rows: np.ndarray) -> Start:
+        rows = rows[:_MOST_ROWS]
+        return fit_start(x[rows], weights[rows] / weights[rows].mean(), chosen, shares)
+
+    def taken(flow: Flow, result: FitResult) -> tuple[Flow, FitResult, Selection]:
+        selection = Selection(**found)
+        _logger.info("%r", selection)
+        result.history |= {name: [x + unit for x in result.history[name]] for name in ("train", "validation")}
+        result.best_loss += unit
+        return Flow(flow.prior, [*flow.layers, outer]).eval(), result, selection
+
+    if budget.epochs:
+        training = _Training(budget, _sizes(len(x), flow_options or {}), seed, options, fit_arguments)
+        is_small = held_out is None and len(x) <= _FEW_ROWS
+        if is_small:
+            splits = [(fitted, (x[others], weights[others])) for fitted, others in search.folds]
+        else:
+            number = int((validation or _SHARE) * len(x)) if held_out is None else 0
+            splits = [(order[number:], held_out or (x[order[:number]], weights[order[:number]]))]
+        fits = [training.judged(start_of(fitted), x[fitted], weights[fitted], *others) for fitted, others in splits]
+        epoch, gain, error = _gain(fits)
+        found |= {"gain": gain, "gain_error": error, "is_trained": gain > error}
+        if gain > error:
+            return taken(*(training.on_all(start_of(order), x, weights, epoch) if is_small else fits[0][:2]))
+    return taken(_flow_on(start_of(order)), FitResult({"train": [], "validation": []}, best_loss=-score))
+
+
+class _Judged(NamedTuple):
+    """A trained flow, and its gains over its start on held-out rows, with the weights of these."""
+
+    flow: Flow
+    result: FitResult
+    start_loss: float
+    gains: np.ndarray
+    weights: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Training:
+    """Trains spline couplings on a start."""
+
+    effort: Effort
+    sizes: dict[str, Any]
+    seed: int | None
+    options: FitOptions | None
+    arguments: Mapping[str, Any]
+
+    def judged(
+        self, start: Start, x: np.ndarray, weights: np.ndarray, others: np.ndarray, their_weights: np.ndarray
+    ) -> _Judged:
+        """Train on rows, and keep the best weights by others."""
+        others, their_weights = others[:_MOST_HELD_OUT], their_weights[:_MOST_HELD_OUT]
+        z, log_det = to_latent(start.layers, others)
+        before, shift = start.mixture.log_prob(z), float(np.average(log_det, weights=their_weights))
+        held_out = (_single(z), None, _single(their_weights))
+        flow, result = self._run(start, x, weights, validation=held_out, patience=self.effort.patience)
+        result.history["validation"] = [loss - shift for loss in result.history["validation"]]
+        result.best_loss -= shift
+        with torch.no_grad():
+            parts = torch.from_numpy(others).split(_CHUNK)
+            gains = np.concatenate([flow.log_prob(part).numpy() for part in parts]) - log_det - before
+        return _Judged(flow, result, -float(np.average(before, weights=their_weights)) - shift, gains, their_weights)
+
+    def on_all(self, start: Start, x: np.ndarray, weights: np.ndarray, epoch: int) -> tuple[Flow, FitResult]:
+        """Train on all rows for as many epochs as were best on held-out ones."""
+        return self._run(start, x, weights, validation=None, epochs=epoch + 1)
+
+    def _run(self, start: Start, x: np.ndarray, weights: np.ndarray, **more: Any) -> tuple[Flow, FitResult]:
+        z, log_det = to_latent(start.layers, x)
+        with seeded(self.seed):
+            inner = _couplings(start.mixture, z, **self.sizes)
+        steps = 10 if len(x) < _MANY_ROWS else 20
+        usual: dict[str, Any] = {
+            "schedule": "constant",
+            "warmup": 20,
+            "ema_decay": 0.95,
+            "steps_per_epoch": steps,
+            "judge_start": True,
+        }
+        options = FitOptions(**usual) if self.options is None else self.options
+        arguments: dict[str, Any] = {
+            "epochs": self.effort.epochs,
+            "learning_rate": 3e-3,
+            "batch_size": 256,
+            "progress": False,
+        }
+        arguments |= {**more, **self.arguments}
+        arguments["batch_size"] = min(arguments["batch_size"], len(x))
+        result = fit(inner, _single(z), weights=_single(weights), options=options, seed=self.seed, **arguments)
+        shift = float(np.average(log_det, weights=weights))
+        result.history["train"] = [loss - shift for loss in result.history["train"]]
+        if more["validation"] is None:
+            result.best_loss -= shift
+        return _flow_on(start, inner), result
+
+
+def _gain(fits: Sequence[_Judged]) -> tuple[int, float, float]:
+    """Return the epoch with the best mean loss over all splits, its gain there over the starts, and the error of it.
+
+    A fit that ended earlier counts with its last loss.
+    """
+    curves = [fit.result.history["validation"] for fit in fits]
+    longest = max(map(len, curves))
+    table = np.array([curve + curve[-1:] * (longest - len(curve)) for curve in curves])
+    mean = np.nan_to_num(table, nan=np.inf).mean(0)
+    epoch = int(mean.argmin())
+    weights = np.concatenate([fit.weights for fit in fits])
+    gains = np.concatenate([fit.gains for fit in fits])
+    deviation = math.sqrt(np.average(np.square(gains - np.average(gains, weights=weights)), weights=weights))
+    return epoch, float(np.mean([fit.start_loss for fit in fits]) - mean[epoch]), deviation / len(gains) ** 0.5
+
+
+def _prior(mixture: Mixture) -> GaussianMixture:
+    weights, means, factors = (torch.from_numpy(part) for part in vars(mixture).values())
+    features, number = means.shape[1], len(means)
+    options: dict[str, Any] = {"covariance": "full", "loc": means, "scale_tril": factors.tril(), "weights": weights}
+    return GaussianMixture(features, number, learnable=False, **options)
+
+
+def _flow_on(start: Start, inner: Flow | None = None) -> Flow:
+    """Return the flow of a start, in double precision, with layers below it that were trained."""
+    prior, layers = (_prior(start.mixture), []) if inner is None else (inner.prior, inner.layers)
+    return Flow(prior, [*layers, *start.layers]).to("cpu", torch.float64).eval()
+
+
+def _sizes(rows: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    usual = (2, (32,)) if rows < _MANY_ROWS else (4, (64, 64))
+    unknown = sorted(options.keys() - {"num_layers", "hidden_features"})
+    if unknown:
+        raise TypeError(f"expected num_layers and hidden_features as options of 'auto'; got {unknown[0]!r}")
+    return dict(zip(("num_layers", "hidden_features"), usual, strict=True)) | dict(options)
+
+
+def _couplings(mixture: Mixture, z: np.ndarray, *, num_layers: int, hidden_features: Sequence[int]) -> Flow:
+    """Return a flow that starts as a mixture: couplings of random halves and their complements, a map of each column.
+
+    The couplings are where columns are uncorrelated, since a step moves directions of little variance as far as others.
+    """
+    features = z.shape[1]
+    layers: list[Bijection] = []
+    spline = Spline(num_bins=_BINS, bound=_BOUND)
+    mask = torch.zeros(features, dtype=torch.bool)
+    for number in range(num_layers if features > 1 else 0):
+        chosen = torch.randperm(features)[: features // 2]
+        mask = ~mask if number % 2 else torch.zeros_like(mask).scatter(0, chosen, True)
+        layers.append(Coupling(features, transformer=spline, mask=mask, hidden_features=hidden_features))
+    each = Spline(num_bins=_MARGINAL_BINS, bound=_BOUND)
+    if _smallest_sd(z) < _LEAST_SD:
+        mean, factor = z.mean(0), cholesky((1 - 1e-3) * np.cov(z.T, bias=True).reshape(features, features), 1e-3)
+        whitening = TriangularAffine(features).double()
+        whitening.start_at(torch.from_numpy(mean), torch.from_numpy(factor))
+        layers.append(whitening.requires_grad_(False))
+        means = solve_triangular(factor, (mixture.means - mean).T, lower=True).T
+        factors = np.stack([solve_triangular(factor, f, lower=True) for f in mixture.factors])
+        mixture = Mixture(mixture.weights, means, factors)
+    layers.append(Coupling(features, transformer=each, mask=[True] * features, hidden_features=()))
+    return Flow(_prior(mixture), layers).float()
+
+
+def _smallest_sd(z: np.ndarray) -> float:
+    """Return the smallest standard deviation of a column given the others."""
+    covariance = np.cov(z.T, bias=True).reshape(z.shape[1], z.shape[1])
+    return float(np.diag(np.linalg.inv(covariance + 1e-9 * np.eye(len(covariance)))).max() ** -0.5)
+
+
+def _single(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values).float()
+
+
+def _as_row(candidate: Candidate, unit: float) -> dict[str, Any]:
+    options = candidate.options
+    if options.factors:
+        covariance = f"{options.factors} factors"
+    else:
+        covariance = f"shrunk by {options.shrinkage:g}"
+    if options.components > 1:
+        covariance += f", shared by {options.rows:.3g} rows"
+    row = {"coordinates": candidate.coordinates, "components": options.components, "covariance": covariance}
+    return {**row, "floor": options.floor, "score": candidate.score - unit}
+
+
+def _in_words(chosen: Sequence[Candidate], shares: np.ndarray) -> str:
+    parts = [f"{share:.0%} of {item.options.components}" for item, share in zip(chosen, shares, strict=True)]
+    return f"Gaussian mixtures in {chosen[0].coordinates} coordinates ({', '.join(parts)} components)"
