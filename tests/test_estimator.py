@@ -33,12 +33,16 @@ import pyroflows
 from pyroflows.data import load_table
 from pyroflows.tables import fit_table, table_flow
 from pyroflows.tables.estimator import FlowClassifier, FlowDensity
-from pyroflows.tables.fitting import _merge, _split
+from pyroflows.tables.fitting import _split
+from pyroflows.tables.rows import merge_rows
 
 FLOWS = ("maf", "nsf", "realnvp", "glow", "nice", "iaf", "planar", "radial")
-small = partial(FlowDensity, num_layers=2, hidden_features=(16,), epochs=3, random_state=0)
 tiny = {"num_layers": 1, "hidden_features": (4,), "epochs": 1, "fit_options": {"steps_per_epoch": 2}}
 fast = partial(FlowDensity, "realnvp", random_state=0, **tiny)
+
+
+def small(flow="nsf", **options):
+    return FlowDensity(flow, **{"num_layers": 2, "hidden_features": (16,), "epochs": 3, "random_state": 0, **options})
 
 
 def correlated(rows, seed=0):
@@ -46,7 +50,7 @@ def correlated(rows, seed=0):
     return rng.randn(rows, 2) @ np.array([[2.0, 0.0], [1.5, 0.5]]).T + [10.0, -3.0]
 
 
-@parametrize_with_checks([fast(), FlowClassifier(fast())])
+@parametrize_with_checks([fast(), FlowClassifier(fast()), FlowDensity(effort="quick", random_state=0)])
 def test_scikit_learns_checks(estimator, check):
     check(estimator)
 
@@ -245,7 +249,7 @@ def test_equal_rows_are_on_one_side_or_divided():
     assert sorted([*training, *held_out]) == list(range(180))
     assert set(x[training, 0]) & set(x[held_out, 0]) == {0.0}  # more rows than are held out: one by one
     assert 24 < len(held_out) <= 36
-    merged, _, weights = _merge(x, None, np.ones(180))
+    merged, _, weights = merge_rows(x, None, np.ones(180))
     training, held_out, divided = _split(merged, None, weights, 0.2, seed=0, is_continuous=True)
     assert merged[divided, 0].tolist() == [0.0]
     assert set(training) & set(held_out) == set(np.flatnonzero(divided))

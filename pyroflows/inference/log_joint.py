@@ -378,7 +378,7 @@ def _scales(sites: Sequence[LatentSite], number: int) -> Tensor:
     lines = (constraints.real, constraints.real_vector)
     is_real = [getattr(site.support, "base_constraint", site.support) in lines for site in sites]
     sizes = torch.tensor([site.unconstrained_shape.numel() for site in sites], device="cpu")
-    octaves = 5 * torch.rand(number, 1, device="cpu")
+    octaves = 5 * torch.rand(number, 1, generator=torch.Generator().manual_seed(0), device="cpu")
     return 2 * torch.where(torch.tensor(is_real, device="cpu").repeat_interleave(sizes), octaves.exp2(), 1.0)
 
 

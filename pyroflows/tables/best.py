@@ -20,7 +20,7 @@ from pyroflows.priors import GaussianMixture
 from pyroflows.tables.marginals import to_latent
 from pyroflows.tables.mixtures import Mixture, cholesky
 from pyroflows.tables.rows import merge_rows
-from pyroflows.tables.start import Candidate, Start, StartSearch, fit_start
+from pyroflows.tables.start import Candidate, Start, StartSearch, fit_start, folds_of
 from pyroflows.training import FitOptions, FitResult, fit
 
 _logger = logging.getLogger("pyroflows")
@@ -150,17 +150,15 @@ def fit_best(
 
     if budget.epochs:
         training = _Training(budget, _sizes(len(x), flow_options or {}), seed, options, fit_arguments)
-        is_small = held_out is None and len(x) <= _FEW_ROWS
-        if is_small:
-            splits = [(fitted, (x[others], weights[others])) for fitted, others in search.folds]
-        else:
-            number = int((validation or _SHARE) * len(x)) if held_out is None else 0
-            splits = [(order[number:], held_out or (x[order[:number]], weights[order[:number]]))]
+        folds = folds_of(weights, few=_FEW_ROWS, share=validation or _SHARE)
+        splits = [(fitted, (x[others], divided)) for fitted, others, divided in folds]
+        if held_out is not None:
+            splits = [(order, held_out)]
         fits = [training.judged(start_of(fitted), x[fitted], weights[fitted], *others) for fitted, others in splits]
         epoch, gain, error = _gain(fits)
         found |= {"gain": gain, "gain_error": error, "is_trained": gain > error}
         if gain > error:
-            return taken(*(training.on_all(start_of(order), x, weights, epoch) if is_small else fits[0][:2]))
+            return taken(*(training.on_all(start_of(order), x, weights, epoch) if len(fits) > 1 else fits[0][:2]))
     return taken(_flow_on(start_of(order)), FitResult({"train": [], "validation": []}, best_loss=-score))
 
 

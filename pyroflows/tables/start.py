@@ -13,9 +13,10 @@ from pyroflows.tables.mixtures import Mixture, MixtureOptions, fit_mixture
 __all__ = ["Candidate", "Start", "StartSearch", "fit_start", "folds_of"]
 
 _HANDFUL = 6
+_HEAVY = 0.02  # share of the weight
 _FEW_ROWS = 2500  # up to which every row is held out once
 _MOST_ROWS = 20_000  # of a search
-_FOLDS, _SHARE = 3, 5  # of few rows; of many one in so many is held out
+_FOLDS = 3  # of few rows
 _SHRINKAGES = (0.0, 0.05, 0.2, 0.5, 1.0)
 _FACTORS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 24, 32)
 _COMPONENTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48), (4, 8, 16, 32, 64)  # of few rows and of many
@@ -46,16 +47,25 @@ class Start:
         return self.mixture.log_prob(z) + log_det
 
 
-def folds_of(rows: int, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return the rows to fit and those held out: three times if there are few, so that each is held out once.
+def folds_of(
+    weights: np.ndarray, *, few: int = _FEW_ROWS, share: float = 0.2
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Return rows to fit, rows held out, and the weights of these: three times if there are few rows, or a share once.
 
-    Of a handful all are fitted and judged.
+    A row that weighs more than a fiftieth of all, such as the zeros of a column that is mostly zero, is fitted and held
+    out each time. Of a handful of rows all are.
     """
-    if rows < _HANDFUL:
-        return [(np.arange(rows), np.arange(rows))]
-    order = np.random.default_rng(seed).permutation(rows)
-    parts = np.array_split(order, _FOLDS) if rows <= _FEW_ROWS else [order[: rows // _SHARE]]
-    return [(np.setdiff1d(order, part), np.sort(part)) for part in parts]
+    rows = len(weights)
+    order = np.random.default_rng(0).permutation(rows)
+    parts = np.array_split(order, _FOLDS) if rows <= few else [order[: int(share * rows)]]
+    is_heavy = weights > _HEAVY * weights.sum() if rows >= _HANDFUL else np.ones(rows, bool)
+    heavy = np.flatnonzero(is_heavy)
+    divided = np.where(is_heavy, weights / len(parts), weights)
+    folds = []
+    for part in parts:
+        held_out = np.union1d(part, heavy)
+        folds.append((np.union1d(np.setdiff1d(order, part), heavy), held_out, divided[held_out]))
+    return folds
 
 
 @dataclass
@@ -81,7 +91,7 @@ class StartSearch:
         if len(self.x) > _MOST_ROWS:
             rows = np.random.default_rng(0).permutation(len(self.x))[:_MOST_ROWS]
             self.x, self.weights = self.x[rows], self.weights[rows]
-        self.folds = folds_of(len(self.x))
+        self.folds = folds_of(self.weights)
         self._latents: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
         self._shares: dict[tuple[str, int, int], np.ndarray] = {}
 
@@ -150,9 +160,9 @@ class StartSearch:
         if (name, options) in self.tried:
             return self.tried[name, options]
         if name not in self._latents:
-            self._latents[name] = [self._fold(name, *fold) for fold in self.folds]
+            self._latents[name] = [self._fold(name, *fold[:2]) for fold in self.folds]
         scores = np.full(len(self.x), np.nan)
-        for index, ((fitted, held_out), (z, others, log_det)) in enumerate(
+        for index, ((fitted, held_out, _), (z, others, log_det)) in enumerate(
             zip(self.folds, self._latents[name], strict=True)
         ):
             key = (name, options.components, index)
