@@ -21,7 +21,7 @@ _SHRINKAGES = (0.0, 0.05, 0.2, 0.5, 1.0)
 _FACTORS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 24, 32)
 _COMPONENTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48), (4, 8, 16, 32, 64)  # of few rows and of many
 _PATIENCE = 2  # numbers of components without a better score, after which no more are tried
-_AVERAGED = 5  # candidates at most
+_AVERAGED, _MOST_COMPONENTS = 5, 64  # candidates, and their components, unless one has more
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,10 @@ class StartSearch:
                 if candidate.coordinates == name:
                     options = candidate.options
                     groups[options.components, options.shrinkage == 1, options.factors > 0] = candidate
-            chosen = sorted(groups.values(), key=lambda candidate: -candidate.score)[:_AVERAGED]
+            chosen = list[Candidate]()
+            for candidate in sorted(groups.values(), key=lambda candidate: -candidate.score)[:_AVERAGED]:
+                if not chosen or sum(found.options.components for found in [*chosen, candidate]) <= _MOST_COMPONENTS:
+                    chosen.append(candidate)
             shares = self._shares_of(chosen)
             chosen = [candidate for candidate, share in zip(chosen, shares, strict=True) if share > 0.05]
             shares = shares[shares > 0.05] / shares[shares > 0.05].sum()
