@@ -10,6 +10,7 @@ from pyroflows.bijection import Bijection, Pair
 
 __all__ = ["Gaussianize", "Sinh"]
 
+_END = 30.0  # of a Sinh, from where on it goes on as its tangent
 _STEPS = 64  # bisections of an interval, which then is as wide as rounding
 
 
@@ -19,7 +20,8 @@ class Sinh(Bijection):
     .. math:: y_i = \mu_i + s_i \sinh x_i, \qquad \log|\det dy/dx| = \sum_i \log s_i + \log\cosh x_i
 
     From data to latent it is about the logarithm of the distance from :math:`\mu_i` where this is more than
-    :math:`s_i`, and linear below. It has no end, so that no number has density zero.
+    :math:`s_i`, and linear below. It has no end, so that no number has density zero. Beyond latents of 30, thirteen
+    decades off, it goes on as its tangent, so that none overflows.
 
     Args:
         loc: the numbers from which distances are taken, one for each feature.
@@ -53,13 +55,18 @@ class Sinh(Bijection):
         self.register_buffer("scale", scale.clone())
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> Pair:
-        # log cosh x, where cosh x would overflow.
-        log_cosh = x.abs() + torch.log1p(torch.exp(-2 * x.abs())) - math.log(2)
-        return self.loc + self.scale * torch.sinh(x), (self.scale.log() + log_cosh).sum(-1)
+        inner = x.clamp(-_END, _END)
+        tangent = torch.sign(x) * (math.sinh(_END) + math.cosh(_END) * (x.abs() - _END))
+        y = torch.where(x.abs() > _END, tangent, torch.sinh(inner))
+        return self.loc + self.scale * y, (self.scale.log() + torch.cosh(inner).log()).sum(-1)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> Pair:
         ratio = (y - self.loc) / self.scale
-        return torch.asinh(ratio), -(self.scale.log() + torch.hypot(ratio, torch.ones_like(ratio)).log()).sum(-1)
+        end = math.sinh(_END)
+        inner = ratio.clamp(-end, end)
+        tangent = torch.sign(ratio) * (_END + (ratio.abs() - end) / math.cosh(_END))
+        x = torch.where(ratio.abs() > end, tangent, torch.asinh(inner))
+        return x, -(self.scale.log() + torch.hypot(inner, torch.ones_like(inner)).log()).sum(-1)
 
 
 class Gaussianize(Bijection):
@@ -119,15 +126,17 @@ class Gaussianize(Bijection):
 
     def _to_normal(self, y: Tensor) -> Pair:
         """Return the normal number of the same probability, and the logarithm of its derivative."""
-        standard = (y[..., None] - self.loc) / self.scale
-        log_weights = self.weights.log()
-        below = (torch.special.log_ndtr(standard) + log_weights).logsumexp(-1)
-        above = (torch.special.log_ndtr(-standard) + log_weights).logsumexp(-1)
-        upper = below > above
-        tail = _ndtri_exp(torch.where(upper, above, below))
-        x = torch.where(upper, -tail, tail)
-        log_density = (-0.5 * standard.square() - self.scale.log() + log_weights).logsumexp(-1)
-        return x, log_density + 0.5 * x.square()
+        standard, log_weights = (y[..., None] - self.loc) / self.scale, self.weights.log()
+        below = torch.special.log_ndtr(standard) + log_weights
+        above = torch.special.log_ndtr(-standard) + log_weights
+        is_upper = below.logsumexp(-1) > above.logsumexp(-1)
+        tail = torch.where(is_upper[..., None], above, below)  # the side on which no digits are lost
+        log_p = tail.logsumexp(-1)
+        x = _ndtri_exp(log_p)
+        # The ratio of densities by that of hazards, since the densities underflow.
+        hazards = _hazard(torch.where(is_upper[..., None], -standard, standard)) / self.scale
+        log_slope = (tail.softmax(-1) * hazards).sum(-1).log() - _hazard(x).log()
+        return torch.where(is_upper, -x, x), log_slope
 
     @torch.no_grad()
     def _solve(self, x: Tensor) -> Tensor:
@@ -143,11 +152,29 @@ class Gaussianize(Bijection):
 
 def _ndtri_exp(log_p: Tensor) -> Tensor:
     """Return the normal quantile of the exponential of a number below log 1/2, also where that underflows."""
-    floor = math.log(torch.finfo(log_p.dtype).tiny) + 2
+    floor = _floor(log_p)
     near = torch.special.ndtri(log_p.clamp(min=floor).exp())
-    far = -(-2 * log_p.clamp(max=floor)).sqrt()
-    for _ in range(4):  # Newton's steps for log Phi(x) = log p
-        log_phi = torch.special.log_ndtr(far)
-        log_ratio = log_phi + 0.5 * far.square() + 0.5 * math.log(2 * math.pi)
-        far = far - (log_phi - log_p.clamp(max=floor)) * log_ratio.exp()
-    return torch.where(log_p < floor, far, near)
+    target = -2 * log_p.clamp(max=floor) - math.log(2 * math.pi)
+    size = target.sqrt()
+    for _ in range(4):  # Mills' ratio, whose next term is below rounding here
+        size = (target - 2 * size.log() + 2 * torch.log1p(_mills(size))).sqrt()
+    return torch.where(log_p < floor, -size, near)
+
+
+def _hazard(x: Tensor) -> Tensor:
+    """Return the normal density over the normal probability of smaller numbers."""
+    end = math.sqrt(-2 * _floor(x))
+    inner = x.clamp(min=-end)
+    near = torch.exp(-0.5 * inner.square() - 0.5 * math.log(2 * math.pi) - torch.special.log_ndtr(inner))
+    size = x.clamp(max=-end).abs()
+    return torch.where(x < -end, size / (1 + _mills(size)), near)
+
+
+def _mills(size: Tensor) -> Tensor:
+    """Return what Mills' ratio of a large number, times it, adds to one."""
+    inverse = size.square().reciprocal()
+    return inverse * (-1 + inverse * (3 - 15 * inverse))
+
+
+def _floor(x: Tensor) -> float:
+    return math.log(torch.finfo(x.dtype).tiny) + 2
