@@ -52,13 +52,13 @@ def folds_of(
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Return rows to fit, rows held out, and the weights of these: three times if there are few rows, or a share once.
 
-    A row that weighs more than a fiftieth of all, such as the zeros of a column that is mostly zero, is fitted and held
-    out each time. Of a handful of rows all are.
+    A row that weighs more than a fiftieth of all and than five others, such as the zeros of a column that is mostly
+    zero, is fitted and held out each time. Of a handful of rows all are.
     """
     rows = len(weights)
     order = np.random.default_rng(0).permutation(rows)
     parts = np.array_split(order, _FOLDS) if rows <= few else [order[: int(share * rows)]]
-    is_heavy = weights > _HEAVY * weights.sum() if rows >= _HANDFUL else np.ones(rows, bool)
+    is_heavy = weights > max(_HEAVY, 5 / rows) * weights.sum() if rows >= _HANDFUL else np.ones(rows, bool)
     heavy = np.flatnonzero(is_heavy)
     divided = np.where(is_heavy, weights / len(parts), weights)
     folds = []
@@ -183,10 +183,11 @@ class StartSearch:
     def best_average(self) -> tuple[list[Candidate], np.ndarray, float]:
         """Return the candidates of one kind of coordinates, their shares and the score of their average.
 
-        The shares have the best held-out likelihood, given one row of equal ones.
+        The shares have the best held-out likelihood, given one row of equal ones. An average that gains less than its
+        standard error gives way to the best candidate alone.
         """
         best: tuple[list[Candidate], np.ndarray, float] = [], np.array([]), -np.inf
-        for name in {candidate.coordinates for candidate in self.tried.values()}:
+        for name in COORDINATES:
             groups: dict[tuple[int, bool, bool], Candidate] = {}
             for candidate in sorted(self.tried.values(), key=lambda candidate: candidate.score):
                 if candidate.coordinates == name:
@@ -201,7 +202,10 @@ class StartSearch:
             shares = shares[shares > 0.05] / shares[shares > 0.05].sum()
             score = float(np.average(self.averaged(chosen, shares), weights=self._held_weights(chosen)))
             best = max(best, (chosen, shares, score), key=lambda found: found[2])
-        return best
+        single = max(self.tried.values(), key=lambda candidate: candidate.score)
+        gains = self.averaged(best[0], best[1]) - self.averaged([single], np.ones(1))
+        is_clear = np.average(gains, weights=self._held_weights([single])) > gains.std() / len(gains) ** 0.5
+        return best if is_clear else ([single], np.ones(1), single.score)
 
     def averaged(self, chosen: list[Candidate], shares: np.ndarray) -> np.ndarray:
         """Return the log-density of the held-out rows under an average of candidates."""

@@ -138,6 +138,8 @@ def _split(x: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
 def run(name: str, x: np.ndarray, truth: Truth, options: argparse.Namespace) -> dict:
     """Return the mean scores over splits, and the differences from FlowDensity with their errors."""
     x = prepared(x) if truth is None else x
+    if len(x) > options.most_rows:
+        x = x[np.random.default_rng(2).permutation(len(x))[: options.most_rows]]
     scores: dict[str, list[np.ndarray]] = {}
     seconds = []
     for split in range(options.splits):
@@ -174,6 +176,7 @@ def main() -> None:
     parser.add_argument("--names", nargs="*", help="tables; by default all")
     parser.add_argument("--methods", nargs="*", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--splits", type=int, default=1)
+    parser.add_argument("--most-rows", type=int, default=10_000, help="of larger tables so many are drawn")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
