@@ -34,7 +34,23 @@ def folder(tmp_path_factory):
     frame.to_csv(folder / "iris.csv", index=False)
     load_diabetes(as_frame=True, scaled=False).frame.to_csv(folder / "diabetes.csv", index=False)
     columns = ",".join(frame.columns[:4])
-    assert main(["fit", f"{folder}/iris.csv", "-o", f"{folder}/iris", "--columns", columns, *SMALL, "--quiet"]) == 0
+    assert (
+        main(
+            [
+                "fit",
+                f"{folder}/iris.csv",
+                "-o",
+                f"{folder}/iris",
+                "--columns",
+                columns,
+                "--flow",
+                "nsf",
+                *SMALL,
+                "--quiet",
+            ]
+        )
+        == 0
+    )
     given = ["--given", "species", "--categories", "species"]
     assert main(["fit", f"{folder}/iris.csv", "-o", f"{folder}/given", *given, *SMALL, "--quiet"]) == 0
     whole = ["--columns", "age,bmi,bp", "--given", "target"]
@@ -524,13 +540,15 @@ def test_two_processes_write_what_one_writes(folder, tmp_path):
     assert (tmp_path / "one.npy").read_bytes() == (tmp_path / "two.npy").read_bytes()
 
 
-def test_ctrl_c_leaves_the_best_model_so_far(folder, tmp_path):
+@pytest.mark.parametrize("name", ["nsf", "auto"])
+def test_ctrl_c_leaves_the_best_model_so_far(folder, tmp_path, name):
     model = tmp_path / "model"
     code = "import sys; from pyroflows.cli import main, output; output._SECONDS = 0.5; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "fit", f"{folder}/diabetes.csv", "--output", str(model)]
     command += ["--columns", "bmi,bp", "--num-layers", "2", "--epochs", "1000000", "--patience", "1000000"]
+    command += ["--flow", name]
     fit = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert fit.stdout.readline().startswith("nsf of 2 columns")
+    assert fit.stdout.readline().startswith(f"{name} of 2 columns")
     while not fit.stderr.readline().startswith("fit: step "):  # it trains
         assert fit.poll() is None
     fit.send_signal(signal.SIGINT)
@@ -573,7 +591,9 @@ def test_the_same_seed_gives_the_same_file(capsys, folder, tmp_path):
 
 
 def test_an_unknown_option_of_a_flow_is_answered_by_those_that_there_are(capsys, folder, tmp_path):
-    text = said(capsys, "fit", folder / "diabetes.csv", "-o", tmp_path / "m", "--set", "bins=8", status=2)
+    arguments = ["fit", folder / "diabetes.csv", "-o", tmp_path / "m", "--set", "bins=8"]
+    assert "num_layers and hidden_features as options of 'auto'; got 'bins'" in said(capsys, *arguments, status=2)
+    text = said(capsys, *arguments, "--flow", "nsf", status=2)
     assert "num_bins, bound" in text
     assert "hidden_features" in text
     assert "got 'bins': perhaps 'num_bins'" in text

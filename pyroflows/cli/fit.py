@@ -13,7 +13,7 @@ from pyroflows.data.table_files import CellError, TableFile, open_table
 from pyroflows.dequantizers import ColumnDequantizer
 from pyroflows.distributed import choose_device
 from pyroflows.flow import Flow
-from pyroflows.tables import fit_table
+from pyroflows.tables import fit_best, fit_table
 from pyroflows.training import FitResult
 
 __all__ = ["run"]
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
         "integer_columns": [columns[place] for place in integers],
         "data": table.name,
         "rows": len(x),
-        "flow": options.flow,
+        "flow": "nsf" if options.flow == "auto" and (options.given or options.checkpoint) else options.flow,
         "seed": options.seed,
         "log_prob": "nats, in the units of the columns",
     }
@@ -53,24 +53,26 @@ def run(options: argparse.Namespace) -> None:
         say(options, _describe(flow, notes))
 
     sizes = {"num_layers": options.num_layers, "hidden_features": options.hidden_features, **dict(options.set)}
-    passed = ("validation", "batch_size", "seed", "device", "epochs", "learning_rate", "patience", "checkpoint")
-    settings = {name: getattr(options, name) for name in passed}
+    passed = ("validation", "batch_size", "seed", "device", "epochs", "learning_rate", "patience")
+    settings = {name: value for name in passed if (value := getattr(options, name)) is not None}
+    settings |= {
+        "columns": columns,
+        "integer_columns": integers,
+        "flow_options": {name: size for name, size in sizes.items() if size is not None},
+        "on_start": start,
+        "on_step": log,
+        "max_seconds": None if options.minutes is None else 60 * options.minutes,
+        "progress": False if options.quiet else "fit",
+    }
     try:
         with log.interruptible():
-            flow, result = fit_table(
-                x,
-                options.flow,
-                context=context_of(given, options.given, categories) if options.given else None,
-                columns=columns,
-                integer_columns=integers,
-                flow_options={name: size for name, size in sizes.items() if size is not None},
-                dtype=dtype,
-                on_start=start,
-                on_step=log,
-                max_seconds=None if options.minutes is None else 60 * options.minutes,
-                progress=False if options.quiet else "fit",
-                **settings,
-            )
+            if notes["flow"] == "auto":
+                flow, result, selection = fit_best(x, np.ones(len(x)), **settings)
+                notes["selection"] = repr(selection)
+            else:
+                settings |= {"dtype": dtype, "checkpoint": options.checkpoint}
+                context = context_of(given, options.given, categories) if options.given else None
+                flow, result = fit_table(x, notes["flow"], context=context, **settings)
     except TypeError as error:
         if started:
             raise
@@ -134,7 +136,8 @@ def _describe(flow: Flow, notes: dict[str, Any]) -> str:
         text += f" given {', '.join(notes['given'])}"
     if notes["integer_columns"]:
         text += f", whole numbers in {', '.join(notes['integer_columns'])}"
-    return f"{text}: {number_of_parameters(flow):,} parameters, {notes['rows']:,} rows of {notes['data']}"
+    size = "Gaussian mixtures" if notes["flow"] == "auto" else f"{number_of_parameters(flow):,} parameters"
+    return f"{text}: {size}, {notes['rows']:,} rows of {notes['data']}"
 
 
 def _finish(options: argparse.Namespace, flow: Flow, result: FitResult, notes: dict[str, Any]) -> None:
@@ -149,7 +152,11 @@ def _finish(options: argparse.Namespace, flow: Flow, result: FitResult, notes: d
     if options.json:
         parameters = {"parameters": number_of_parameters(flow), "seconds": result.seconds}
         print_json({"model": options.output, **notes, **parameters, **summary})
-    rows = "validation" if result.history.get("validation") else "training"
-    epoch = f"epoch {(result.best_epoch or 0) + 1} of {summary['epochs']}"
-    how = f"{rows} loss {result.best_loss:.4f} nats a row, of {epoch}; {summary['stopped']}, in {result.seconds:.1f} s"
+    is_held_out = result.history.get("validation") or result.best_epoch is None
+    rows = "validation" if is_held_out else "training"
+    if "selection" in notes:
+        say(options, notes["selection"])
+    epoch = f"epoch {(result.best_epoch or 0) + 1} of {summary['epochs']}; {summary['stopped']}"
+    of = epoch if result.best_epoch is not None else "the simple density"
+    how = f"{rows} loss {result.best_loss:.4f} nats a row, of {of}, in {result.seconds:.1f} s"
     say(options, f"{how}\nmodel: {options.output}")

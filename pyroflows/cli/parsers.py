@@ -188,16 +188,27 @@ def _add_fit(commands: Any) -> None:
     add("--categories", type=_names, default=[], metavar="D", help="those of the given columns that hold labels")
     kinds = 'columns of whole numbers, to be dequantized: names, "auto" for those that hold no others, or "none"'
     add("--integer-columns", type=_auto_or_names, default="auto", metavar="NAMES", help=kinds)
-    add("--flow", choices=FLOWS, default="nsf", help="which flow")
+    add(
+        "--flow",
+        choices=("auto", *FLOWS),
+        default="auto",
+        help="which flow; auto compares Gaussian mixtures, and trains "
+        "spline couplings on the best where they gain; it is nsf given other columns, or with a checkpoint",
+    )
     add("--num-layers", type=_count, metavar="N", help="its number of layers")
     add("--hidden-features", type=_widths, metavar="N,N", help="widths of its networks' hidden layers")
     settings = "another of its options, such as dropout=0.1 or, of nsf, num_bins=16; may be repeated"
     add("--set", type=_setting, action="append", default=[], metavar="NAME=VALUE", help=settings)
-    add("--epochs", type=_count, default=100, metavar="N", help="most epochs")
+    add("--epochs", type=_count, metavar="N", help="most epochs (default: 100, or what auto takes)")
     add("--minutes", type=_positive, metavar="M", help="most minutes; the learning rate ends with them")
     add("--batch-size", type=_count, default=256, metavar="N", help="rows a step")
-    add("--learning-rate", type=_positive, default=1e-3, metavar="R", help="learning rate at the start")
-    add("--patience", type=_count, default=30, metavar="N", help="epochs without improvement")
+    add(
+        "--learning-rate",
+        type=_positive,
+        metavar="R",
+        help="learning rate at the start (default: 0.001, or 0.003 of auto)",
+    )
+    add("--patience", type=_count, metavar="N", help="epochs without improvement (default: 30, or 6 of auto)")
     add("--validation", type=_share, default=0.1, metavar="P", help="share of rows held out")
     add("--dtype", choices=("float32", "float64"), default="float32", help="precision of training and of the model")
     add("--checkpoint", metavar="FILE", help="file from which a fit that was killed resumes")

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,9 +19,9 @@ from pyroflows.layers import Coupling, Spline, Standardize, TriangularAffine
 from pyroflows.priors import GaussianMixture
 from pyroflows.tables.marginals import to_latent
 from pyroflows.tables.mixtures import Mixture, cholesky
-from pyroflows.tables.rows import merge_rows
+from pyroflows.tables.rows import dequantizer_of, merge_rows
 from pyroflows.tables.start import Candidate, Start, StartSearch, fit_start, folds_of
-from pyroflows.training import FitOptions, FitResult, fit
+from pyroflows.training import FitOptions, FitResult, fit, negative_log_likelihood
 
 _logger = logging.getLogger("pyroflows")
 
@@ -91,9 +91,12 @@ def fit_best(
     validation: float | tuple[np.ndarray, Any, np.ndarray | None] = 0.1,
     *,
     columns: Sequence[str] | None = None,
+    integer_columns: Sequence[int] = (),
     effort: str = "default",
     flow_options: Mapping[str, Any] | None = None,
     seed: int | None = None,
+    on_start: Callable[[Flow], Any] | None = None,
+    on_step: Callable[[Tensor], Any] | None = None,
     options: FitOptions | None = None,
     **fit_arguments: Any,
 ) -> tuple[Flow, FitResult, Selection]:
@@ -107,9 +110,13 @@ def fit_best(
         weights: of the rows.
         validation: share of the rows to hold out, if they are many; or rows and their weights to judge the flow by.
         columns: names of the columns, for error messages.
+        integer_columns: positions of the columns of whole numbers, for which the flow gets a
+            :class:`ColumnDequantizer`.
         effort: "quick" for the simple density alone, "default", or "best".
         flow_options: ``num_layers`` and ``hidden_features`` of the couplings.
-        seed: of weights and shuffles.
+        seed: of weights, shuffles and dequantization.
+        on_start: called with the flow of the simple density, before couplings are trained.
+        on_step: called with the loss of each training step.
         options, fit_arguments: as for :func:`fit`.
 
     Returns:
@@ -120,8 +127,15 @@ def fit_best(
         TypeError: another option of the flow.
         ValueError: a constant column, or fewer than two different rows.
     """
-    x, _, weights = merge_rows(x, None, weights)
+    if len(x) < 2:
+        raise ValueError(f"expected at least 2 rows; got {len(x)}")
     check_varying(x, columns)
+    sizes = _sizes(len(x), flow_options or {})
+    dequantizer = dequantizer_of(torch.from_numpy(x), integer_columns) if len(integer_columns) else None
+    if dequantizer is not None:
+        with seeded(seed):
+            x = dequantizer(torch.from_numpy(x))[0].numpy()
+    x, _, weights = merge_rows(x, None, weights)
     weights = weights / weights.mean()
     outer = Standardize.from_data(torch.from_numpy(x))
     x, held_out = to_latent([outer], x)[0], None
@@ -146,15 +160,21 @@ def fit_best(
         rows = rows[:_MOST_ROWS]
         return fit_start(x[rows], weights[rows] / weights[rows].mean(), chosen, shares)
 
+    def in_units(flow: Flow) -> Flow:
+        return Flow(flow.prior, [*flow.layers, outer], dequantizer=dequantizer).double().eval()
+
     def taken(flow: Flow, result: FitResult) -> tuple[Flow, FitResult, Selection]:
         selection = Selection(**found)
         _logger.info("%r", selection)
-        result.history |= {name: [x + unit for x in result.history[name]] for name in ("train", "validation")}
+        result.history |= {name: [loss + unit for loss in result.history[name]] for name in ("train", "validation")}
         result.best_loss += unit
-        return Flow(flow.prior, [*flow.layers, outer]).eval(), result, selection
+        return in_units(flow), result, selection
 
+    if on_start is not None:
+        on_start(in_units(_flow_on(start_of(order))))
     if budget.epochs(len(x)):
-        training = _Training(budget, _sizes(len(x), flow_options or {}), seed, options, fit_arguments)
+        note = None if on_step is None else lambda loss: on_step(loss + unit)
+        training = _Training(budget, sizes, seed, note, options, fit_arguments)
         is_few = held_out is None and len(x) <= _FEW_ROWS
         folds = folds_of(weights, few=_FEW_ROWS, share=validation or _SHARE)
         if len(x) > _THREE_FITS:
@@ -187,6 +207,7 @@ class _Training:
     effort: Effort
     sizes: dict[str, Any]
     seed: int | None
+    on_step: Callable[[Tensor], Any] | None
     options: FitOptions | None
     arguments: Mapping[str, Any]
 
@@ -198,7 +219,7 @@ class _Training:
         z, log_det = to_latent(start.layers, others)
         before, shift = start.mixture.log_prob(z), float(np.average(log_det, weights=their_weights))
         held_out = (_single(z), None, _single(their_weights))
-        flow, result = self._run(start, x, weights, validation=held_out, patience=self.effort.patience)
+        flow, result = self._run(start, x, weights, validation=held_out)
         result.history["validation"] = [loss - shift for loss in result.history["validation"]]
         result.best_loss -= shift
         with torch.no_grad():
@@ -226,12 +247,21 @@ class _Training:
             "epochs": self.effort.epochs(len(x)),
             "learning_rate": 3e-3,
             "batch_size": 256,
+            "patience": self.effort.patience,
             "progress": False,
         }
-        arguments |= {**more, **self.arguments}
+        arguments |= {**self.arguments, **more}
         arguments["batch_size"] = min(arguments["batch_size"], len(x))
-        result = fit(inner, _single(z), weights=_single(weights), options=options, seed=self.seed, **arguments)
         shift = float(np.average(log_det, weights=weights))
+
+        def objective(flow: Any, *batch: Tensor) -> Tensor:
+            loss = negative_log_likelihood(flow, *batch)
+            if self.on_step is not None and flow.training:
+                self.on_step(loss.detach() - shift)
+            return loss
+
+        arguments |= {"weights": _single(weights), "options": options, "seed": self.seed, "objective": objective}
+        result = fit(inner, _single(z), **arguments)
         result.history["train"] = [loss - shift for loss in result.history["train"]]
         if more["validation"] is None:
             result.best_loss -= shift

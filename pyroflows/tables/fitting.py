@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -14,13 +13,12 @@ from pyroflows import models
 from pyroflows.arguments import as_tensor, check_finite, check_option, check_varying
 from pyroflows.bijection import Bijection
 from pyroflows.contexts import seeded
-from pyroflows.dequantizers import ColumnDequantizer
 from pyroflows.flow import Flow
 from pyroflows.layers.coupling import Coupling
 from pyroflows.layers.linear import TriangularAffine
 from pyroflows.layers.pointwise import Standardize
 from pyroflows.networks.one_hot import OneHot
-from pyroflows.tables.rows import merge_rows, with_context
+from pyroflows.tables.rows import dequantizer_of, merge_rows, with_context
 from pyroflows.training import FitOptions, FitResult, fit, negative_log_likelihood
 from pyroflows.training.prepare import rows_of_share
 
@@ -272,7 +270,7 @@ def table_flow(
     if not callable(flow):
         raise TypeError(f"expected the name of a flow or a function that builds one; got {type(flow).__name__}")
     features = x.shape[1]
-    dequantizer = _dequantizer(x, integer_columns) if len(integer_columns) else None
+    dequantizer = dequantizer_of(x, integer_columns) if len(integer_columns) else None
     rows = x if dequantizer is None else dequantizer(x)[0]
     outer: list[Bijection] = []
     shares = torch.full_like(x[:, 0], 1 / len(x)) if weights is None else weights / weights.sum()
@@ -309,17 +307,6 @@ def _check_numbers(name: str, x: Tensor, columns: Sequence[str] | None = None) -
         expected = f"expected {name} of shape (rows, columns), at least 2 rows and 1 column"
         raise ValueError(f"{expected}; got {tuple(x.shape)}")
     check_finite(name, x, columns)
-
-
-def _dequantizer(x: Tensor, columns: Sequence[int]) -> ColumnDequantizer:
-    for column in columns:
-        if not isinstance(column, Integral) or not 0 <= column < x.shape[1]:
-            raise ValueError(f"expected integer_columns from 0 to {x.shape[1] - 1}; got {column!r}")
-    steps = x.new_zeros(x.shape[1])
-    steps[[int(column) for column in columns]] = 1
-    dequantizer = ColumnDequantizer(steps)
-    dequantizer.check(x)
-    return dequantizer
 
 
 def _embedding(context: Tensor, shares: Tensor) -> nn.Module:

@@ -1,8 +1,14 @@
 """Rows of a table, with a context and with weights."""
 
-import numpy as np
+from collections.abc import Sequence
+from numbers import Integral
 
-__all__ = ["merge_rows", "with_context"]
+import numpy as np
+from torch import Tensor
+
+from pyroflows.dequantizers import ColumnDequantizer
+
+__all__ = ["dequantizer_of", "merge_rows", "with_context"]
 
 _Rows = np.ndarray | None
 
@@ -18,3 +24,15 @@ def merge_rows(x: np.ndarray, context: _Rows, weights: np.ndarray) -> tuple[np.n
 def with_context(x: np.ndarray, context: _Rows) -> np.ndarray:
     """Return rows with their context as more columns."""
     return x if context is None else np.column_stack((x, context))
+
+
+def dequantizer_of(x: Tensor, columns: Sequence[int]) -> ColumnDequantizer:
+    """Return the dequantizer of columns of whole numbers."""
+    for column in columns:
+        if not isinstance(column, Integral) or not 0 <= column < x.shape[1]:
+            raise ValueError(f"expected integer_columns from 0 to {x.shape[1] - 1}; got {column!r}")
+    steps = x.new_zeros(x.shape[1])
+    steps[[int(column) for column in columns]] = 1
+    dequantizer = ColumnDequantizer(steps)
+    dequantizer.check(x)
+    return dequantizer
