@@ -50,9 +50,9 @@ class Effort:
 
 
 EFFORTS = {
-    "quick": Effort(5e8, (0, 0), 0),
-    "default": Effort(2e9, (600, 4000), 6),
-    "best": Effort(4e10, (10_000, 20_000), 20),
+    "quick": Effort(1.5e9, (0, 0), 0),
+    "default": Effort(6e9, (600, 4000), 6),
+    "best": Effort(1e11, (10_000, 20_000), 20),
 }
 
 

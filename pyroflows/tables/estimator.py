@@ -138,11 +138,8 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
 
     def _fit_best(self, rows: Any, validation: Any, arguments: dict[str, Any]) -> None:
         arguments["options"] = FitOptions(**self.fit_options) if self.fit_options else None
-        x, _, weights = rows
-        columns = getattr(self, "feature_names_in_", None)
-        self.flow_, self.result_, self.selection_ = fit_best(
-            x, weights, validation, columns=columns, effort=self.effort, **arguments
-        )
+        arguments |= {"columns": getattr(self, "feature_names_in_", None), "effort": self.effort}
+        self.flow_, self.result_, self.selection_ = fit_best(rows[0], rows[2], validation, **arguments)
 
     def _fit_named(self, rows: Any, validation: Any, arguments: dict[str, Any]) -> None:
         x, context, weights = rows

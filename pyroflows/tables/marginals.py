@@ -14,7 +14,8 @@ __all__ = ["COORDINATES", "fit_coordinates", "to_latent"]
 
 COORDINATES = ("scaled", "bent", "normal")
 
-_MOST_ROWS = 3000  # which the maps of columns are fitted to
+_MOST_ROWS, _MOST_NUMBERS = 3000, 100_000  # which the maps of columns are fitted to
+_CHUNK = 1_000_000  # numbers mapped at once
 _SCALES = 2.0 ** -np.arange(-6, 21, 1.5)  # of a Sinh, in standard deviations; the first is about linear
 _COMPONENTS = (1, 2, 3, 5, 8, 12)
 _ITERATIONS = 40
@@ -49,7 +50,7 @@ def fit_coordinates(kind: str, x: np.ndarray, weights: np.ndarray) -> list[Bijec
 def to_latent(layers: list[Bijection], x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the latents of rows, and the log-determinant of the map to them."""
     parts = []
-    for part in torch.from_numpy(x).split(4096):
+    for part in torch.from_numpy(x).split(max(1, _CHUNK // (x.shape[1] * max(_COMPONENTS)))):
         log_det: Tensor = part.new_zeros(len(part))
         for layer in reversed(layers):
             part, change = layer.inverse_and_log_det(part)
@@ -67,9 +68,10 @@ def _moments(x: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 def _sample(x: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return some of the rows, if they are many."""
-    if len(x) <= _MOST_ROWS:
+    most = min(_MOST_ROWS, max(_MOST_NUMBERS // x.shape[1], 500))
+    if len(x) <= most:
         return x, weights
-    rows = np.random.default_rng(0).permutation(len(x))[:_MOST_ROWS]
+    rows = np.random.default_rng(0).permutation(len(x))[:most]
     return x[rows], weights[rows]
 
 

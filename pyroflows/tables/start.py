@@ -21,6 +21,7 @@ _SHRINKAGES = (0.0, 0.05, 0.2, 0.5, 1.0)
 _FACTORS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 24, 32)
 _COMPONENTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48), (4, 8, 16, 32, 64)  # of few rows and of many
 _PATIENCE = 2  # numbers of components without a better score, after which no more are tried
+_MOST_COLUMNS = 300  # for whose distributions mixtures are fitted
 _AVERAGED, _MOST_COMPONENTS = 5, 64  # candidates, and their components, unless one has more
 
 
@@ -98,7 +99,8 @@ class StartSearch:
     def run(self) -> "StartSearch":
         """Try candidates, the most promising first."""
         rows, columns = self.x.shape
-        best = {name: self._best_covariance(name) for name in COORDINATES}
+        names = COORDINATES if columns <= _MOST_COLUMNS else COORDINATES[:2]
+        best = {name: self._best_covariance(name) for name in names}
         for name in self._in_order(best):
             numbers = [number for number in _COMPONENTS[rows > _FEW_ROWS] if number <= max(rows / 8, 2)]
             options = [replace(best[name].options, components=number, rows=float(columns)) for number in numbers]
@@ -146,7 +148,7 @@ class StartSearch:
         """Return the best candidate, after so many that are worse than the best before them."""
         top, waited = -np.inf, 0
         for option in options:
-            if self.spent > self.work:
+            if self.spent + self._work_of(option) > self.work:
                 break
             found = self._try(name, option)
             best = max(best, found, key=lambda candidate: candidate.score)
@@ -170,11 +172,18 @@ class StartSearch:
             mixture, shares = fit_mixture(z, weights, options, self._shares.get(key))
             self._shares.setdefault(key, shares)
             scores[held_out] = mixture.log_prob(others) + log_det
-            self.spent += z.size * z.shape[1] * options.components * (20 if options.components > 1 else 1)
+        self.spent += self._work_of(options)
         is_held = ~np.isnan(scores)
         score = float(np.average(scores[is_held], weights=self.weights[is_held]))
         self.tried[name, options] = Candidate(name, options, scores, score)
         return self.tried[name, options]
+
+    def _work_of(self, options: MixtureOptions) -> float:
+        """Return about how many multiplications it takes to try a candidate."""
+        rows, columns = self.x.shape
+        iterations = 20 if options.components > 1 else 1
+        factors = 25 * columns**3 if options.factors else 0
+        return len(self.folds) * (iterations * options.components * (rows + columns) * columns**2 + factors)
 
     def _fold(self, name: str, fitted: np.ndarray, held_out: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         layers = fit_coordinates(name, self.x[fitted], self.weights[fitted])
@@ -187,7 +196,7 @@ class StartSearch:
         standard error gives way to the best candidate alone.
         """
         best: tuple[list[Candidate], np.ndarray, float] = [], np.array([]), -np.inf
-        for name in COORDINATES:
+        for name in sorted({candidate.coordinates for candidate in self.tried.values()}, key=COORDINATES.index):
             groups: dict[tuple[int, bool, bool], Candidate] = {}
             for candidate in sorted(self.tried.values(), key=lambda candidate: candidate.score):
                 if candidate.coordinates == name:

@@ -83,7 +83,8 @@ class Trainer:
         try:
             with _progress_bar(progress, self.total_steps, result.steps) as bar:
                 if self.options.judge_start and self.held_out is not None and not result.steps:
-                    self._judge_start()
+                    loss = self._evaluate(math.nan)
+                    result.best_loss, result.best_epoch = (loss, -1) if math.isfinite(loss) else (math.inf, None)
                 while not result.stopped:
                     train_loss, gradient_norm = self._epoch(bar)
                     self.total_steps = self.total_steps or self.epochs * result.steps
@@ -190,12 +191,6 @@ class Trainer:
             for buffer, value in zip(self.trained.buffers(), self.flow.buffers(), strict=True):
                 buffer.copy_(value)  # the statistics of batch norms
         return train_loss if rows is None else sum(distributed.all_gather(total)) / len(rows)
-
-    def _judge_start(self) -> None:
-        """Make the initial weights, which are the best so far, the best of a finite loss."""
-        loss = self._evaluate(math.nan)
-        if math.isfinite(loss):
-            self.result.best_loss, self.result.best_epoch = loss, -1
 
     def _record(self, train_loss: float, loss: float, gradient_norm: float) -> None:
         """Add an epoch to the history, and keep its weights, which the flow has, if they are the best."""
