@@ -42,7 +42,7 @@ _MIN_DRAWS, _ENOUGH = 50, 2000  # of each chain, and effective ones of all, with
 _RHAT, _DRIFT, _ESS, _BFMI = 1.02, 0.05, 400, 0.2  # of an ensemble that has converged
 _ARRIVED = 1.1, 0.1  # R-hat and drift of one whose draws are kept while it goes on
 
-_CAREFUL = 50  # latents, up to which particles are moved more than once at each temperature; chains do the rest
+_CAREFUL = 50  # latents, up to which particles are moved thrice at each temperature; of many, chains do the rest
 _PARTICLES = 16  # for each chain, if there are few latents
 _WINDOWS = (15, 35, 65, 110, 170, 240, 330)  # ends of the windows whose draws give the metric
 
@@ -274,7 +274,8 @@ def _bfmi(energies: list[Tensor]) -> float:
 def _anneal(density: Density, num_particles: int, out_of_time: Callable[[str], bool]) -> tuple[Points, float, bool]:
     """Return particles annealed to the posterior, the step size in the end, and whether there was time."""
     points = density(density.flow.prior.sample((num_particles,)))
-    path = Temperatures(density, points, 0.0, _ISLANDS, moves=3 if density.log_joint.dim <= _CAREFUL else 1)
+    moves = 3 - (density.log_joint.dim > _CAREFUL) - (density.log_joint.dim > MANY_LATENTS)
+    path = Temperatures(density, points, 0.0, _ISLANDS, moves=moves)
     complete = True
     while path.beta < 1 and complete:
         beta = path.next(1.0)

@@ -128,7 +128,7 @@ def fit_best(
         ValueError: a constant column, or fewer than two different rows.
     """
     if len(x) < 2:
-        raise ValueError(f"expected at least 2 rows; got {len(x)}")
+        raise ValueError(f"expected at least 2 different rows of a weight above zero; got {len(x)}")
     check_varying(x, columns)
     sizes = _sizes(len(x), flow_options or {})
     dequantizer = dequantizer_of(torch.from_numpy(x), integer_columns) if len(integer_columns) else None
