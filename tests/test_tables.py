@@ -146,6 +146,12 @@ def test_the_best_density_repeats_by_a_seed_and_leaves_the_random_state():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_many_rows_are_sampled_fairly():
+    x = np.sort(np.random.default_rng(0).normal(size=(60_000, 1)), axis=0)
+    density = FlowDensity(random_state=0, epochs=2).fit(x)
+    assert density.score(x) == pytest.approx(stats.norm.logpdf(x).mean(), abs=0.01)
+
+
 @pytest.mark.parametrize("rows", [2, 3, 7, 20])
 def test_few_rows(rows):
     x = clusters(rows, seed=1) * 100

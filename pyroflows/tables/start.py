@@ -53,19 +53,22 @@ def folds_of(
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Return rows to fit, rows held out, and the weights of these: three times if there are few rows, or a share once.
 
+    All are in random order, so that the first of many are a fair sample.
+
     A row that weighs more than a fiftieth of all and than five others, such as the zeros of a column that is mostly
     zero, is fitted and held out each time. Of a handful of rows all are.
     """
     rows = len(weights)
-    order = np.random.default_rng(0).permutation(rows)
+    rng = np.random.default_rng(0)
+    order = rng.permutation(rows)
     parts = np.array_split(order, _FOLDS) if rows <= few else [order[: int(share * rows)]]
     is_heavy = weights > max(_HEAVY, 5 / rows) * weights.sum() if rows >= _HANDFUL else np.ones(rows, bool)
     heavy = np.flatnonzero(is_heavy)
     divided = np.where(is_heavy, weights / len(parts), weights)
     folds = []
     for part in parts:
-        held_out = np.union1d(part, heavy)
-        folds.append((np.union1d(np.setdiff1d(order, part), heavy), held_out, divided[held_out]))
+        fitted, held_out = (rng.permutation(np.union1d(those, heavy)) for those in (np.setdiff1d(order, part), part))
+        folds.append((fitted, held_out, divided[held_out]))
     return folds
 
 
