@@ -120,6 +120,20 @@ def test_a_funnel_in_coordinates_that_do_not_straighten_it_has_not_converged():
     assert ensemble.bfmi < 0.2
 
 
+def test_chains_end_after_half_of_their_draws_once_enough_are_effective():
+    def model():
+        x = pyro.sample("x", dist.Normal(torch.zeros(100).double(), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(x, 0.5).to_event(1), obs=torch.ones(100).double())
+
+    log_joint, ensemble = run(model)
+    assert ensemble.u.shape == (128, 50, 100)
+    assert ensemble.has_converged
+    assert ensemble.ess > 2000
+    assert (ensemble.u.flatten(0, 1).mean(0) - 0.8).abs().max() < 4 * 0.2**0.5 / 2000**0.5
+    asked = run_ensemble(log_joint, scale_of_prior(log_joint), num_draws=60)
+    assert asked.u.shape[1] == 60
+
+
 def test_time_that_is_over_leaves_what_there_is():
     def model():
         pyro.sample("x", dist.Normal(tensor([0.0, 1.0]), 1.0).to_event(1))

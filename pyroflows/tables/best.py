@@ -14,6 +14,7 @@ from torch import Tensor
 from pyroflows.arguments import check_varying
 from pyroflows.bijection import Bijection
 from pyroflows.contexts import seeded
+from pyroflows.dequantizers import ColumnDequantizer
 from pyroflows.flow import Flow
 from pyroflows.layers import Coupling, Spline, Standardize, TriangularAffine
 from pyroflows.priors import GaussianMixture
@@ -28,6 +29,7 @@ _logger = logging.getLogger("pyroflows")
 __all__ = ["EFFORTS", "Selection", "fit_best"]
 
 _THREE_FITS, _FEW_ROWS = 500, 1500  # up to which the flow is judged by three folds or by one, and trained on all rows
+_FEWEST_ROWS = 10  # from which on there is a flow
 _MANY_ROWS = 2500  # from which on it is larger
 _MOST_ROWS = 50_000  # of the last fit of a start
 _SHARE, _MOST_HELD_OUT = 0.1, 10_000  # of many rows
@@ -45,8 +47,8 @@ class Effort:
     patience: int  # epochs
 
     def epochs(self, rows: int) -> int:
-        """Return the largest number of epochs of the flow."""
-        return self.steps[rows >= _MANY_ROWS] // _steps_per_epoch(rows)
+        """Return the largest number of epochs of the flow; a handful of rows have none."""
+        return self.steps[rows >= _MANY_ROWS] // _steps_per_epoch(rows) if rows >= _FEWEST_ROWS else 0
 
 
 EFFORTS = {
@@ -127,67 +129,93 @@ def fit_best(
         TypeError: another option of the flow.
         ValueError: a constant column, or fewer than two different rows.
     """
+    rows = _prepare(x, weights, validation, columns, integer_columns, seed)
+    x, weights, budget = rows.x, rows.weights, EFFORTS[effort]
+    sizes, epochs = _sizes(len(x), flow_options or {}), budget.epochs(len(x))
+    plan = f"then spline couplings, {epochs} epochs at most" if epochs else "no couplings"
+    _logger.info("%d rows of %d columns: simple densities, %s", *x.shape, plan)
+    search = StartSearch(x, weights, budget.work).run()
+    chosen, shares, score = search.best_average()
+    tried = sorted(search.tried.values(), key=lambda candidate: -candidate.score)
+    found: dict[str, Any] = {
+        "tried": [_as_row(candidate, rows.unit) for candidate in tried],
+        "start": _in_words(chosen, shares),
+        "start_score": score - rows.unit,
+    }
+
+    def start_of(places: np.ndarray) -> Start:
+        places = places[:_MOST_ROWS]
+        return fit_start(x[places], weights[places] / weights[places].mean(), chosen, shares)
+
+    everything = np.random.default_rng(0).permutation(len(x))
+    flow, result = _flow_on(start_of(everything)), FitResult({"train": [], "validation": []}, best_loss=-score)
+    if on_start is not None:
+        on_start(rows.in_units(flow))
+    if epochs:
+        note = None if on_step is None else lambda loss: on_step(loss + rows.unit)
+        training = _Training(budget, sizes, seed, note, options, fit_arguments)
+        is_few = rows.held_out is None and len(x) <= _FEW_ROWS
+        folds = folds_of(weights, few=_FEW_ROWS, share=rows.share or _SHARE)
+        folds = folds[:1] if len(x) > _THREE_FITS else folds
+        splits = [(fitted, (x[others], divided)) for fitted, others, divided in folds]
+        if rows.held_out is not None:
+            splits = [(everything, rows.held_out)]
+        fits = [training.judged(start_of(fitted), x[fitted], weights[fitted], *others) for fitted, others in splits]
+        epoch, gain, error = _gain(fits)
+        found |= {"gain": gain, "gain_error": error, "is_trained": gain > error}
+        if gain > error:
+            flow, result = training.on_all(start_of(everything), x, weights, epoch) if is_few else fits[0][:2]
+    selection = Selection(**found)
+    _logger.info("%r", selection)
+    result.history |= {name: [loss + rows.unit for loss in result.history[name]] for name in ("train", "validation")}
+    result.best_loss += rows.unit
+    return rows.in_units(flow), result, selection
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of columns of variance 1, no two of them equal, with weights of mean 1, and those to judge a flow by."""
+
+    x: np.ndarray
+    weights: np.ndarray
+    held_out: tuple[np.ndarray, np.ndarray] | None
+    share: float
+    outer: Standardize
+    dequantizer: ColumnDequantizer | None
+
+    @property
+    def unit(self) -> float:
+        """The nats by which densities are larger than in the units of the columns."""
+        return float(self.outer.std.log().sum())
+
+    def in_units(self, flow: Flow) -> Flow:
+        """Return the flow in the units of the columns, in double precision."""
+        return Flow(flow.prior, [*flow.layers, self.outer], dequantizer=self.dequantizer).double().eval()
+
+
+def _prepare(
+    x: np.ndarray,
+    weights: np.ndarray,
+    validation: float | tuple[np.ndarray, Any, np.ndarray | None],
+    columns: Sequence[str] | None,
+    integer_columns: Sequence[int],
+    seed: int | None,
+) -> _Rows:
     if len(x) < 2:
         raise ValueError(f"expected at least 2 different rows of a weight above zero; got {len(x)}")
     check_varying(x, columns)
-    sizes = _sizes(len(x), flow_options or {})
     dequantizer = dequantizer_of(torch.from_numpy(x), integer_columns) if len(integer_columns) else None
     if dequantizer is not None:
         with seeded(seed):
             x = dequantizer(torch.from_numpy(x))[0].numpy()
     x, _, weights = merge_rows(x, None, weights)
-    weights = weights / weights.mean()
     outer = Standardize.from_data(torch.from_numpy(x))
-    x, held_out = to_latent([outer], x)[0], None
-    if isinstance(validation, tuple):
-        others, _, their_weights = validation
-        held_out = to_latent([outer], others)[0], np.ones(len(others)) if their_weights is None else their_weights
-        validation = 0.0
-    unit = float(outer.std.log().sum())  # by which densities of columns of variance 1 are larger
-    budget = EFFORTS[effort]
-    search = StartSearch(x, weights, budget.work)
-    plan = f"then spline couplings, {budget.epochs(len(x))} epochs at most" if budget.epochs(len(x)) else "no couplings"
-    _logger.info("%d rows of %d columns: simple densities, %s", *x.shape, plan)
-    chosen, shares, score = search.run().best_average()
-    order = np.random.default_rng(0).permutation(len(x))
-    found: dict[str, Any] = {
-        "tried": [_as_row(item, unit) for item in sorted(search.tried.values(), key=lambda item: -item.score)],
-        "start": _in_words(chosen, shares),
-        "start_score": score - unit,
-    }
-
-    def start_of(rows: np.ndarray) -> Start:
-        rows = rows[:_MOST_ROWS]
-        return fit_start(x[rows], weights[rows] / weights[rows].mean(), chosen, shares)
-
-    def in_units(flow: Flow) -> Flow:
-        return Flow(flow.prior, [*flow.layers, outer], dequantizer=dequantizer).double().eval()
-
-    def taken(flow: Flow, result: FitResult) -> tuple[Flow, FitResult, Selection]:
-        selection = Selection(**found)
-        _logger.info("%r", selection)
-        result.history |= {name: [loss + unit for loss in result.history[name]] for name in ("train", "validation")}
-        result.best_loss += unit
-        return in_units(flow), result, selection
-
-    if on_start is not None:
-        on_start(in_units(_flow_on(start_of(order))))
-    if budget.epochs(len(x)):
-        note = None if on_step is None else lambda loss: on_step(loss + unit)
-        training = _Training(budget, sizes, seed, note, options, fit_arguments)
-        is_few = held_out is None and len(x) <= _FEW_ROWS
-        folds = folds_of(weights, few=_FEW_ROWS, share=validation or _SHARE)
-        if len(x) > _THREE_FITS:
-            folds = folds[:1]
-        splits = [(fitted, (x[others], divided)) for fitted, others, divided in folds]
-        if held_out is not None:
-            splits = [(order, held_out)]
-        fits = [training.judged(start_of(fitted), x[fitted], weights[fitted], *others) for fitted, others in splits]
-        epoch, gain, error = _gain(fits)
-        found |= {"gain": gain, "gain_error": error, "is_trained": gain > error}
-        if gain > error:
-            return taken(*(training.on_all(start_of(order), x, weights, epoch) if is_few else fits[0][:2]))
-    return taken(_flow_on(start_of(order)), FitResult({"train": [], "validation": []}, best_loss=-score))
+    x, weights = to_latent([outer], x)[0], weights / weights.mean()
+    if not isinstance(validation, tuple):
+        return _Rows(x, weights, None, float(validation), outer, dequantizer)
+    others, _, their_weights = validation
+    held_out = to_latent([outer], others)[0], np.ones(len(others)) if their_weights is None else their_weights
+    return _Rows(x, weights, held_out, 0.0, outer, dequantizer)
 
 
 class _Judged(NamedTuple):
