@@ -162,6 +162,12 @@ def test_few_rows(rows):
 
 def test_rows_to_judge_by_are_not_fitted():
     x = clusters(300)
+    search = StartSearch(x[:200], np.ones(200), 1e8, (x[200:], np.ones(100))).run()
+    alone = StartSearch(x[:200], np.ones(200), 1e8, (x[200:210], np.ones(10))).run()
+    single = [key for key in search.tried.keys() & alone.tried.keys() if key[1].components == 1]
+    assert len(single) >= 6
+    for key in single:  # a Gaussian is fitted to the same rows
+        np.testing.assert_allclose(search.tried[key].scores[200:210], alone.tried[key].scores[200:])
     density = FlowDensity(validation=x[200:], random_state=0, epochs=5).fit(x[:200])
     assert density.score(x[200:]) > -4
     options = {"seed": 0, "epochs": 2, "progress": False, "device": "cpu"}

@@ -125,16 +125,30 @@ def fit_best(
         The flow, in double precision on the CPU, the result, with losses in nats in the units of the columns, and what
         was tried.
 
+    Shapes:
+        x: ``(rows, columns)``; weights: ``(rows,)``.
+
     Raises:
         TypeError: another option of the flow.
         ValueError: a constant column, or fewer than two different rows.
+
+    References:
+        Regularized Discriminant Analysis, Friedman, 1989 (covariances that shrink towards a shared one);
+        Stacked Density Estimation, Smyth and Wolpert, 1997 (averages by held-out likelihood);
+        Neural Spline Flows, Durkan et al., 2019 (arXiv:1906.04032).
+
+    Example:
+        >>> x = np.random.default_rng(0).exponential(size=(200, 2))
+        >>> flow, _, selection = fit_best(x, np.ones(200), effort="quick")
+        >>> flow.event_shape, selection.is_trained
+        (torch.Size([2]), False)
     """
     rows = _prepare(x, weights, validation, columns, integer_columns, seed)
     x, weights, budget = rows.x, rows.weights, EFFORTS[effort]
     sizes, epochs = _sizes(len(x), flow_options or {}), budget.epochs(len(x))
     plan = f"then spline couplings, {epochs} epochs at most" if epochs else "no couplings"
     _logger.info("%d rows of %d columns: simple densities, %s", *x.shape, plan)
-    search = StartSearch(x, weights, budget.work).run()
+    search = StartSearch(x, weights, budget.work, rows.held_out).run()
     chosen, shares, score = search.best_average()
     tried = sorted(search.tried.values(), key=lambda candidate: -candidate.score)
     found: dict[str, Any] = {

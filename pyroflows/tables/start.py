@@ -83,11 +83,13 @@ class StartSearch:
         x: rows, of columns of variance 1.
         weights: of the rows, of mean 1.
         work: the budget, in multiplications.
+        held_out: rows and their weights to judge candidates by, in place of rows of ``x``.
     """
 
     x: np.ndarray
     weights: np.ndarray
     work: float
+    held_out: tuple[np.ndarray, np.ndarray] | None = None
     tried: dict[tuple[str, MixtureOptions], Candidate] = field(default_factory=dict)
     spent: float = 0.0
 
@@ -96,6 +98,10 @@ class StartSearch:
             rows = np.random.default_rng(0).permutation(len(self.x))[:_MOST_ROWS]
             self.x, self.weights = self.x[rows], self.weights[rows]
         self.folds = folds_of(self.weights)
+        if self.held_out is not None:
+            number, (others, weights) = len(self.x), (part[:_MOST_ROWS] for part in self.held_out)
+            self.x, self.weights = np.concatenate([self.x, others]), np.concatenate([self.weights, weights])
+            self.folds = [(np.arange(number), np.arange(number, len(self.x)), weights)]
         self._latents: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
         self._shares: dict[tuple[str, int, int], np.ndarray] = {}
 
