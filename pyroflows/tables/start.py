@@ -141,8 +141,8 @@ class StartSearch:
         if not best.options.factors:
             options = [replace(best.options, shrinkage=value) for value in _SHRINKAGES]
             best = self._best_of(name, options, best, len(options))
-        floors = (1e-4, 1e-3, 1e-2, 1e-1)
-        best = self._best_of(name, [replace(best.options, floor=value) for value in floors], best, _PATIENCE)
+        floors = (1e-9, 1e-4, 1e-3, 1e-2, 1e-1)
+        best = self._best_of(name, [replace(best.options, floor=value) for value in floors], best, _PATIENCE + 1)
         others = {round(best.options.components * factor) for factor in (0.67, 1.5)} - {1, best.options.components}
         numbers = sorted(number for number in others if 1 < number <= rows / 4)
         best = self._best_of(name, [replace(best.options, components=number) for number in numbers], best, _PATIENCE)
