@@ -107,7 +107,10 @@ def test_copies_of_a_row_are_not_both_learned_from_and_held_out(capsys, tmp_path
     assert found["rows"] == 1000
     assert found["best_loss"] > 2.4
     np.savez(tmp_path / "zeros.npz", np.where(rows[:, :1] < 0.5, 0, rows[:, :1]))  # of which most are one value
-    assert said_in_json(capsys, "fit", tmp_path / "zeros.npz", "-o", tmp_path / "m", *SMALL)["best_epoch"] is not None
+    assert (
+        said_in_json(capsys, "fit", tmp_path / "zeros.npz", "-o", tmp_path / "m", *SMALL, "--flow", "nsf")["best_epoch"]
+        is not None
+    )
 
 
 def test_the_same_seed_gives_the_same_model(folder, tmp_path):

@@ -96,6 +96,7 @@ def fit_best(
     integer_columns: Sequence[int] = (),
     effort: str = "default",
     flow_options: Mapping[str, Any] | None = None,
+    max_seconds: float | None = None,
     seed: int | None = None,
     on_start: Callable[[Flow], Any] | None = None,
     on_step: Callable[[Tensor], Any] | None = None,
@@ -116,6 +117,7 @@ def fit_best(
             :class:`ColumnDequantizer`.
         effort: "quick" for the simple density alone, "default", or "best".
         flow_options: ``num_layers`` and ``hidden_features`` of the couplings.
+        max_seconds: limit of the time of all training, without that of the simple densities.
         seed: of weights, shuffles and dequantization.
         on_start: called with the flow of the simple density, before couplings are trained.
         on_step: called with the loss of each training step.
@@ -174,11 +176,15 @@ def fit_best(
         splits = [(fitted, (x[others], divided)) for fitted, others, divided in folds]
         if rows.held_out is not None:
             splits = [(everything, rows.held_out)]
+        if max_seconds is not None:
+            training.arguments["max_seconds"] = max_seconds / (len(splits) + is_few)
         fits = [training.judged(start_of(fitted), x[fitted], weights[fitted], *others) for fitted, others in splits]
         epoch, gain, error = _gain(fits)
         found |= {"gain": gain, "gain_error": error, "is_trained": gain > error}
         if gain > error:
             flow, result = training.on_all(start_of(everything), x, weights, epoch) if is_few else fits[0][:2]
+        if any(judged.result.stopped.startswith("max_seconds") for judged in fits):
+            result.stopped = f"max_seconds={max_seconds:.4g} reached"
     selection = Selection(**found)
     _logger.info("%r", selection)
     result.history |= {name: [loss + rows.unit for loss in result.history[name]] for name in ("train", "validation")}
@@ -216,7 +222,7 @@ def _prepare(
     seed: int | None,
 ) -> _Rows:
     if len(x) < 2:
-        raise ValueError(f"expected at least 2 different rows of a weight above zero; got {len(x)}")
+        raise ValueError(f"expected at least 2 rows of a weight above zero; got {len(x)}")
     check_varying(x, columns)
     dequantizer = dequantizer_of(torch.from_numpy(x), integer_columns) if len(integer_columns) else None
     if dequantizer is not None:
@@ -251,7 +257,7 @@ class _Training:
     seed: int | None
     on_step: Callable[[Tensor], Any] | None
     options: FitOptions | None
-    arguments: Mapping[str, Any]
+    arguments: dict[str, Any]
 
     def judged(
         self, start: Start, x: np.ndarray, weights: np.ndarray, others: np.ndarray, their_weights: np.ndarray

@@ -58,7 +58,7 @@ class FlowDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
             for rows in the order of time, or ``GroupKFold()`` with ``fit(X, groups=...)``.
         epochs, learning_rate, batch_size, patience: as for :func:`fit`; None for 100, 0.001, 256 and 20, or for what
             "auto" takes by itself. An epoch has at least ten steps.
-        max_seconds: limit of each training, as for :func:`fit`.
+        max_seconds: limit of the time of training, as for :func:`fit`; of "auto" without that of the mixtures.
         fit_options: fields of :class:`FitOptions`, such as ``{"weight_decay": 1e-5}``.
         device: "cpu", "cuda" (also "cuda:1"), or "auto" for a GPU if there is one.
         random_state: an integer, a RandomState or None, for weights, rows held out and shuffles.
