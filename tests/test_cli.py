@@ -34,23 +34,8 @@ def folder(tmp_path_factory):
     frame.to_csv(folder / "iris.csv", index=False)
     load_diabetes(as_frame=True, scaled=False).frame.to_csv(folder / "diabetes.csv", index=False)
     columns = ",".join(frame.columns[:4])
-    assert (
-        main(
-            [
-                "fit",
-                f"{folder}/iris.csv",
-                "-o",
-                f"{folder}/iris",
-                "--columns",
-                columns,
-                "--flow",
-                "nsf",
-                *SMALL,
-                "--quiet",
-            ]
-        )
-        == 0
-    )
+    nsf = ["--columns", columns, "--flow", "nsf"]
+    assert main(["fit", f"{folder}/iris.csv", "-o", f"{folder}/iris", *nsf, *SMALL, "--quiet"]) == 0
     given = ["--given", "species", "--categories", "species"]
     assert main(["fit", f"{folder}/iris.csv", "-o", f"{folder}/given", *given, *SMALL, "--quiet"]) == 0
     whole = ["--columns", "age,bmi,bp", "--given", "target"]
@@ -107,10 +92,8 @@ def test_copies_of_a_row_are_not_both_learned_from_and_held_out(capsys, tmp_path
     assert found["rows"] == 1000
     assert found["best_loss"] > 2.4
     np.savez(tmp_path / "zeros.npz", np.where(rows[:, :1] < 0.5, 0, rows[:, :1]))  # of which most are one value
-    assert (
-        said_in_json(capsys, "fit", tmp_path / "zeros.npz", "-o", tmp_path / "m", *SMALL, "--flow", "nsf")["best_epoch"]
-        is not None
-    )
+    zeros = said_in_json(capsys, "fit", tmp_path / "zeros.npz", "-o", tmp_path / "m", *SMALL, "--flow", "nsf")
+    assert zeros["best_epoch"] is not None
 
 
 def test_the_same_seed_gives_the_same_model(folder, tmp_path):

@@ -167,7 +167,7 @@ def test_rows_to_judge_by_are_not_fitted():
     single = [key for key in search.tried.keys() & alone.tried.keys() if key[1].components == 1]
     assert len(single) >= 6
     for key in single:  # a Gaussian is fitted to the same rows
-        np.testing.assert_allclose(search.tried[key].scores[200:210], alone.tried[key].scores[200:])
+        np.testing.assert_allclose(search.tried[key].scores[:10], alone.tried[key].scores)
     density = FlowDensity(validation=x[200:], random_state=0, epochs=5).fit(x[:200])
     assert density.score(x[200:]) > -4
     options = {"seed": 0, "epochs": 2, "progress": False, "device": "cpu"}

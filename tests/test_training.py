@@ -1480,3 +1480,14 @@ def test_messages_of_labels_where_none_are_taken():
         fit(small(), DataLoader(TensorDataset(x, labels), batch_size=10), epochs=1)
     with pytest.raises(TypeError, match=r"context of data .*got torch.int64: convert them, or give .* an embedding"):
         fit(small(context_features=1), x, context=labels[:, None], epochs=1)
+
+
+def test_the_start_is_a_candidate_for_the_best_weights():
+    flow, x = affine(), torch.randn(400, 2, generator=torch.Generator().manual_seed(0))
+    start = {name: value.clone() for name, value in flow.state_dict().items()}  # a rotation, which is the truth
+    result = fit(flow, x, validation=x, epochs=8, patience=3, learning_rate=1.0, judge_start=True, seed=0)
+    assert result.best_epoch == -1
+    assert result.best_loss == pytest.approx(-flow.log_prob(x).mean().item(), abs=1e-5)
+    assert all(torch.equal(value, start[name]) for name, value in flow.state_dict().items())
+    assert result.best_loss < min(result.history["validation"])
+    assert fit(affine(), 3 * x + 5, validation=3 * x + 5, epochs=8, judge_start=True, seed=0).best_epoch >= 0

@@ -8,18 +8,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.linalg import solve_triangular
 from torch import Tensor
 
 from pyroflows.arguments import check_varying
-from pyroflows.bijection import Bijection
 from pyroflows.contexts import seeded
 from pyroflows.dequantizers import ColumnDequantizer
 from pyroflows.flow import Flow
-from pyroflows.layers import Coupling, Spline, Standardize, TriangularAffine
-from pyroflows.priors import GaussianMixture
+from pyroflows.layers import Standardize
+from pyroflows.tables.couplings import coupling_flow, prior_of
 from pyroflows.tables.marginals import to_latent
-from pyroflows.tables.mixtures import Mixture, cholesky
 from pyroflows.tables.rows import dequantizer_of, merge_rows
 from pyroflows.tables.start import Candidate, Start, StartSearch, fit_start, folds_of
 from pyroflows.training import FitOptions, FitResult, fit, negative_log_likelihood
@@ -33,9 +30,7 @@ _FEWEST_ROWS = 10  # from which on there is a flow
 _MANY_ROWS = 2500  # from which on it is larger
 _MOST_ROWS = 50_000  # of the last fit of a start
 _SHARE, _MOST_HELD_OUT = 0.1, 10_000  # of many rows
-_LEAST_SD = 0.1  # of a column given the others, below which the couplings are where columns are uncorrelated
 _CHUNK = 4096  # rows scored at once
-_BOUND, _BINS, _MARGINAL_BINS = 4.0, 8, 16
 
 
 @dataclass(frozen=True)
@@ -84,7 +79,7 @@ class Selection:
         flow = (
             f"couplings gain {self.gain:.3f} ± {self.gain_error:.3f} and were {'' if self.is_trained else 'not '}taken"
         )
-        return f"Selection({found}; {flow if self.gain_error else 'no couplings tried'})"
+        return f"Selection({found}; {flow if self.gain else 'no couplings tried'})"
 
 
 def fit_best(
@@ -169,15 +164,14 @@ def fit_best(
         on_start(rows.in_units(flow))
     if epochs:
         note = None if on_step is None else lambda loss: on_step(loss + rows.unit)
-        training = _Training(budget, sizes, seed, note, options, fit_arguments)
         is_few = rows.held_out is None and len(x) <= _FEW_ROWS
         folds = folds_of(weights, few=_FEW_ROWS, share=rows.share or _SHARE)
         folds = folds[:1] if len(x) > _THREE_FITS else folds
         splits = [(fitted, (x[others], divided)) for fitted, others, divided in folds]
         if rows.held_out is not None:
             splits = [(everything, rows.held_out)]
-        if max_seconds is not None:
-            training.arguments["max_seconds"] = max_seconds / (len(splits) + is_few)
+        limit = None if max_seconds is None else max_seconds / (len(splits) + is_few)
+        training = _Training(budget, sizes, seed, note, options, {"max_seconds": limit, **fit_arguments})
         fits = [training.judged(start_of(fitted), x[fitted], weights[fitted], *others) for fitted, others in splits]
         epoch, gain, error = _gain(fits)
         found |= {"gain": gain, "gain_error": error, "is_trained": gain > error}
@@ -257,7 +251,7 @@ class _Training:
     seed: int | None
     on_step: Callable[[Tensor], Any] | None
     options: FitOptions | None
-    arguments: dict[str, Any]
+    arguments: Mapping[str, Any]
 
     def judged(
         self, start: Start, x: np.ndarray, weights: np.ndarray, others: np.ndarray, their_weights: np.ndarray
@@ -282,7 +276,7 @@ class _Training:
     def _run(self, start: Start, x: np.ndarray, weights: np.ndarray, **more: Any) -> tuple[Flow, FitResult]:
         z, log_det = to_latent(start.layers, x)
         with seeded(self.seed):
-            inner = _couplings(start.mixture, z, **self.sizes)
+            inner = coupling_flow(start.mixture, z, **self.sizes)
         usual: dict[str, Any] = {
             "schedule": "constant",
             "warmup": 20,
@@ -332,16 +326,9 @@ def _gain(fits: Sequence[_Judged]) -> tuple[int, float, float]:
     return epoch, float(np.mean([fit.start_loss for fit in fits]) - mean[epoch]), deviation / len(gains) ** 0.5
 
 
-def _prior(mixture: Mixture) -> GaussianMixture:
-    weights, means, factors = (torch.from_numpy(part) for part in vars(mixture).values())
-    features, number = means.shape[1], len(means)
-    options: dict[str, Any] = {"covariance": "full", "loc": means, "scale_tril": factors.tril(), "weights": weights}
-    return GaussianMixture(features, number, learnable=False, **options)
-
-
 def _flow_on(start: Start, inner: Flow | None = None) -> Flow:
     """Return the flow of a start, in double precision, with layers below it that were trained."""
-    prior, layers = (_prior(start.mixture), []) if inner is None else (inner.prior, inner.layers)
+    prior, layers = (prior_of(start.mixture), []) if inner is None else (inner.prior, inner.layers)
     return Flow(prior, [*layers, *start.layers]).to("cpu", torch.float64).eval()
 
 
@@ -351,38 +338,6 @@ def _sizes(rows: int, options: Mapping[str, Any]) -> dict[str, Any]:
     if unknown:
         raise TypeError(f"expected num_layers and hidden_features as options of 'auto'; got {unknown[0]!r}")
     return dict(zip(("num_layers", "hidden_features"), usual, strict=True)) | dict(options)
-
-
-def _couplings(mixture: Mixture, z: np.ndarray, *, num_layers: int, hidden_features: Sequence[int]) -> Flow:
-    """Return a flow that starts as a mixture: couplings of random halves and their complements, a map of each column.
-
-    The couplings are where columns are uncorrelated, since a step moves directions of little variance as far as others.
-    """
-    features = z.shape[1]
-    layers: list[Bijection] = []
-    spline = Spline(num_bins=_BINS, bound=_BOUND)
-    mask = torch.zeros(features, dtype=torch.bool)
-    for number in range(num_layers if features > 1 else 0):
-        chosen = torch.randperm(features)[: features // 2]
-        mask = ~mask if number % 2 else torch.zeros_like(mask).scatter(0, chosen, True)
-        layers.append(Coupling(features, transformer=spline, mask=mask, hidden_features=hidden_features))
-    each = Spline(num_bins=_MARGINAL_BINS, bound=_BOUND)
-    if _smallest_sd(z) < _LEAST_SD:
-        mean, factor = z.mean(0), cholesky((1 - 1e-3) * np.cov(z.T, bias=True).reshape(features, features), 1e-3)
-        whitening = TriangularAffine(features).double()
-        whitening.start_at(torch.from_numpy(mean), torch.from_numpy(factor))
-        layers.append(whitening.requires_grad_(False))
-        means = solve_triangular(factor, (mixture.means - mean).T, lower=True).T
-        factors = np.stack([solve_triangular(factor, f, lower=True) for f in mixture.factors])
-        mixture = Mixture(mixture.weights, means, factors)
-    layers.append(Coupling(features, transformer=each, mask=[True] * features, hidden_features=()))
-    return Flow(_prior(mixture), layers).float()
-
-
-def _smallest_sd(z: np.ndarray) -> float:
-    """Return the smallest standard deviation of a column given the others."""
-    covariance = np.cov(z.T, bias=True).reshape(z.shape[1], z.shape[1])
-    return float(np.diag(np.linalg.inv(covariance + 1e-9 * np.eye(len(covariance)))).max() ** -0.5)
 
 
 def _steps_per_epoch(rows: int) -> int:

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import torch
 from scipy.special import logsumexp
-from torch import Tensor
 
 from pyroflows.bijection import Bijection
+from pyroflows.compose import Compose
 from pyroflows.layers import Gaussianize, Sinh, Standardize
 
 __all__ = ["COORDINATES", "fit_coordinates", "to_latent"]
@@ -49,14 +49,9 @@ def fit_coordinates(kind: str, x: np.ndarray, weights: np.ndarray) -> list[Bijec
 @torch.no_grad()
 def to_latent(layers: list[Bijection], x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the latents of rows, and the log-determinant of the map to them."""
-    parts = []
-    for part in torch.from_numpy(x).split(max(1, _CHUNK // (x.shape[1] * max(_COMPONENTS)))):
-        log_det: Tensor = part.new_zeros(len(part))
-        for layer in reversed(layers):
-            part, change = layer.inverse_and_log_det(part)
-            log_det = log_det + change
-        parts.append((part, log_det))
-    z, log_dets = zip(*parts, strict=True)
+    stack = Compose(layers)
+    parts = torch.from_numpy(x).split(max(1, _CHUNK // (x.shape[1] * max(_COMPONENTS))))
+    z, log_dets = zip(*map(stack.inverse_and_log_det, parts), strict=True)
     return torch.cat(z).numpy(), torch.cat(log_dets).numpy()
 
 

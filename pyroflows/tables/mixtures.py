@@ -20,7 +20,7 @@ class MixtureOptions:
 
     Args:
         components: number of Gaussians.
-        rows: of weight of the shared covariance beside the rows of each component; infinite for one covariance.
+        rows: the weight of the shared covariance, in rows added to those of each component; infinite for one alone.
         shrinkage: of the shared covariance to its diagonal, from 0 to 1.
         factors: of the shared covariance, which then is that of a factor analysis; 0 for none.
         floor: variance added to each column, of columns of variance 1.

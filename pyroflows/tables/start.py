@@ -42,11 +42,6 @@ class Start:
     layers: list[Bijection]
     mixture: Mixture
 
-    def log_prob(self, x: np.ndarray) -> np.ndarray:
-        """Return the log-density of rows, in the units of the columns."""
-        z, log_det = to_latent(self.layers, x)
-        return self.mixture.log_prob(z) + log_det
-
 
 def folds_of(
     weights: np.ndarray, *, few: int = _FEW_ROWS, share: float = 0.2
@@ -102,6 +97,8 @@ class StartSearch:
             number, (others, weights) = len(self.x), (part[:_MOST_ROWS] for part in self.held_out)
             self.x, self.weights = np.concatenate([self.x, others]), np.concatenate([self.weights, weights])
             self.folds = [(np.arange(number), np.arange(number, len(self.x)), weights)]
+        self._held_out = np.unique(np.concatenate([held_out for _, held_out, _ in self.folds]))
+        self._held_out_weights = self.weights[self._held_out]
         self._latents: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
         self._shares: dict[tuple[str, int, int], np.ndarray] = {}
 
@@ -154,7 +151,7 @@ class StartSearch:
         return best
 
     def _best_of(self, name: str, options: Iterable[MixtureOptions], best: Candidate, patience: int) -> Candidate:
-        """Return the best candidate, after so many that are worse than the best before them."""
+        """Return the best candidate; stop after ``patience`` options in a row without a better score."""
         top, waited = -np.inf, 0
         for option in options:
             if self.spent + self._work_of(option) > self.work:
@@ -172,7 +169,7 @@ class StartSearch:
             return self.tried[name, options]
         if name not in self._latents:
             self._latents[name] = [self._fold(name, *fold[:2]) for fold in self.folds]
-        scores = np.full(len(self.x), np.nan)
+        scores = np.empty(len(self.x))
         for index, ((fitted, held_out, _), (z, others, log_det)) in enumerate(
             zip(self.folds, self._latents[name], strict=True)
         ):
@@ -182,8 +179,8 @@ class StartSearch:
             self._shares.setdefault(key, shares)
             scores[held_out] = mixture.log_prob(others) + log_det
         self.spent += self._work_of(options)
-        is_held = ~np.isnan(scores)
-        score = float(np.average(scores[is_held], weights=self.weights[is_held]))
+        scores = scores[self._held_out]
+        score = float(np.average(scores, weights=self._held_out_weights))
         self.tried[name, options] = Candidate(name, options, scores, score)
         return self.tried[name, options]
 
@@ -218,30 +215,26 @@ class StartSearch:
             shares = self._shares_of(chosen)
             chosen = [candidate for candidate, share in zip(chosen, shares, strict=True) if share > 0.05]
             shares = shares[shares > 0.05] / shares[shares > 0.05].sum()
-            score = float(np.average(self.averaged(chosen, shares), weights=self._held_weights(chosen)))
+            score = float(np.average(_averaged(chosen, shares), weights=self._held_out_weights))
             best = max(best, (chosen, shares, score), key=lambda found: found[2])
         single = max(self.tried.values(), key=lambda candidate: candidate.score)
-        gains = self.averaged(best[0], best[1]) - self.averaged([single], np.ones(1))
-        is_clear = np.average(gains, weights=self._held_weights([single])) > gains.std() / len(gains) ** 0.5
+        gains = _averaged(best[0], best[1]) - single.scores
+        is_clear = np.average(gains, weights=self._held_out_weights) > gains.std() / len(gains) ** 0.5
         return best if is_clear else ([single], np.ones(1), single.score)
 
-    def averaged(self, chosen: list[Candidate], shares: np.ndarray) -> np.ndarray:
-        """Return the log-density of the held-out rows under an average of candidates."""
-        scores = np.stack([candidate.scores for candidate in chosen], 1)
-        return logsumexp(scores[~np.isnan(scores[:, 0])], axis=1, b=shares)
-
-    def _held_weights(self, chosen: list[Candidate]) -> np.ndarray:
-        return self.weights[~np.isnan(chosen[0].scores)]
-
     def _shares_of(self, chosen: list[Candidate]) -> np.ndarray:
-        scores = np.stack([candidate.scores for candidate in chosen], 1)
-        scores, weights = scores[~np.isnan(scores[:, 0])], self._held_weights(chosen)
+        scores, weights = np.stack([candidate.scores for candidate in chosen], 1), self._held_out_weights
         shares = np.full(len(chosen), 1 / len(chosen))
         for _ in range(60):
             log_p = scores + np.log(shares)
             belongs = weights @ np.exp(log_p - logsumexp(log_p, axis=1, keepdims=True))
             shares = (belongs + 1 / len(chosen)) / (weights.sum() + 1)
         return shares
+
+
+def _averaged(chosen: list[Candidate], shares: np.ndarray) -> np.ndarray:
+    """Return the log-density of the held-out rows under an average of candidates."""
+    return logsumexp(np.stack([candidate.scores for candidate in chosen], 1), axis=1, b=shares)
 
 
 def fit_start(x: np.ndarray, weights: np.ndarray, chosen: list[Candidate], shares: np.ndarray) -> Start:

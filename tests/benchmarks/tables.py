@@ -177,6 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=os.environ.get("PYROFLOWS_DATA"))
     parser.add_argument("--names", nargs="*", help="tables; by default all")
+    parser.add_argument("--leave-out", nargs="*", default=[], help="tables")
     parser.add_argument("--methods", nargs="*", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--splits", type=int, default=1)
     parser.add_argument("--most-rows", type=int, default=10_000, help="of larger tables so many are drawn")
@@ -191,7 +192,7 @@ def main() -> None:
     print(f"| --- | --- | ---: | ---: | {'---: | ' * len(options.methods)}---: | ---: |")
     tables = [*simulated(), *real_tables(Path(options.data) if options.data else None)]
     for name, x, truth in tables:
-        if options.names and name not in options.names:
+        if name in options.leave_out or (options.names and name not in options.names):
             continue
         row = run(name, x, truth, options)
         rows.append(row)
